@@ -1,0 +1,1 @@
+"""Train block-diagonal sparse autoencoders on attention-head outputs."""

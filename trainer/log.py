@@ -1,0 +1,65 @@
+"""Where the figures of a run go: metrics.jsonl always, Weights & Biases where it is wanted."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from trainer.checkpoint import load_metrics, write_atomically
+
+
+class MetricsLog:
+    """Appends one line per logged step to `metrics.jsonl` and sends the same figures to W&B.
+
+    Args:
+        path: the checkpoint directory.
+        first_step: lines of this step and later are dropped first (they were logged after the last save).
+        mode: "online", "offline", "disabled", or None for online where a key is set and offline elsewhere.
+        project, group, config: as W&B has them; the runs of one sweep share a group.
+    """
+
+    def __init__(
+        self, path: Path, first_step: int, mode: str | None, project: str, group: str, config: dict[str, Any]
+    ) -> None:
+        self._file = path / "metrics.jsonl"
+        kept = [line for line in load_metrics(path) if line["step"] < first_step]
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        write_atomically(self._file, lambda p: p.write_text(text))
+        self._run = None
+        if mode != "disabled":
+            import wandb  # a second to import, so only when used
+
+            if mode is None:
+                mode = "online" if wandb.login(prompt=False) else "offline"
+            self._run = wandb.init(
+                project=project,
+                group=group,
+                name=path.name,
+                config=config,
+                dir=path,
+                mode=mode,
+                reinit="create_new",  # several SAEs of one process, each with a run of its own
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Append one line; lists (one figure per head) reach W&B as `key/head_0`, `key/head_1`, ..."""
+        with self._file.open("a") as file:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+        if self._run is not None:
+            self._run.log(_flat(line), step=line["step"])
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Close the W&B run with the figures of eval.json as its summary."""
+        if self._run is not None:
+            self._run.summary.update({f"eval/{key}": value for key, value in _flat(summary).items()})
+            self._run.finish()
+
+
+def _flat(line: dict[str, Any]) -> dict[str, float]:
+    figures: dict[str, float] = {}
+    for key, value in line.items():
+        if isinstance(value, list):
+            figures |= {f"{key}/head_{head}": each for head, each in enumerate(value)}
+        elif isinstance(value, int | float):
+            figures[key] = value
+    return figures

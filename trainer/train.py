@@ -1,0 +1,381 @@
+"""The training loop: one stream of activations, one SAE per sparsity coefficient."""
+
+import copy
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from trainer import checkpoint, embedded
+from trainer.block_diag import BlockDiagSAE
+from trainer.buffer import CachedActivations, batches, open_source
+from trainer.config import ActivationsConfig, SAEConfig, TrainingConfig
+from trainer.evaluate import evaluate
+from trainer.lm import PROCESSING, LanguageModel
+from trainer.log import MetricsLog
+from trainer.losses import l1_decoder_norm, squared_error
+from trainer.text import EMBEDDED, Corpus
+
+_SCALE_ROWS = 32_768  # rows from which the input scale and the decoder bias are estimated
+_NOT_COMPARED = {"resume", "out", "device", "wandb", "wandb_project", "log_every", "save_every", "l1_coefficients"}
+
+
+class Interrupted(Exception):
+    """The run was stopped; everything needed to resume it is saved."""
+
+
+class Run:
+    """One SAE in training: parameters on scaled inputs, optimizer, its directory and its log.
+
+    The SAE sees `scale * z`. What is saved for use is a copy with the scale folded in.
+    """
+
+    def __init__(self, path: Path, l1_coefficient: float, description: dict[str, Any], cfg: TrainingConfig) -> None:
+        self.path, self.l1_coefficient, self.cfg = path, l1_coefficient, cfg
+        self.description = description
+        self.step = 0
+        self.log: MetricsLog | None = None
+        self.latest: dict[str, Any] = {}
+
+    def start(self, sae: BlockDiagSAE, scale: Float[Tensor, "block width"]) -> None:
+        """Begin with a fresh SAE, or where `training_state/` says."""
+        self.sae, self.scale = sae, scale
+        self.unfired = torch.zeros(sae.b_enc.shape, dtype=torch.int64, device=scale.device)
+        self.optimizer = torch.optim.Adam(sae.parameters(), lr=self.cfg.lr, betas=(0.9, 0.999), fused=True)
+        if (self.path / "training_state").exists():
+            self._load_state()
+        self.path.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_json(self.path / "config.json", self._config("training"))
+        self.log = MetricsLog(
+            self.path, self.step, self.cfg.wandb, self.cfg.wandb_project, self.description["group"], self.description
+        )
+
+    def update(self, z: Float[Tensor, "batch head d_head"]) -> None:
+        """One optimizer step of recipe `april` on raw activations; logs every `log_every` steps.
+
+        Loss: E[|x - x_hat|^2 + lambda sum_i f_i |d_i|_2] with x = scale * z, |.|^2 summed over all heads
+        (Anthropic, Circuits Updates April 2024).
+        """
+        cfg, started = self.cfg, time.perf_counter()
+        total = cfg.total_training_steps
+        lr = cfg.lr * lr_factor(self.step, total, cfg.lr_warm_up_fraction, cfg.lr_decay_fraction)
+        warm_up = cfg.l1_warm_up_fraction * total
+        l1_now = self.l1_coefficient * min(1.0, self.step / warm_up if warm_up else 1.0)
+
+        x = self.sae.blocks(z) * self.scale
+        f = self.sae.encode(x)
+        x_hat = self.sae.decode(f)
+        mse = squared_error(x_hat, x).sum(-1).mean()
+        l1 = l1_decoder_norm(f, self.sae.W_dec)
+        loss = mse + l1_now * l1
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.sae.parameters(), cfg.max_grad_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+
+        fired = (f.detach() > 0).any(0)
+        self.unfired = torch.where(fired, 0, self.unfired + len(x))
+        self.step += 1
+        if self.step % cfg.log_every == 0 or self.step == total:
+            if not torch.isfinite(loss):
+                raise ValueError(f"the loss of {self.path.name} is not finite at step {self.step}: lower lr")
+            self.latest = {
+                "step": self.step,
+                "tokens": self.step * cfg.batch_size,
+                "loss": loss.item(),
+                "loss_mse": mse.item(),
+                "loss_l1": l1.item(),
+                **self._figures(z, x_hat.detach(), f.detach()),
+                "lr": lr,
+                "l1_coefficient": l1_now,
+                "grad_norm": grad_norm.item(),
+                "tokens_per_second": len(x) / (time.perf_counter() - started),
+            }
+            self.log.write(self.latest)
+
+    def _figures(self, z: Tensor, x_hat: Tensor, f: Tensor) -> dict[str, Any]:
+        """Figures of this batch in raw units, so that curves and eval.json can share an axis."""
+        z_hat = (x_hat / self.scale).reshape(z.shape)
+        error = squared_error(z_hat, z).mean(0)
+        deviation = squared_error(z.mean(0), z).mean(0).clamp_min(1e-12)
+        fired = (f > 0).float().sum(-1).mean(0)
+        dead = (self.unfired >= self.cfg.dead_after_tokens).float().mean(-1)
+        return {
+            "L0": fired.sum().item(),
+            "L0_per_head": fired.tolist(),
+            "MSE": error.sum().item(),
+            "FVU": (error.sum() / deviation.sum()).item(),
+            "FVU_per_head": (error / deviation).tolist(),
+            "dead_fraction": dead.mean().item(),
+            "dead_fraction_per_head": dead.tolist(),
+        }
+
+    def folded(self) -> BlockDiagSAE:
+        """A copy of the SAE for raw hook_z."""
+        sae = copy.deepcopy(self.sae)
+        sae.fold_scale(self.scale)
+        return sae.eval().requires_grad_(False)
+
+    def save(self, status: str) -> None:
+        """Write weights for use and, unless the run is complete, everything that resuming needs.
+
+        No random state is part of it: after initialisation the only randomness is the order of the
+        rows, a function of the seed and the step.
+        """
+        checkpoint.save(self.path, self.folded(), self._config(status))
+        folder = self.path / "training_state"
+        if status == "complete" and not self.cfg.keep_training_state:
+            if folder.exists():
+                (folder / "state.safetensors").unlink(missing_ok=True)
+                folder.rmdir()
+            return
+        state = {"scale": self.scale, "unfired": self.unfired}
+        for name, parameter in self.sae.named_parameters():
+            moments = self.optimizer.state[parameter]
+            state |= {name: parameter.detach(), f"adam.exp_avg.{name}": moments["exp_avg"]}
+            state |= {f"adam.exp_avg_sq.{name}": moments["exp_avg_sq"]}
+        state = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
+        folder.mkdir(exist_ok=True)
+        metadata = {"step": str(self.step)}
+        checkpoint.write_atomically(folder / "state.safetensors", lambda p: save_file(state, p, metadata))
+
+    def _load_state(self) -> None:
+        file = self.path / "training_state" / "state.safetensors"
+        try:
+            with safe_open(file, framework="pt", device=str(self.scale.device)) as state:
+                self.step = int(state.metadata()["step"])
+                self.scale, self.unfired = state.get_tensor("scale"), state.get_tensor("unfired")
+                for name, parameter in self.sae.named_parameters():
+                    parameter.data.copy_(state.get_tensor(name))
+                    self.optimizer.state[parameter] = {
+                        "step": torch.tensor(float(self.step), device=self.scale.device),
+                        "exp_avg": state.get_tensor(f"adam.exp_avg.{name}"),
+                        "exp_avg_sq": state.get_tensor(f"adam.exp_avg_sq.{name}"),
+                    }
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise checkpoint.CheckpointError(f"{file} is damaged: {error}") from error
+
+    def _config(self, status: str) -> dict[str, Any]:
+        shape = {key: getattr(self.sae, key) for key in ("n_heads", "d_head", "features_per_head", "k")}
+        progress = {"status": status, "steps": self.step, "tokens_seen": self.step * self.cfg.batch_size}
+        return {"schema_version": checkpoint.SCHEMA_VERSION, "sae": shape, **self.description, **progress}
+
+
+def lr_factor(step: int, total: int, warm_up_fraction: float, decay_fraction: float) -> float:
+    """Share of the peak learning rate at `step` of `total`: linear rise, plateau, linear fall to 0."""
+    warm_up, decay = warm_up_fraction * total, decay_fraction * total
+    rising = (step + 1) / warm_up if warm_up else 1.0
+    falling = (total - step) / decay if decay else 1.0
+    return min(1.0, rising, falling)
+
+
+def train(activations: ActivationsConfig, sae_cfg: SAEConfig, cfg: TrainingConfig) -> list[Path]:
+    """Train one SAE per coefficient and evaluate them; returns their checkpoint directories.
+
+    Raises:
+        ValueError: the model, layer, text or an existing directory does not allow the run.
+        Interrupted: Ctrl-C or SIGTERM; the state is saved.
+    """
+    device = _device(cfg.device)
+    runs = _prepare_directories(activations, sae_cfg, cfg)
+    print(f"Loading {activations.model} on {device}", flush=True)
+    lm = LanguageModel.load(activations.model, device, activations.model_dtype)
+    lm.check_layer(activations.hook_layer)
+    corpus = Corpus(
+        _dataset(activations),
+        lm.tokenizer,
+        _context_size(activations, lm),
+        activations.held_out_fraction,
+        activations.text_column,
+    )
+    n_tokens = cfg.total_training_steps * cfg.batch_size
+    print(f"Text: {corpus.describe()}; the run reads {n_tokens:,}{_passes(corpus, n_tokens)}", flush=True)
+    held_out = corpus.held_out(-(-cfg.eval_tokens // (corpus.context_size - 1)))  # refuse before hours of work
+
+    source = open_source(lm, activations, corpus, n_tokens, cfg.buffer_tokens, cfg.seed)
+    if isinstance(source, CachedActivations):
+        _fill(source, lm, activations.hook_layer, corpus)
+    scale, mean = _statistics(batches(source, cfg.batch_size, cfg.seed), sae_cfg.normalize)
+    for run in runs:
+        run.description |= _describe_data(lm, activations, corpus)
+        sae = _new_sae(lm, sae_cfg)
+        sae.initialise(sae.blocks(mean * scale), torch.Generator().manual_seed(cfg.seed))
+        run.start(sae.to(device), sae.blocks(scale).to(device))
+
+    _loop(runs, source, cfg, device)
+    print(f"Evaluating on {cfg.eval_tokens:,} held-out tokens and as many repeated random tokens", flush=True)
+    results = evaluate(lm, activations.hook_layer, [run.folded() for run in runs], held_out, cfg.seed, progress=True)
+    for run, result in zip(runs, results, strict=True):
+        checkpoint.write_json(run.path / "eval.json", result)
+        run.save("complete")
+        run.log.finish(result)
+        print(f"{run.path}: L0 {result['L0']:.1f}, FVU {result['FVU']:.3f}, KL score {result['KL_score']:.3f}")
+    return [run.path for run in runs]
+
+
+def _loop(runs: list[Run], source: Any, cfg: TrainingConfig, device: str) -> None:
+    first, total = min(run.step for run in runs), cfg.total_training_steps
+    bar = tqdm(total=total, initial=first, unit="step", desc="Training", dynamic_ncols=True)
+    stream = batches(source, cfg.batch_size, cfg.seed, start=first)
+    try:
+        for step in range(first, total):
+            z = next(stream).to(device)
+            for run in runs:
+                if run.step == step:  # a run that was saved later than the others waits for them
+                    run.update(z)
+            bar.update()
+            bar.set_postfix_str(" | ".join(_progress(run.latest) for run in runs if run.latest), refresh=False)
+            if (step + 1) % cfg.save_every == 0 and step + 1 < total:
+                for run in runs:
+                    run.save("training")
+    except KeyboardInterrupt:
+        for run in runs:
+            if run.step:
+                run.save("training")
+        raise Interrupted(f"stopped at step {min(run.step for run in runs):,}; the same command with --resume=true goes on") from None
+    finally:
+        bar.close()
+
+
+def _progress(line: dict[str, Any]) -> str:
+    return (
+        f"loss {line['loss']:.1f} L0 {line['L0']:.1f} FVU {line['FVU']:.3f} {line['tokens_per_second']:,.0f} tok/s"
+    )
+
+
+def _prepare_directories(activations: ActivationsConfig, sae_cfg: SAEConfig, cfg: TrainingConfig) -> list[Run]:
+    """Decide each run's directory before anything is computed, and refuse to overwrite one."""
+    width = "" if sae_cfg.block == "head" else "-dense"
+    base = f"{Path(activations.model).name}-L{activations.hook_layer}-{sae_cfg.recipe}{width}-x{sae_cfg.expansion_factor}"
+    runs = []
+    for coefficient in sae_cfg.l1_coefficients:
+        suffix = f"-l1_{coefficient:g}"
+        single = cfg.name and len(sae_cfg.l1_coefficients) == 1
+        path = Path(cfg.out) / (cfg.name if single else f"{cfg.name or base}{suffix}")
+        settings = {**asdict(activations), **asdict(sae_cfg), **asdict(cfg)}
+        description = {
+            "recipe": sae_cfg.recipe,
+            "block": sae_cfg.block,
+            "l1_coefficient": coefficient,
+            "seed": cfg.seed,
+            "group": cfg.name or base,
+            "training": settings,
+        }
+        _check_directory(path, settings, cfg.resume)
+        runs.append(Run(path, coefficient, description, cfg))
+    try:
+        Path(cfg.out).mkdir(parents=True, exist_ok=True)
+        probe = Path(cfg.out) / ".write-probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"checkpoints cannot be written to {cfg.out}: {error.strerror}") from error
+    return runs
+
+
+def _check_directory(path: Path, settings: dict[str, Any], resume: bool) -> None:
+    if not path.exists():
+        return
+    if not resume:
+        raise ValueError(f"{path} exists already: choose another --name or --out, or continue it with --resume=true")
+    config = checkpoint.load_config(path)
+    if config["status"] == "complete":
+        raise ValueError(f"{path} is complete: there is nothing to resume")
+    for key, value in settings.items():
+        before = config["training"].get(key)
+        if key not in _NOT_COMPARED and before != value:
+            raise ValueError(f"{path} was begun with {key}={before}, not {value}: resume it with the same configuration")
+
+
+def _dataset(activations: ActivationsConfig) -> str:
+    if activations.dataset:
+        return activations.dataset
+    return EMBEDDED if activations.model == embedded.NAME else "Skylion007/openwebtext"
+
+
+def _context_size(activations: ActivationsConfig, lm: LanguageModel) -> int:
+    size = activations.context_size or (128 if _dataset(activations) == EMBEDDED else min(1024, lm.n_ctx))
+    if size > lm.n_ctx:
+        raise ValueError(f"context_size {size} exceeds the {lm.n_ctx} positions of {lm.name}")
+    return size
+
+
+def _passes(corpus: Corpus, n_tokens: int) -> str:
+    if not corpus.finite:
+        return ""
+    return f", {n_tokens / (corpus.n_train_contexts * (corpus.context_size - 1)):.2f} passes over it"
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # torch raises either, by backend
+        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return name
+
+
+def _fill(source: CachedActivations, lm: LanguageModel, layer: int, corpus: Corpus) -> None:
+    if not source.missing():
+        print(f"Activations: from the cache {source.folder}", flush=True)
+        return
+    with tqdm(unit="tok", unit_scale=True, desc="Harvesting activations", dynamic_ncols=True) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        source.fill(lm, layer, corpus, progress)
+
+
+def _statistics(stream: Any, normalize: str) -> tuple[Float[Tensor, "head d_head"], Float[Tensor, "head d_head"]]:
+    """Scale of every input dimension, and the mean of raw z, from the first rows of the stream."""
+    rows = []
+    while sum(map(len, rows)) < _SCALE_ROWS:
+        rows.append(next(stream))
+    z = torch.cat(rows)[:_SCALE_ROWS]
+    n_heads, d_head = z.shape[1:]
+    if normalize == "per_head":
+        scale = d_head**0.5 / z.norm(dim=-1).mean(0).clamp_min(1e-6)
+    elif normalize == "global":
+        scale = ((n_heads * d_head) ** 0.5 / z.flatten(1).norm(dim=-1).mean()).expand(n_heads)
+    else:
+        scale = torch.ones(n_heads)
+    return scale[:, None].expand(n_heads, d_head).contiguous(), z.mean(0)
+
+
+def _new_sae(lm: LanguageModel, sae_cfg: SAEConfig) -> BlockDiagSAE:
+    n_blocks, width = (lm.n_heads, lm.d_head) if sae_cfg.block == "head" else (1, lm.n_heads * lm.d_head)
+    return BlockDiagSAE(n_blocks, width, width * sae_cfg.expansion_factor)
+
+
+def _describe_data(lm: LanguageModel, activations: ActivationsConfig, corpus: Corpus) -> dict[str, Any]:
+    return {
+        "model": {
+            "name": lm.name,
+            "fingerprint": lm.fingerprint(),
+            "hook_name": activations.hook_name,
+            "hook_layer": activations.hook_layer,
+            "n_heads": lm.n_heads,
+            "d_head": lm.d_head,
+            "dtype": activations.model_dtype,
+            "processing": PROCESSING,
+        },
+        "text": {
+            "name": corpus.name,
+            "fingerprint": corpus.fingerprint,
+            "context_size": corpus.context_size,
+            "held_out_fraction": activations.held_out_fraction,
+            "text_column": activations.text_column,
+        },
+    }
