@@ -1,0 +1,1 @@
+"""Computes what the pages draw. No Streamlit in here."""

@@ -1,0 +1,182 @@
+"""One prompt through one checkpoint: which features fire, and from where their heads read."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from analysis import dfa
+from trainer.block_diag import BlockDiagSAE
+from trainer.lm import LanguageModel
+
+
+@dataclass(frozen=True)
+class PromptRun:
+    """A prompt's tokens, attention and feature activations; position 0 is BOS.
+
+    `reads` and `active` have the model's heads; in a dense SAE every feature is read by all of them.
+    """
+
+    tokens: Int[Tensor, "pos"]
+    strings: list[str]
+    f: Float[Tensor, "pos block feature"]
+    pattern: Float[Tensor, "head query source"]
+    reads: Float[Tensor, "head source feature"]
+    slots: Int[Tensor, "query source"]
+
+    @property
+    def features_per_block(self) -> int:
+        return self.f.shape[-1]
+
+    @property
+    def dense(self) -> bool:
+        return self.f.shape[1] != len(self.pattern)
+
+    def label(self, position: int) -> str:
+        """`position: token`, unique within the prompt and readable."""
+        return f"{position}: {visible(self.strings[position])}"
+
+
+@torch.no_grad()
+def run_prompt(lm: LanguageModel, sae: BlockDiagSAE, layer: int, prompt: str) -> PromptRun:
+    """Run a prompt up to hook_z of `layer` and encode it.
+
+    Raises:
+        ValueError: the prompt is empty or too long, or the SAE's sizes are not this model's.
+    """
+    if sae.d_in != lm.n_heads * lm.d_head:
+        raise ValueError(f"the SAE reads {sae.d_in} dimensions, but {lm.name} has {lm.n_heads} x {lm.d_head}")
+    tokens = lm.to_tokens(prompt)
+    z, v, pattern = (part[0].float() for part in lm.attention(tokens, layer))
+    sae = sae.to(lm.device)
+    W_enc = dfa.head_encoders(sae, lm.n_heads, lm.d_head)
+    ids = tokens[0].cpu()
+    return PromptRun(
+        tokens=ids,
+        strings=lm.token_strings(ids.tolist()),
+        f=sae.encode(z).cpu(),
+        pattern=pattern.cpu(),
+        reads=dfa.reads(v, lm.value_bias(layer).float(), W_enc).cpu(),
+        slots=dfa.source_slots(ids),
+    )
+
+
+def firing_map(run: PromptRun) -> pd.DataFrame:
+    """How many features fire: one row per head (or block of a dense SAE) and position but BOS."""
+    counts = (run.f > 0).sum(-1)
+    rows = [
+        (head, position, run.label(position), int(counts[position, head]), float(run.f[position, head].sum()))
+        for head in range(counts.shape[1])
+        for position in range(1, len(counts))
+    ]
+    return pd.DataFrame(rows, columns=["head", "position", "token", "active", "activation"])
+
+
+def active_features(run: PromptRun, head: int | None, position: int | None, limit: int = 500) -> pd.DataFrame:
+    """Features that fire in a head (or dense block) and at a position (None: any), strongest first.
+
+    One row per feature and position, at most `limit`. `share` is the activation's part of everything
+    that fires in that head at that position; `reads from` is the source with the largest DFA (summed
+    over heads in a dense SAE), `source share` its part of the feature's positive DFA.
+    """
+    f = run.f.clone()
+    f[0] = 0  # BOS is not part of what the SAE is for
+    if head is not None:
+        f[:, torch.arange(f.shape[1]) != head] = 0
+    if position is not None:
+        f[torch.arange(len(f)) != position] = 0
+    found = min(limit, int((f > 0).sum()))
+    activation, flat = f.flatten().topk(found)
+    q, block, index = (torch.from_numpy(part) for part in np.unravel_index(flat.numpy(), f.shape))
+    if run.dense:
+        attribution = torch.einsum("hns,hsn->ns", run.pattern[:, q], run.reads[:, :, index])
+    else:
+        attribution = run.pattern[block, q] * run.reads[block, :, index]
+    best, source = attribution.max(-1)
+    positive = attribution.relu().sum(-1)
+    return pd.DataFrame(
+        {
+            "feature": (block * run.features_per_block + index).numpy(),
+            "head": block.numpy(),
+            "position": q.numpy(),
+            "token": [run.label(i) for i in q.tolist()],
+            "activation": activation.numpy(),
+            "share": (activation / run.f.sum(-1)[q, block]).numpy(),
+            "reads from": [run.label(i) for i in source.tolist()],
+            "slot": [dfa.SLOTS[i] for i in run.slots[q, source].tolist()],
+            "source share": (best.relu() / positive.clamp_min(1e-12)).numpy(),
+        }
+    )
+
+
+def source_attribution(run: PromptRun, block: int, index: int, position: int) -> pd.DataFrame:
+    """Exact DFA of one feature at one position: a row per source (and per head, in a dense SAE).
+
+    `attention` is A[q, s] (where the head looks), `read` is (v[s] - b_V) . w (what is there for the
+    feature), `dfa` their product. Their sum and the constant make up the pre-activation.
+    """
+    heads = range(len(run.pattern)) if run.dense else [block]
+    parts = []
+    for head in heads:
+        attention = run.pattern[head, position, : position + 1]
+        read = run.reads[head, : position + 1, index]
+        parts.append(
+            pd.DataFrame(
+                {
+                    "head": head,
+                    "source": range(position + 1),
+                    "token": [run.label(s) for s in range(position + 1)],
+                    "slot": [dfa.SLOTS[i] for i in run.slots[position, : position + 1].tolist()],
+                    "attention": attention.numpy(),
+                    "read": read.numpy(),
+                    "dfa": (attention * read).numpy(),
+                }
+            )
+        )
+    return pd.concat(parts, ignore_index=True)
+
+
+def roles(run: PromptRun) -> pd.DataFrame:
+    """What each head does on this prompt: the share of its attention, and of its features' positive
+    DFA, that falls on each source slot. One row per head and slot."""
+    active = (run.f > 0).float()
+    if run.dense:
+        active = active.expand(-1, len(run.pattern), -1)
+    attention = dfa.mass_per_slot(run.pattern, run.slots)
+    attribution = dfa.mass_per_slot(dfa.positive_mass(run.pattern, run.reads, active), run.slots)
+    rows = [
+        (head, slot, float(attention[head, i]), float(attribution[head, i]))
+        for head in range(len(attention))
+        for i, slot in enumerate(dfa.SLOTS)
+    ]
+    return pd.DataFrame(rows, columns=["head", "slot", "attention", "dfa"])
+
+
+def role_table(shares: pd.DataFrame) -> pd.DataFrame:
+    """The largest slot of each head by attention and by DFA, and whether the two agree."""
+    rows = []
+    for head, group in shares.groupby("head"):
+        by_attention = group.loc[group["attention"].idxmax()]
+        by_dfa = group.loc[group["dfa"].idxmax()]
+        fires = group["dfa"].sum() > 0
+        rows.append(
+            {
+                "head": head,
+                "by attention": by_attention["slot"],
+                "attention share": by_attention["attention"],
+                "by DFA": by_dfa["slot"] if fires else "nothing fires",
+                "DFA share": by_dfa["dfa"],
+                "agree": bool(fires and by_attention["slot"] == by_dfa["slot"]),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def visible(text: str) -> str:
+    """A token with its white space and control characters made visible and harmless."""
+    named = {" ": "\u00b7", "\n": "\u21b5", "\t": "\u21e5", "\r": "\u240d"}
+    shown = "".join(named.get(c, c if c.isprintable() else f"\\u{ord(c):04x}") for c in text)
+    return shown or "\u2205"

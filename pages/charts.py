@@ -1,0 +1,154 @@
+"""Altair charts of frames from `analysis`; no Streamlit, no figures computed here."""
+
+import altair as alt
+import pandas as pd
+
+from analysis.dfa import SLOTS
+from analysis.tables import METRICS
+
+# Okabe and Ito's palette, distinguishable with every common colour vision.
+PALETTE = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#B8A800", "#7F7F7F"]
+SLOT_COLOURS = dict(
+    zip(SLOTS, ["#9AA0A6", "#CC79A7", "#D55E00", "#E69F00", "#0072B2", "#56B4E9", "#009E73"], strict=True)
+)
+_SLOT = alt.Color(
+    "slot:N",
+    title="Source slot",
+    scale=alt.Scale(domain=list(SLOT_COLOURS), range=list(SLOT_COLOURS.values())),
+    legend=alt.Legend(orient="top", columns=7),
+)
+
+
+def tradeoff(frame: pd.DataFrame, metric: str, log: bool) -> alt.LayerChart:
+    """L0 against one metric, a point per checkpoint, bars of one standard error where there is one."""
+    kind = "log" if log else "linear"
+    # Scores can be negative or above 1, so they stay on a linear axis.
+    y_kind = kind if metric in ("MSE", "MSE_per_dim", "FVU") else "linear"
+    x = alt.X("L0:Q", title="L0 (mean active features per token)", scale=alt.Scale(type=kind, zero=False, padding=30))
+    y = alt.Y(f"{metric}:Q", title=METRICS[metric], scale=alt.Scale(type=y_kind, zero=False, padding=30))
+    colour = alt.Color("recipe:N", title="Recipe", scale=alt.Scale(range=PALETTE))
+    tips = ["name", "status", "figures", *(c for c in ("L0", "MSE", "FVU", "CE_score", "KL_score") if c in frame)]
+    points = (
+        alt.Chart(frame)
+        .mark_point(size=110, filled=True, opacity=0.9)
+        .encode(x=x, y=y, color=colour, shape=alt.Shape("figures:N", title="Figures from"), tooltip=tips)
+    )
+    names = alt.Chart(frame).mark_text(dx=9, align="left", fontSize=11).encode(x=x, y=y, text="name:N", color=colour)
+    layers = [points, names]
+    if f"{metric}_se" in frame:
+        bounds = frame.assign(low=frame[metric] - frame[f"{metric}_se"], high=frame[metric] + frame[f"{metric}_se"])
+        bars = alt.Chart(bounds).mark_rule().encode(x=x, y=alt.Y("low:Q", title=METRICS[metric]), y2="high:Q", color=colour)
+        layers.insert(0, bars)
+    return alt.layer(*layers).properties(height=420)
+
+
+def training_curves(frame: pd.DataFrame, figure: str) -> alt.Chart:
+    """One logged figure over training tokens, a line per checkpoint."""
+    return (
+        alt.Chart(frame)
+        .mark_line(interpolate="monotone")
+        .encode(
+            x=alt.X("tokens:Q", title="Training tokens", axis=alt.Axis(format="~s")),
+            y=alt.Y(f"{figure}:Q", title=f"{figure} (training batch)", scale=alt.Scale(zero=False)),
+            color=alt.Color("name:N", title="Checkpoint", scale=alt.Scale(range=PALETTE)),
+            tooltip=["name", "step", figure],
+        )
+        .properties(height=300)
+    )
+
+
+def l0_histograms(frame: pd.DataFrame, columns: int = 5) -> alt.FacetChart:
+    """Per-token L0 distribution, one panel a head; checkpoints overlaid where the frame has several."""
+    several = "name" in frame
+    bars = alt.Chart(frame).mark_area(interpolate="step-after", opacity=0.55 if several else 0.9, line=True)
+    encoded = bars.encode(
+        x=alt.X("L0:Q", title="Active features of a token"),
+        y=alt.Y("share:Q", title="Share of tokens", stack=None, axis=alt.Axis(format="%")),
+        color=(
+            alt.Color("name:N", title="Checkpoint", scale=alt.Scale(range=PALETTE), legend=alt.Legend(orient="top", labelLimit=400))
+            if several
+            else alt.value(PALETTE[0])
+        ),
+        tooltip=["head", "L0", alt.Tooltip("share:Q", format=".1%")],
+    )
+    return encoded.properties(width=190, height=130).facet(
+        facet=alt.Facet("head:N", title="Head", sort="ascending"), columns=columns
+    )
+
+
+def per_head_bars(frame: pd.DataFrame, metric: str, title: str) -> alt.LayerChart:
+    """One figure per head, with its standard error where there is one."""
+    base = alt.Chart(frame).encode(x=alt.X("head:O", title="Head", axis=alt.Axis(labelAngle=0)))
+    bars = base.mark_bar(color=PALETTE[0]).encode(y=alt.Y(f"{metric}:Q", title=title), tooltip=["head", metric])
+    layers = [bars]
+    if f"{metric}_se" in frame:
+        bounds = frame.assign(low=frame[metric] - frame[f"{metric}_se"], high=frame[metric] + frame[f"{metric}_se"])
+        whiskers = alt.Chart(bounds).mark_rule(color=PALETTE[4], strokeWidth=2)
+        layers.append(whiskers.encode(x=alt.X("head:O"), y=alt.Y("low:Q", title=title), y2="high:Q"))
+    return alt.layer(*layers).properties(height=220)
+
+
+def firing_map(frame: pd.DataFrame) -> alt.Chart:
+    """Heads by tokens, coloured by how many features fire; a click selects a cell."""
+    pick = alt.selection_point(name="cell", fields=["head", "position"], toggle=False)
+    return (
+        alt.Chart(frame)
+        .mark_rect()
+        .encode(
+            x=alt.X("token:N", title=None, sort=alt.SortField("position"), axis=alt.Axis(labelAngle=-60, labelLimit=90)),
+            y=alt.Y("head:O", title="Head"),
+            color=alt.Color("active:Q", title="Active features", scale=alt.Scale(scheme="viridis")),
+            opacity=alt.condition(pick, alt.value(1.0), alt.value(0.45)),
+            tooltip=["head", "token", "active", alt.Tooltip("activation:Q", format=".2f")],
+        )
+        .add_params(pick)
+        .properties(height=alt.Step(24))
+    )
+
+
+def roles(frame: pd.DataFrame) -> alt.FacetChart:
+    """Where each head looks and what its features read: shares by source slot, two bars a head."""
+    long = frame.melt(["head", "slot"], ["attention", "dfa"], var_name="measure", value_name="share")
+    long["measure"] = long["measure"].map({"attention": "attention", "dfa": "DFA"})
+    long["order"] = long["slot"].map({slot: index for index, slot in enumerate(SLOTS)})
+    return (
+        alt.Chart(long)
+        .mark_bar()
+        .encode(
+            x=alt.X("share:Q", title="Share", axis=alt.Axis(format="%")),
+            y=alt.Y("measure:N", title=None, sort=["attention", "DFA"]),
+            color=_SLOT,
+            order="order:Q",
+            tooltip=["head", "measure", "slot", alt.Tooltip("share:Q", format=".1%")],
+        )
+        .properties(height=34, width=430)
+        .facet(row=alt.Row("head:N", title="Head", header=alt.Header(labelAngle=0)), spacing=4)
+    )
+
+
+def source_strips(frame: pd.DataFrame) -> alt.VConcatChart:
+    """Three strips over the sources of one feature: where it looks, what it reads there, and their product."""
+    strips = []
+    for column, title in (
+        ("attention", "Where it looks: A"),
+        ("read", "What it reads: (v - b_V)·w"),
+        ("dfa", "DFA: their product"),
+    ):
+        last = column == "dfa"
+        strips.append(
+            alt.Chart(frame)
+            .mark_bar()
+            .encode(
+                x=alt.X(
+                    "token:N",
+                    title=None,
+                    sort=alt.SortField("source"),
+                    axis=alt.Axis(labels=last, ticks=last, labelAngle=-60, labelLimit=90),
+                ),
+                y=alt.Y(f"sum({column}):Q", title=title.split(":")[0]),
+                color=_SLOT,
+                tooltip=["token", "slot", alt.Tooltip(f"{column}:Q", format=".4f")],
+            )
+            .properties(height=90, width=780, title=alt.Title(title, anchor="start", fontSize=12))
+        )
+    return alt.vconcat(*strips, spacing=4)

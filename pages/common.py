@@ -1,0 +1,129 @@
+"""What every page needs of Streamlit: caches, and the widgets that pages share.
+
+Models and SAEs are shared by all sessions; the model holds its own lock around hooks. Everything a
+widget chooses is in the URL (`bind="query-params"`), so an address is a permalink.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import streamlit as st
+
+from analysis.prompt import PromptRun, run_prompt
+from trainer import checkpoint, embedded
+from trainer.block_diag import BlockDiagSAE
+
+ROOT = Path(__file__).parents[1]
+FIRST_COMMAND = "python -m trainer --lr=1e-3 --total_training_steps=300 --eval_tokens=1024"
+EXAMPLES = {
+    "Repetition": "The cat sat on the mat. The dog ran to the park. The cat sat on the",
+    "Names": "When John and Mary went to the store, John gave a drink to",
+    "Speech": "Fellow citizens of the Senate and of the House of Representatives: I congratulate you on the "
+    "favorable state of our public affairs. The Senate and the House of",
+    "Code": "def add(first, second):\n    return first + second\n\ndef subtract(first, second):\n    return",
+}
+
+
+def folder() -> Path:
+    """The checkpoint folder: `checkpoints/` beside app.py, or ATTN_SAES_CHECKPOINTS."""
+    return Path(os.environ.get("ATTN_SAES_CHECKPOINTS") or ROOT / "checkpoints")
+
+
+def readable() -> list[checkpoint.Listed]:
+    """Checkpoints that can be shown; the others are listed with their reason, and the app goes on."""
+    listed = checkpoint.list_checkpoints(folder())
+    broken = [each for each in listed if each.error]
+    if broken:
+        with st.expander(f"{len(broken)} unreadable checkpoint(s) in {folder().name}/", icon=":material/warning:"):
+            for each in broken:
+                st.text(each.error)
+    found = [each for each in listed if each.config]
+    if not found:
+        st.info("There is no checkpoint to show yet. Train one, it appears here while it trains:")
+        st.code(FIRST_COMMAND, language="bash")
+        st.stop()
+    return found
+
+
+def pick_checkpoint(listed: list[checkpoint.Listed], label: str, key: str, index: int = 0) -> checkpoint.Listed:
+    """A select box over checkpoint names, kept in the URL under `key`."""
+    by_name = {each.path.name: each for each in listed}
+    return by_name[st.selectbox(label, list(by_name), index=min(index, len(by_name) - 1), key=key, bind="query-params")]
+
+
+def evaluation(listed: checkpoint.Listed) -> dict[str, Any] | None:
+    """eval.json of a checkpoint, or None with a sentence on the page."""
+    try:
+        figures = checkpoint.load_eval(listed.path)
+    except checkpoint.CheckpointError as error:
+        st.error(str(error))
+        return None
+    if figures is None:
+        st.info(f"{listed.path.name} is still training: its held-out figures come with eval.json at the end.")
+    return figures
+
+
+def pick_text(figures: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Choose between the two texts of eval.json; returns the figures on the chosen one."""
+    texts = {"Held-out text": lambda f: f, "Repeated random tokens": lambda f: f["induction"]}
+    choice = st.segmented_control(
+        "Evaluated on", list(texts), default="Held-out text", required=True, key="text", bind="query-params"
+    )
+    return [texts[choice](each) for each in figures]
+
+
+@st.cache_resource(max_entries=8, show_spinner=False)
+def _sae(path: str, modified: float) -> tuple[BlockDiagSAE, dict[str, Any]]:
+    return checkpoint.load(path)
+
+
+@st.cache_resource(max_entries=2, show_spinner="Loading the language model")
+def _language_model(name: str, dtype: str) -> Any:
+    from trainer.lm import LanguageModel  # transformer_lens takes seconds to import: only pages with prompts pay
+
+    return LanguageModel.load(name, dtype=dtype)
+
+
+@st.cache_resource(max_entries=6, show_spinner="Running the prompt")
+def _prompt_run(path: str, modified: float, prompt: str) -> PromptRun:
+    sae, config = _sae(path, modified)
+    model = config["model"]
+    return run_prompt(_language_model(model["name"], model["dtype"]), sae, model["hook_layer"], prompt)
+
+
+def prompt_run(listed: checkpoint.Listed, prompt: str) -> PromptRun:
+    """Run a prompt, fetching the embedded model first if it is not there; errors end the page with a sentence."""
+    name = listed.config["model"]["name"]
+    try:
+        if name == embedded.NAME and not embedded.is_ready():
+            with st.empty():
+                bar = st.progress(0.0, "The embedded model is fetched once")
+                embedded.ensure(lambda fraction, message: bar.progress(fraction, message))
+                st.empty()
+        run = _prompt_run(str(listed.path), _modified(listed.path), prompt)
+        if _language_model(name, listed.config["model"]["dtype"]).fingerprint() != listed.config["model"]["fingerprint"]:
+            st.warning(f"{name} has other weights here than when {listed.path.name} was trained.")
+        return run
+    except (ValueError, RuntimeError, OSError) as error:
+        st.error(str(error))
+        st.stop()
+
+
+def prompt_box() -> str:
+    """The prompt and its examples; the prompt is in the URL."""
+    st.session_state.setdefault("prompt", EXAMPLES["Repetition"])
+    prompt = st.text_area("Prompt", key="prompt", bind="query-params", height=90)
+    with st.container(horizontal=True):
+        for name, text in EXAMPLES.items():
+            st.button(name, key=f"example_{name}", on_click=_set_prompt, args=(text,), help=text)
+    return prompt
+
+
+def _set_prompt(text: str) -> None:
+    st.session_state["prompt"] = text
+
+
+def _modified(path: Path) -> float:
+    file = path / "sae.safetensors"
+    return file.stat().st_mtime if file.exists() else 0.0

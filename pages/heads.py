@@ -1,0 +1,52 @@
+"""One checkpoint, head by head: sparsity, error, effect on the model, dead features."""
+
+import streamlit as st
+
+from analysis import tables
+from pages import charts, common
+
+st.title("Heads")
+st.caption("How many features each head needs per token, and how much of the head its features keep.")
+
+listed = common.pick_checkpoint(common.readable(), "Checkpoint", "checkpoint")
+figures = common.evaluation(listed)
+if figures is None:
+    st.stop()
+(figures,) = common.pick_text([figures])
+model = listed.config["model"]
+
+with st.container(horizontal=True):
+    st.metric("L0", f"{figures['L0']:.1f}", border=True, help="mean active features per token, all heads")
+    st.metric("FVU", f"{figures['FVU']:.3f}", border=True, help="fraction of variance unexplained")
+    for name in ("CE", "KL"):
+        score, error = figures[f"{name}_score"], figures[f"{name}_score_se"]
+        text = "not measurable on this text" if score is None else f"{score:.3f} ± {error:.3f}"
+        st.metric(f"{name} score", text, border=True, help="± one standard error, paired per token against clean")
+    st.metric("Dead features", f"{figures['dead_fraction']:.1%}", border=True, help="never fire on these tokens")
+ces = " · ".join(f"{key} {figures[f'CE_{key}']:.4f} ± {figures[f'CE_{key}_se']:.4f}" for key in ("clean", "sae", "zero", "mean"))
+st.caption(f"CE (nats): {ces} · on {figures['n_tokens']:,} tokens; errors of sae, zero and mean are paired against clean")
+
+st.subheader("L0 per token")
+if listed.config["block"] == "dense":
+    st.caption("A dense SAE has no heads of its own: one panel for all of it.")
+st.altair_chart(charts.l0_histograms(tables.histograms(figures)))
+
+st.subheader("Per head")
+frame = tables.per_head(figures, model["n_heads"])
+panels = {
+    "FVU": "FVU of the head",
+    "KL_score": "KL score, only this head replaced",
+    "CE_score": "CE score, only this head replaced",
+    "dead_fraction": "Dead features (share)",
+}
+columns = st.columns(2)
+for index, (metric, title) in enumerate(panels.items()):
+    with columns[index % 2]:
+        st.markdown(f"**{title}**")
+        if frame[metric].notna().any():
+            st.altair_chart(charts.per_head_bars(frame, metric, metric.replace("_", " ")), width="stretch")
+        unmeasured = frame.loc[frame[metric].isna(), "head"].tolist()
+        if unmeasured:
+            why = "has no meaning for a dense SAE" if metric == "dead_fraction" else "not measurable on this text"
+            st.caption(f"{why}: heads {', '.join(map(str, unmeasured))}")
+st.dataframe(frame, hide_index=True, width="stretch")
