@@ -42,7 +42,7 @@ def constants(
     return torch.einsum("hd,hdf->hf", b_V, W_enc) + b_enc
 
 
-def source_slots(tokens: Int[Tensor, "pos"]) -> Int[Tensor, "query source"]:
+def source_slots(tokens: Int[Tensor, " pos"]) -> Int[Tensor, "query source"]:
     """Index into SLOTS for every source of every query; -1 where the source lies in the future.
 
     Of the kinds that apply, the first in SLOTS counts: bos (s = 0), self (s = q), induction

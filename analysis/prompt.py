@@ -20,7 +20,7 @@ class PromptRun:
     `reads` and `active` have the model's heads; in a dense SAE every feature is read by all of them.
     """
 
-    tokens: Int[Tensor, "pos"]
+    tokens: Int[Tensor, " pos"]
     strings: list[str]
     f: Float[Tensor, "pos block feature"]
     pattern: Float[Tensor, "head query source"]

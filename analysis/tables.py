@@ -56,7 +56,9 @@ def curves(paths: list[Path]) -> pd.DataFrame:
     rows = []
     for path in paths:
         for line in checkpoint.load_metrics(path):
-            rows.append({"name": path.name} | {key: value for key, value in line.items() if not isinstance(value, list)})
+            rows.append(
+                {"name": path.name} | {key: value for key, value in line.items() if not isinstance(value, list)}
+            )
     return pd.DataFrame(rows)
 
 
@@ -76,9 +78,5 @@ def per_head(figures: dict[str, Any], n_heads: int) -> pd.DataFrame:
 def histograms(figures: dict[str, Any]) -> pd.DataFrame:
     """Share of tokens at every per-token L0, one run of rows per head (or the one block of a dense SAE)."""
     counts = figures.get("L0_histogram_per_head") or []
-    rows = [
-        (head, l0, count / sum(of_head))
-        for head, of_head in enumerate(counts)
-        for l0, count in enumerate(of_head)
-    ]
+    rows = [(head, l0, count / sum(of_head)) for head, of_head in enumerate(counts) for l0, count in enumerate(of_head)]
     return pd.DataFrame(rows, columns=["head", "L0", "share"])

@@ -37,7 +37,11 @@ def tradeoff(frame: pd.DataFrame, metric: str, log: bool) -> alt.LayerChart:
     layers = [points, names]
     if f"{metric}_se" in frame:
         bounds = frame.assign(low=frame[metric] - frame[f"{metric}_se"], high=frame[metric] + frame[f"{metric}_se"])
-        bars = alt.Chart(bounds).mark_rule().encode(x=x, y=alt.Y("low:Q", title=METRICS[metric]), y2="high:Q", color=colour)
+        bars = (
+            alt.Chart(bounds)
+            .mark_rule()
+            .encode(x=x, y=alt.Y("low:Q", title=METRICS[metric]), y2="high:Q", color=colour)
+        )
         layers.insert(0, bars)
     return alt.layer(*layers).properties(height=420)
 
@@ -65,7 +69,12 @@ def l0_histograms(frame: pd.DataFrame, columns: int = 5) -> alt.FacetChart:
         x=alt.X("L0:Q", title="Active features of a token"),
         y=alt.Y("share:Q", title="Share of tokens", stack=None, axis=alt.Axis(format="%")),
         color=(
-            alt.Color("name:N", title="Checkpoint", scale=alt.Scale(range=PALETTE), legend=alt.Legend(orient="top", labelLimit=400))
+            alt.Color(
+                "name:N",
+                title="Checkpoint",
+                scale=alt.Scale(range=PALETTE),
+                legend=alt.Legend(orient="top", labelLimit=400),
+            )
             if several
             else alt.value(PALETTE[0])
         ),
@@ -95,7 +104,9 @@ def firing_map(frame: pd.DataFrame) -> alt.Chart:
         alt.Chart(frame)
         .mark_rect()
         .encode(
-            x=alt.X("token:N", title=None, sort=alt.SortField("position"), axis=alt.Axis(labelAngle=-60, labelLimit=90)),
+            x=alt.X(
+                "token:N", title=None, sort=alt.SortField("position"), axis=alt.Axis(labelAngle=-60, labelLimit=90)
+            ),
             y=alt.Y("head:O", title="Head"),
             color=alt.Color("active:Q", title="Active features", scale=alt.Scale(scheme="viridis")),
             opacity=alt.condition(pick, alt.value(1.0), alt.value(0.45)),

@@ -102,7 +102,10 @@ def prompt_run(listed: checkpoint.Listed, prompt: str) -> PromptRun:
                 embedded.ensure(lambda fraction, message: bar.progress(fraction, message))
                 st.empty()
         run = _prompt_run(str(listed.path), _modified(listed.path), prompt)
-        if _language_model(name, listed.config["model"]["dtype"]).fingerprint() != listed.config["model"]["fingerprint"]:
+        if (
+            _language_model(name, listed.config["model"]["dtype"]).fingerprint()
+            != listed.config["model"]["fingerprint"]
+        ):
             st.warning(f"{name} has other weights here than when {listed.path.name} was trained.")
         return run
     except (ValueError, RuntimeError, OSError) as error:

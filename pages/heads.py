@@ -23,8 +23,12 @@ with st.container(horizontal=True):
         text = "not measurable on this text" if score is None else f"{score:.3f} ± {error:.3f}"
         st.metric(f"{name} score", text, border=True, help="± one standard error, paired per token against clean")
     st.metric("Dead features", f"{figures['dead_fraction']:.1%}", border=True, help="never fire on these tokens")
-ces = " · ".join(f"{key} {figures[f'CE_{key}']:.4f} ± {figures[f'CE_{key}_se']:.4f}" for key in ("clean", "sae", "zero", "mean"))
-st.caption(f"CE (nats): {ces} · on {figures['n_tokens']:,} tokens; errors of sae, zero and mean are paired against clean")
+ces = " · ".join(
+    f"{key} {figures[f'CE_{key}']:.4f} ± {figures[f'CE_{key}_se']:.4f}" for key in ("clean", "sae", "zero", "mean")
+)
+st.caption(
+    f"CE (nats): {ces} · on {figures['n_tokens']:,} tokens; errors of sae, zero and mean are paired against clean"
+)
 
 st.subheader("L0 per token")
 if listed.config["block"] == "dense":

@@ -68,7 +68,9 @@ else:
     st.subheader("Where a feature reads from")
     chosen = st.selectbox("Feature @ position", names, key="feature", bind="query-params")
     row = features.iloc[names.index(chosen)]
-    sources = analysis.source_attribution(run, int(row["head"]), int(row["feature"]) % run.features_per_block, int(row["position"]))
+    sources = analysis.source_attribution(
+        run, int(row["head"]), int(row["feature"]) % run.features_per_block, int(row["position"])
+    )
     if len(sources) > 60:
         strongest = sources.reindex(sources["dfa"].abs().nlargest(60).index).sort_index()
         st.caption(f"The 60 sources with the largest |DFA| of {len(sources)}, in order.")

@@ -20,7 +20,12 @@ def page() -> None:
     sites = sorted(frame["site"].unique())
     site = left.selectbox("Model and layer", sites, key="site", bind="query-params")
     metric = middle.segmented_control(
-        "L0 against", list(tables.METRICS), default="FVU", required=True, key="y", bind="query-params",
+        "L0 against",
+        list(tables.METRICS),
+        default="FVU",
+        required=True,
+        key="y",
+        bind="query-params",
         format_func=lambda key: key.replace("_", " "),
     )
     log = right.toggle("Log axes", key="log", bind="query-params")

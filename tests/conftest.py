@@ -1,5 +1,6 @@
 """Small models, texts and SAEs that the tests make themselves; nothing is downloaded."""
 
+import json
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -13,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).parents[1]
+torch.set_num_threads(1)  # the models are tiny and pytest runs two workers: more threads only wait for each other
 
 
 def save_tokenizer(folder: Path) -> None:
@@ -63,8 +65,6 @@ def save_tiny_llama(folder: Path) -> None:
 
 def write_text(path: Path, documents: int = 60, words: int = 300) -> Path:
     """Documents of words drawn from a small vocabulary, one JSON record a line."""
-    import json
-
     generator = torch.Generator().manual_seed(2)
     vocabulary = ["the", "head", "reads", "a", "token", "from", "layer", "and", "writes", "it", "back", "again"]
     with path.open("w") as file:

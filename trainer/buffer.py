@@ -67,9 +67,7 @@ def open_source(
     return CachedActivations(cache_dir() / "activations", key, n_contexts, buffer_rows, seed)
 
 
-def batches(
-    source: Source, batch_size: int, seed: int, start: int = 0
-) -> Iterator[Float[Tensor, "batch head d_head"]]:
+def batches(source: Source, batch_size: int, seed: int, start: int = 0) -> Iterator[Float[Tensor, "batch head d_head"]]:
     """Endless shuffled batches; `start` skips that many, exactly as if they had been taken.
 
     The few rows of a group that do not fill a batch are dropped.
@@ -227,7 +225,7 @@ class LiveActivations:
             block = torch.stack([next(contexts) for _ in range(self._contexts)])
             yield torch.cat(list(harvest(self._lm, self._layer, block)))
 
-    def _endless(self, start: int) -> Iterator[Int[Tensor, "pos"]]:
+    def _endless(self, start: int) -> Iterator[Int[Tensor, " pos"]]:
         if self._corpus.finite:
             start %= self._corpus.n_train_contexts
         while True:

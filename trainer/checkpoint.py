@@ -56,7 +56,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def save(path: Path, sae: BlockDiagSAE, config: dict[str, Any]) -> None:
-    """Write `sae.safetensors` and `config.json` (the sizes and versions are added here).
+    """Write `sae.safetensors` and `config.json`.
 
     Args:
         path: the checkpoint directory, made if needed.
@@ -66,6 +66,11 @@ def save(path: Path, sae: BlockDiagSAE, config: dict[str, Any]) -> None:
     path.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sae.named_parameters()}
     write_atomically(path / "sae.safetensors", lambda p: save_file(tensors, p))
+    save_config(path, sae, config)
+
+
+def save_config(path: Path, sae: BlockDiagSAE, config: dict[str, Any]) -> None:
+    """Write `config.json` alone, with the SAE's sizes and the package versions added."""
     shape = {key: getattr(sae, key) for key in _SHAPE}
     full = {"schema_version": SCHEMA_VERSION, "sae": shape, **config, "versions": _versions()}
     write_json(path / "config.json", full)

@@ -46,8 +46,13 @@ class ActivationsConfig:
     def __post_init__(self) -> None:
         _require(self.model.strip() != "", "model must not be empty")
         _require(self.hook_layer >= 0, f"hook_layer must be 0 or more, got {self.hook_layer}")
-        _require(self.context_size is None or self.context_size >= 4, f"context_size must be at least 4, got {self.context_size}")
-        _require(0 < self.held_out_fraction < 1, f"held_out_fraction must lie between 0 and 1, got {self.held_out_fraction}")
+        _require(
+            self.context_size is None or self.context_size >= 4,
+            f"context_size must be at least 4, got {self.context_size}",
+        )
+        _require(
+            0 < self.held_out_fraction < 1, f"held_out_fraction must lie between 0 and 1, got {self.held_out_fraction}"
+        )
         _require(self.cache_gb >= 0, f"cache_gb must be 0 or more, got {self.cache_gb}")
 
     @property
@@ -130,7 +135,15 @@ class TrainingConfig:
     """Weights & Biases project."""
 
     def __post_init__(self) -> None:
-        for key in ("total_training_steps", "batch_size", "buffer_tokens", "eval_tokens", "log_every", "save_every", "dead_after_tokens"):
+        for key in (
+            "total_training_steps",
+            "batch_size",
+            "buffer_tokens",
+            "eval_tokens",
+            "log_every",
+            "save_every",
+            "dead_after_tokens",
+        ):
             _require(getattr(self, key) >= 1, f"{key} must be at least 1, got {getattr(self, key)}")
         for key in ("lr", "max_grad_norm"):
             _require(getattr(self, key) > 0, f"{key} must be positive, got {getattr(self, key)}")

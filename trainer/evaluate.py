@@ -23,8 +23,8 @@ _BATCH_TOKENS = 1024  # of one forward to the logits: 200 MB of them with 49,152
 class Effect(NamedTuple):
     """Per-token effect of replacing z: next-token loss, and KL from the clean distribution (nats)."""
 
-    ce: Float[Tensor, "token"]
-    kl: Float[Tensor, "token"]
+    ce: Float[Tensor, " token"]
+    kl: Float[Tensor, " token"]
 
 
 def evaluate(
@@ -185,7 +185,7 @@ def _prediction(effects: dict[tuple, Effect], index: int, heads: list[int]) -> d
     return figures
 
 
-def _score(damage: Float[Tensor, "token"], ablation: Float[Tensor, "token"]) -> tuple[float | None, float | None]:
+def _score(damage: Float[Tensor, " token"], ablation: Float[Tensor, " token"]) -> tuple[float | None, float | None]:
     """1 - mean(damage) / mean(ablation) and its standard error by the delta method, paired per token.
 
     (None, None), "not measurable on this text", where ablation is within 3 standard errors of 0.
@@ -198,5 +198,5 @@ def _score(damage: Float[Tensor, "token"], ablation: Float[Tensor, "token"]) -> 
     return 1 - ratio, _standard_error(damage - ratio * ablation) / abs(denominator)
 
 
-def _standard_error(values: Float[Tensor, "token"]) -> float:
+def _standard_error(values: Float[Tensor, " token"]) -> float:
     return (values.double().std() / len(values) ** 0.5).item()

@@ -7,7 +7,7 @@ Grouped-query attention ends here: values come out once per query head.
 import hashlib
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -187,11 +187,8 @@ class LanguageModel:
             if name == names[-1]:
                 raise _StopForward
 
-        with self._hooked([(f"blocks.{layer}.{name}", keep) for name in names]):
-            try:
-                self.model(tokens.to(self.device), return_type=None)
-            except _StopForward:
-                pass
+        with self._hooked([(f"blocks.{layer}.{name}", keep) for name in names]), suppress(_StopForward):
+            self.model(tokens.to(self.device), return_type=None)
         return got
 
 

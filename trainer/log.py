@@ -56,10 +56,8 @@ class MetricsLog:
 
 
 def _flat(line: dict[str, Any]) -> dict[str, float]:
-    figures: dict[str, float] = {}
+    figures = dict(line)
     for key, value in line.items():
         if isinstance(value, list):
             figures |= {f"{key}/head_{head}": each for head, each in enumerate(value)}
-        elif isinstance(value, int | float):
-            figures[key] = value
-    return figures
+    return {key: value for key, value in figures.items() if isinstance(value, int | float)}

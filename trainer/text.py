@@ -67,7 +67,7 @@ class Corpus:
             f"{len(self._held_out) * per_context:,} held-out tokens in contexts of {self.context_size}"
         )
 
-    def train(self, start: int = 0) -> Iterator[Int[Tensor, "pos"]]:
+    def train(self, start: int = 0) -> Iterator[Int[Tensor, " pos"]]:
         """Training contexts in a fixed order from the `start`-th on, one pass."""
         if self.finite:
             yield from self._train[start:]
@@ -116,7 +116,7 @@ class Corpus:
     def _is_held_out(self, text: str) -> bool:
         return _hash_fraction(text) < self._fraction
 
-    def _pack(self, texts: Iterable[str]) -> Iterator[Int[Tensor, "pos"]]:
+    def _pack(self, texts: Iterable[str]) -> Iterator[Int[Tensor, " pos"]]:
         bos, eos = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
         width = self.context_size - 1
         pending: list[int] = []

@@ -1,0 +1,149 @@
+"""Rows reach the trainer complete, shuffled and at the right step, from the disk as from the model."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from trainer import buffer
+from trainer.buffer import CachedActivations, LiveActivations, batches, harvest, open_source
+from trainer.config import ActivationsConfig
+from trainer.text import Corpus
+
+LAYER = 2
+
+
+@pytest.fixture
+def corpus(gpt2, text_file):
+    return Corpus(str(text_file), gpt2.tokenizer, 16, held_out_fraction=0.1)
+
+
+@pytest.fixture
+def cache_root(tmp_path, monkeypatch):
+    monkeypatch.setenv("ATTN_SAES_CACHE", str(tmp_path))
+    monkeypatch.setattr(buffer, "_SHARD_CONTEXTS", 8)
+    return tmp_path
+
+
+def cached(gpt2, corpus, n_tokens, buffer_rows=480) -> CachedActivations:
+    config = ActivationsConfig(model=gpt2.name, hook_layer=LAYER)
+    return open_source(gpt2, config, corpus, n_tokens, buffer_rows, seed=0)
+
+
+def fill(source, gpt2, corpus) -> list[int]:
+    seen = []
+    source.fill(gpt2, LAYER, corpus, lambda done, total: seen.append(total))
+    return seen
+
+
+def same_rows(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal as collections, up to what another batch shape changes in the last bit of float16."""
+    return a.shape == b.shape and torch.allclose(a.float().sort(0).values, b.float().sort(0).values, atol=4e-3)
+
+
+def test_the_cache_holds_what_the_model_computes(gpt2, corpus, cache_root):
+    source = cached(gpt2, corpus, 1000)
+    fill(source, gpt2, corpus)
+    contexts = torch.stack(list(corpus.train()))[:8]
+    shard = load_file(source.folder / "shard-00000.safetensors")["z"]
+    expected = gpt2.hook_z(contexts, LAYER)[:, 1:].flatten(0, 1)
+    assert shard.dtype == torch.float16
+    assert torch.allclose(shard.float(), expected, atol=2e-3)
+    groups = torch.cat([next(source.groups(g)) for g in range(-(-len(source._shard_rows) // source._per_group))])
+    every = torch.cat(list(harvest(gpt2, LAYER, torch.stack(list(corpus.train()))[: len(groups) // 15])))
+    assert same_rows(groups, every), "one pass serves every row once"
+
+
+def test_a_second_run_never_runs_the_model(gpt2, corpus, cache_root, monkeypatch):
+    fill(cached(gpt2, corpus, 1000), gpt2, corpus)
+    monkeypatch.setattr(type(gpt2), "hook_z", lambda *a: pytest.fail("the language model ran"))
+    again = cached(gpt2, corpus, 1000)
+    assert again.missing() == []
+    assert fill(again, gpt2, corpus) == []
+    assert len(next(batches(again, 32, seed=0))) == 32
+    shorter = cached(gpt2, corpus, 300)
+    assert shorter.missing() == [], "a shorter run reads a longer run's cache"
+
+
+def test_an_interrupted_harvest_goes_on_and_a_longer_run_extends(gpt2, corpus, cache_root):
+    source = cached(gpt2, corpus, 1000)
+
+    def stop(done, total):
+        if done > 300:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        source.fill(gpt2, LAYER, corpus, stop)
+    left = source.missing()
+    assert 0 < len(left) < len(source._shard_rows)
+    fill(source, gpt2, corpus)
+    before = {path: path.stat().st_mtime_ns for path in source.folder.glob("shard-*")}
+    longer = cached(gpt2, corpus, 2000)
+    assert longer.folder == source.folder and longer.missing()
+    fill(longer, gpt2, corpus)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_another_model_layer_or_text_has_another_cache(gpt2, llama, corpus, cache_root):
+    folders = {cached(gpt2, corpus, 500).folder}
+    config = ActivationsConfig(model=gpt2.name, hook_layer=LAYER + 1)
+    folders.add(open_source(gpt2, config, corpus, 500, 480, seed=0).folder)
+    folders.add(
+        open_source(llama, ActivationsConfig(model=gpt2.name, hook_layer=LAYER), corpus, 500, 480, seed=0).folder
+    )
+    assert len(folders) == 3
+
+
+def test_a_damaged_shard_is_refused_by_name(gpt2, corpus, cache_root):
+    source = cached(gpt2, corpus, 500)
+    fill(source, gpt2, corpus)
+    shard = source.folder / "shard-00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:50])
+    with pytest.raises(ValueError, match=r"shard-00001\.safetensors is damaged"):
+        source.missing()
+
+
+@pytest.mark.parametrize("kind", ["cached", "live"])
+def test_starting_later_gives_the_same_batches(gpt2, corpus, cache_root, kind):
+    if kind == "cached":
+        source = cached(gpt2, corpus, 1000, buffer_rows=360)
+        fill(source, gpt2, corpus)
+    else:
+        source = LiveActivations(gpt2, LAYER, corpus, buffer_rows=360)
+    stream = batches(source, 50, seed=3)
+    first = [next(stream) for _ in range(40)]  # several groups, and a second pass of the cache
+    for start in (1, 7, 25):
+        assert torch.equal(next(batches(source, 50, seed=3, start=start)), first[start])
+    assert not torch.equal(next(batches(source, 50, seed=4)), first[0]), "another seed, another order"
+
+
+def test_rows_are_shuffled_across_contexts(gpt2, corpus, cache_root):
+    source = LiveActivations(gpt2, LAYER, corpus, buffer_rows=600)
+    batch = next(batches(source, 60, seed=0))
+    in_order = next(source.groups(0))[:60].float()
+    assert not torch.isin(batch[:, 0, 0], in_order[:, 0, 0]).all()
+
+
+def test_live_and_cached_serve_the_same_rows(gpt2, corpus, cache_root):
+    source = cached(gpt2, corpus, 720)
+    fill(source, gpt2, corpus)
+    disk = torch.cat([load_file(path)["z"] for path in sorted(source.folder.glob("shard-*"))])
+    live = next(LiveActivations(gpt2, LAYER, corpus, buffer_rows=720).groups(0))
+    assert torch.allclose(live.float(), disk[: len(live)].float(), atol=2e-3)
+
+
+def test_the_live_source_is_used_where_the_cache_would_be_too_large(gpt2, corpus, cache_root):
+    config = ActivationsConfig(model=gpt2.name, hook_layer=LAYER, cache_gb=1e-6)
+    assert isinstance(open_source(gpt2, config, corpus, 10_000, 480, 0), LiveActivations)
+
+
+def test_too_little_text_for_a_batch_is_refused(gpt2, corpus, cache_root):
+    source = cached(gpt2, corpus, 100)
+    fill(source, gpt2, corpus)
+    with pytest.raises(ValueError, match="fewer than one batch"):
+        next(batches(source, 4096, seed=0))
+
+
+def test_values_beyond_float16_are_refused(gpt2, corpus, monkeypatch):
+    monkeypatch.setattr(type(gpt2), "hook_z", lambda self, tokens, layer: torch.full((*tokens.shape, 4, 8), 1e6))
+    with pytest.raises(ValueError, match="do not fit in float16"):
+        next(harvest(gpt2, LAYER, torch.stack(list(corpus.train()))[:2]))
