@@ -15,7 +15,7 @@ _SLOT = alt.Color(
     "slot:N",
     title="Source slot",
     scale=alt.Scale(domain=list(SLOT_COLOURS), range=list(SLOT_COLOURS.values())),
-    legend=alt.Legend(orient="top", columns=7),
+    legend=alt.Legend(orient="top", columns=7, symbolLimit=7),
 )
 
 
@@ -61,27 +61,24 @@ def training_curves(frame: pd.DataFrame, figure: str) -> alt.Chart:
     )
 
 
-def l0_histograms(frame: pd.DataFrame, columns: int = 5) -> alt.FacetChart:
+def l0_histograms(frame: pd.DataFrame) -> alt.FacetChart:
     """Per-token L0 distribution, one panel a head; checkpoints overlaid where the frame has several."""
-    several = "name" in frame
-    bars = alt.Chart(frame).mark_area(interpolate="step-after", opacity=0.55 if several else 0.9, line=True)
+    colour = alt.value(PALETTE[0])
+    if "name" in frame:
+        legend = alt.Legend(orient="top", labelLimit=400)
+        colour = alt.Color("name:N", title="Checkpoint", scale=alt.Scale(range=PALETTE), legend=legend)
+    bars = alt.Chart(frame).mark_bar(opacity=0.6 if "name" in frame else 0.9)
     encoded = bars.encode(
-        x=alt.X("L0:Q", title="Active features of a token"),
-        y=alt.Y("share:Q", title="Share of tokens", stack=None, axis=alt.Axis(format="%")),
-        color=(
-            alt.Color(
-                "name:N",
-                title="Checkpoint",
-                scale=alt.Scale(range=PALETTE),
-                legend=alt.Legend(orient="top", labelLimit=400),
-            )
-            if several
-            else alt.value(PALETTE[0])
-        ),
-        tooltip=["head", "L0", alt.Tooltip("share:Q", format=".1%")],
+        x=alt.X("L0:Q", bin=alt.Bin(maxbins=40), title="Active features of a token"),
+        y=alt.Y("sum(share):Q", title="Share of tokens", stack=None, axis=alt.Axis(format="%", tickCount=4)),
+        color=colour,
+        tooltip=["head", alt.Tooltip("L0:Q", bin=alt.Bin(maxbins=40)), alt.Tooltip("sum(share):Q", format=".1%")],
     )
-    return encoded.properties(width=190, height=130).facet(
-        facet=alt.Facet("head:N", title="Head", sort="ascending"), columns=columns
+    # Each head on its own scale: a head that is silent on most tokens would flatten all the others.
+    return (
+        encoded.properties(width=250, height=110)
+        .facet(facet=alt.Facet("head:N", title="Head", sort="ascending"), columns=3)
+        .resolve_scale(y="independent")
     )
 
 
@@ -132,7 +129,7 @@ def roles(frame: pd.DataFrame) -> alt.FacetChart:
             order="order:Q",
             tooltip=["head", "measure", "slot", alt.Tooltip("share:Q", format=".1%")],
         )
-        .properties(height=34, width=430)
+        .properties(height=34, width=460)
         .facet(row=alt.Row("head:N", title="Head", header=alt.Header(labelAngle=0)), spacing=4)
     )
 

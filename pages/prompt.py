@@ -88,11 +88,11 @@ st.caption(
     "duplicate (an earlier copy), previous, local (2 to 5 back), other."
 )
 shares = analysis.roles(run)
-left, right = st.columns([3, 2])
-left.altair_chart(charts.roles(shares))
-right.dataframe(
+st.altair_chart(charts.roles(shares))
+st.dataframe(
     analysis.role_table(shares),
     hide_index=True,
+    width="content",
     column_config={
         "attention share": st.column_config.NumberColumn(format="percent"),
         "DFA share": st.column_config.NumberColumn(format="percent"),

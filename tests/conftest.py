@@ -33,8 +33,8 @@ def save_tokenizer(folder: Path) -> None:
 def save_tiny_gpt2(folder: Path) -> None:
     """A randomly initialised GPT-2 with 6 layers of 4 heads, large weights so that heads differ."""
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=257, n_positions=64, n_embd=32, n_layer=6, n_head=4, initializer_range=0.2)
-    config.n_ctx = 64  # as the real gpt2's config has it, and TransformerLens reads it
+    config = GPT2Config(vocab_size=257, n_positions=256, n_embd=32, n_layer=6, n_head=4, initializer_range=0.2)
+    config.n_ctx = 256  # as the real gpt2's config has it, and TransformerLens reads it
     config.bos_token_id = config.eos_token_id = 0
     model = GPT2LMHeadModel(config)
     for block in model.transformer.h:  # Hugging Face starts with zero biases, which would hide b_V

@@ -158,7 +158,7 @@ def test_wandb_writes_an_offline_run(command):
         (["--l1_coefficients=[-2]"], "l1_coefficients must be finite and 0 or more"),
         (["--l1_coefficients=[]"], "at least one coefficient"),
         (["--dataset=nowhere.txt"], "nowhere.txt does not exist"),
-        (["--context_size=5000"], "exceeds the 64 positions"),
+        (["--context_size=5000"], "exceeds the 256 positions"),
         (["--batch_size=0"], "batch_size must be at least 1"),
         (["--buffer_tokens=10"], "must hold at least one batch"),
         (["--device=gpu"], "device 'gpu' cannot be used"),
