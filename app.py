@@ -2,7 +2,7 @@
 
 import streamlit as st
 
-st.set_page_config(page_title="Attention-head SAEs", page_icon=":material/grid_view:", layout="wide")
+st.set_page_config(page_title="Attention-head SAEs", layout="wide")
 
 st.navigation(
     [

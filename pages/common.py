@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import streamlit as st
+from streamlit.runtime.pages_manager import PagesManager
 
 from analysis.prompt import PromptRun, run_prompt
 from trainer import checkpoint, embedded
@@ -23,6 +24,19 @@ EXAMPLES = {
     "favorable state of our public affairs. The Senate and the House of",
     "Code": "def add(first, second):\n    return first + second\n\ndef subtract(first, second):\n    return",
 }
+
+
+def begin(title: str, what: str) -> None:
+    """The top of a page: its title and one sentence on what it shows.
+
+    Where the first address that a fresh server sees is a page's own, Streamlit finds `pages/` by
+    itself and runs the script without app.py; so it is sent through app.py first.
+    """
+    if PagesManager.uses_pages_directory:
+        PagesManager.uses_pages_directory = False
+        st.rerun()
+    st.title(title)
+    st.caption(what)
 
 
 def folder() -> Path:

@@ -7,8 +7,7 @@ from analysis import prompt as analysis
 from analysis import tables
 from pages import charts, common
 
-st.title("Compare")
-st.caption("Two checkpoints on the same held-out tokens and the same prompt.")
+common.begin("Compare", "Two checkpoints on the same held-out tokens and the same prompt.")
 
 available = common.readable()
 left, right = st.columns(2)

@@ -5,8 +5,7 @@ import streamlit as st
 from analysis import tables
 from pages import charts, common
 
-st.title("Heads")
-st.caption("How many features each head needs per token, and how much of the head its features keep.")
+common.begin("Heads", "How many features each head needs per token, and how much of the head its features keep.")
 
 listed = common.pick_checkpoint(common.readable(), "Checkpoint", "checkpoint")
 figures = common.evaluation(listed)

@@ -9,10 +9,10 @@ from pages import charts, common
 
 ALL = "all"
 
-st.title("Prompt")
-st.caption(
+common.begin(
+    "Prompt",
     "Type a prompt: the map counts the features that fire in each head at each token. Pick a head or a token, then a "
-    "feature, to see which earlier tokens it reads from (direct feature attribution, exact for one head)."
+    "feature, to see which earlier tokens it reads from (direct feature attribution, exact for one head).",
 )
 
 listed = common.pick_checkpoint(common.readable(), "Checkpoint", "checkpoint")

@@ -5,10 +5,10 @@ import streamlit as st
 from analysis import tables
 from pages import charts, common
 
-st.title("Tradeoffs")
-st.caption(
+common.begin(
+    "Tradeoffs",
     "Each point is a checkpoint: fewer active features against a better reconstruction. CE and KL scores splice the "
-    "reconstruction into the model; bars are one standard error."
+    "reconstruction into the model; bars are one standard error.",
 )
 
 

@@ -42,7 +42,7 @@ def test_layer_17_heads_3_4_5_are_induction_heads(lm):
         ]
     ).mean(0)
     induction = mass[:, dfa.SLOTS.index("induction")]
-    assert (induction[INDUCTION_HEADS] > 0.5).all()
+    assert (induction[INDUCTION_HEADS] > 0.4).all()
     others = [head for head in range(9) if head not in INDUCTION_HEADS]
     assert induction[others].max() < induction[INDUCTION_HEADS].min()
 

@@ -5,6 +5,7 @@ import torch
 
 from trainer.block_diag import BlockDiagSAE
 from trainer.evaluate import evaluate, evaluate_tokens, repeated_tokens
+from trainer.lm import LanguageModel
 
 
 def identity(lm) -> BlockDiagSAE:
@@ -106,6 +107,14 @@ def test_a_score_without_a_measurable_effect_is_not_a_number(gpt2):
     finally:
         W_O.data.copy_(before)
     assert result["CE_score"] is None and result["KL_score_per_head"] == [None] * gpt2.n_heads
+
+
+def test_a_model_in_bfloat16_is_evaluated_with_a_float32_sae(gpt2, gpt2_folder):
+    half = LanguageModel.load(str(gpt2_folder), dtype="bfloat16")
+    tokens = contexts(gpt2, n=6)
+    (exact,) = evaluate_tokens(half, 1, [identity(half)], tokens, 1, per_head=False)
+    assert exact["FVU"] == pytest.approx(0, abs=1e-6)
+    assert exact["KL_score"] == pytest.approx(1, abs=0.01)
 
 
 def test_repeated_tokens_repeat_and_hold_no_special_token(gpt2):

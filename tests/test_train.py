@@ -192,6 +192,15 @@ def test_resuming_with_another_configuration_is_refused(command, capsys, monkeyp
     assert "was begun with lr=" in capsys.readouterr().err
 
 
+def test_an_interrupted_harvest_says_that_it_is_kept(command, capsys, monkeypatch):
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trainer.lm.LanguageModel.hook_z", stop)
+    assert main(command[0]) == 130
+    assert "harvested so far are kept" in capsys.readouterr().err
+
+
 def test_a_full_disk_loses_nothing(command, capsys, monkeypatch):
     """The state saved at step 5 survives a disk that is full at step 10."""
     arguments, _ = command

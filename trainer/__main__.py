@@ -44,6 +44,9 @@ def main(argv: list[str] | None = None) -> int:
     except Interrupted as stop:
         print(f"Saved: {stop}", file=sys.stderr)
         return 130
+    except KeyboardInterrupt:
+        print("Stopped before training began; activations harvested so far are kept.", file=sys.stderr)
+        return 130
     except (ValueError, RuntimeError, OSError) as error:
         return _refuse(error)
     return 0

@@ -92,7 +92,7 @@ def evaluate_tokens(
     for chunk, (resid, z) in tqdm(chunked, desc="Evaluating", disable=not progress, dynamic_ncols=True):
         score = _Scorer(lm, layer, chunk, resid, first_scored)
         replacements = {("zero",): torch.zeros_like(z), ("mean",): mean.expand_as(z)}
-        replacements |= {("sae", index): sae(z) for index, sae in enumerate(saes)}
+        replacements |= {("sae", index): sae(z.float()).to(z.dtype) for index, sae in enumerate(saes)}
         effects.setdefault(("clean",), []).append(Effect(score.clean_ce, torch.zeros_like(score.clean_ce)))
         for name, replacement in replacements.items():
             spliced = torch.cat([z[:, :1], replacement[:, 1:]], dim=1)
