@@ -2,13 +2,18 @@
 
 import streamlit as st
 
-st.set_page_config(page_title="Attention-head SAEs", layout="wide")
+# Pages have no icons of their own: Streamlit would fetch each as favicon from a font host.
+ICON = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 8 8">
+<rect width="8" height="8" rx="1" fill="#0072B2"/>
+<path fill="#fff" d="M1 1h2v2H1zM3 3h2v2H3zM5 5h2v2H5z"/></svg>"""
 
-st.navigation(
+page = st.navigation(
     [
-        st.Page("pages/tradeoffs.py", title="Tradeoffs", icon=":material/scatter_plot:", default=True),
-        st.Page("pages/heads.py", title="Heads", icon=":material/bar_chart:"),
-        st.Page("pages/prompt.py", title="Prompt", icon=":material/edit_note:"),
-        st.Page("pages/compare.py", title="Compare", icon=":material/compare_arrows:"),
+        st.Page("pages/tradeoffs.py", title="Tradeoffs", default=True),
+        st.Page("pages/heads.py", title="Heads"),
+        st.Page("pages/prompt.py", title="Prompt"),
+        st.Page("pages/compare.py", title="Compare"),
     ]
-).run()
+)
+st.set_page_config(page_title=f"{page.title} · Attention-head SAEs", page_icon=ICON, layout="wide")
+page.run()

@@ -22,10 +22,11 @@ _SLOT = alt.Color(
 def tradeoff(frame: pd.DataFrame, metric: str, log: bool) -> alt.LayerChart:
     """L0 against one metric, a point per checkpoint, bars of one standard error where there is one."""
     kind = "log" if log else "linear"
+    single = len(frame) == 1 and not log  # one point has no range of its own
     # Scores can be negative or above 1, so they stay on a linear axis.
     y_kind = kind if metric in ("MSE", "MSE_per_dim", "FVU") else "linear"
-    x = alt.X("L0:Q", title="L0 (mean active features per token)", scale=alt.Scale(type=kind, zero=False, padding=30))
-    y = alt.Y(f"{metric}:Q", title=METRICS[metric], scale=alt.Scale(type=y_kind, zero=False, padding=30))
+    x = alt.X("L0:Q", title="L0 (mean active features per token)", scale=alt.Scale(type=kind, zero=single, padding=30))
+    y = alt.Y(f"{metric}:Q", title=METRICS[metric], scale=alt.Scale(type=y_kind, zero=single, padding=30))
     colour = alt.Color("recipe:N", title="Recipe", scale=alt.Scale(range=PALETTE))
     tips = ["name", "status", "figures", *(c for c in ("L0", "MSE", "FVU", "CE_score", "KL_score") if c in frame)]
     points = (
@@ -76,7 +77,7 @@ def l0_histograms(frame: pd.DataFrame) -> alt.FacetChart:
     )
     # Each head on its own scale: a head that is silent on most tokens would flatten all the others.
     return (
-        encoded.properties(width=250, height=110)
+        encoded.properties(width=215, height=110)
         .facet(facet=alt.Facet("head:N", title="Head", sort="ascending"), columns=3)
         .resolve_scale(y="independent")
     )
@@ -84,13 +85,14 @@ def l0_histograms(frame: pd.DataFrame) -> alt.FacetChart:
 
 def per_head_bars(frame: pd.DataFrame, metric: str, title: str) -> alt.LayerChart:
     """One figure per head, with its standard error where there is one."""
-    base = alt.Chart(frame).encode(x=alt.X("head:O", title="Head", axis=alt.Axis(labelAngle=0)))
+    heads = alt.Scale(domain=sorted(frame["head"]))  # also those without a measurable figure
+    base = alt.Chart(frame).encode(x=alt.X("head:O", title="Head", scale=heads, axis=alt.Axis(labelAngle=0)))
     bars = base.mark_bar(color=PALETTE[0]).encode(y=alt.Y(f"{metric}:Q", title=title), tooltip=["head", metric])
     layers = [bars]
     if f"{metric}_se" in frame:
         bounds = frame.assign(low=frame[metric] - frame[f"{metric}_se"], high=frame[metric] + frame[f"{metric}_se"])
         whiskers = alt.Chart(bounds).mark_rule(color=PALETTE[4], strokeWidth=2)
-        layers.append(whiskers.encode(x=alt.X("head:O"), y=alt.Y("low:Q", title=title), y2="high:Q"))
+        layers.append(whiskers.encode(x=alt.X("head:O", scale=heads), y=alt.Y("low:Q", title=title), y2="high:Q"))
     return alt.layer(*layers).properties(height=220)
 
 

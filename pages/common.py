@@ -16,7 +16,10 @@ from trainer import checkpoint, embedded
 from trainer.block_diag import BlockDiagSAE
 
 ROOT = Path(__file__).parents[1]
-FIRST_COMMAND = "python -m trainer --lr=1e-3 --total_training_steps=300 --eval_tokens=1024"
+FIRST_COMMAND = (
+    "python -m trainer --lr=1e-3 --distinct_tokens=130000 --total_training_steps=300 "
+    "--batch_size=2048 --eval_tokens=1024"
+)
 EXAMPLES = {
     "Repetition": "The cat sat on the mat. The dog ran to the park. The cat sat on the",
     "Names": "When John and Mary went to the store, John gave a drink to",

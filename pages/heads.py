@@ -19,8 +19,14 @@ with st.container(horizontal=True):
     st.metric("FVU", f"{figures['FVU']:.3f}", border=True, help="fraction of variance unexplained")
     for name in ("CE", "KL"):
         score, error = figures[f"{name}_score"], figures[f"{name}_score_se"]
-        text = "not measurable on this text" if score is None else f"{score:.3f} ± {error:.3f}"
-        st.metric(f"{name} score", text, border=True, help="± one standard error, paired per token against clean")
+        text = "not measurable" if score is None else f"{score:.3f} ± {error:.3f}"
+        st.metric(
+            f"{name} score",
+            text,
+            border=True,
+            help="± one standard error, paired per token against clean; not measurable where zero ablation is within 3 "
+            "standard errors of no effect",
+        )
     st.metric("Dead features", f"{figures['dead_fraction']:.1%}", border=True, help="never fire on these tokens")
 ces = " · ".join(
     f"{key} {figures[f'CE_{key}']:.4f} ± {figures[f'CE_{key}_se']:.4f}" for key in ("clean", "sae", "zero", "mean")

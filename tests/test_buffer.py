@@ -83,6 +83,16 @@ def test_an_interrupted_harvest_goes_on_and_a_longer_run_extends(gpt2, corpus, c
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+def test_other_weights_under_the_same_name_have_another_cache(gpt2, corpus, cache_root, monkeypatch):
+    before = cached(gpt2, corpus, 500).folder
+    weight = gpt2.model.blocks[0].attn.W_V
+    weight.data[0, 0, 0] += 1
+    try:
+        assert cached(gpt2, corpus, 500).folder != before
+    finally:
+        weight.data[0, 0, 0] -= 1
+
+
 def test_another_model_layer_or_text_has_another_cache(gpt2, llama, corpus, cache_root):
     folders = {cached(gpt2, corpus, 500).folder}
     config = ActivationsConfig(model=gpt2.name, hook_layer=LAYER + 1)
@@ -108,7 +118,7 @@ def test_starting_later_gives_the_same_batches(gpt2, corpus, cache_root, kind):
         source = cached(gpt2, corpus, 1000, buffer_rows=360)
         fill(source, gpt2, corpus)
     else:
-        source = LiveActivations(gpt2, LAYER, corpus, buffer_rows=360)
+        source = LiveActivations(gpt2, LAYER, corpus, 60, buffer_rows=360)
     stream = batches(source, 50, seed=3)
     first = [next(stream) for _ in range(40)]  # several groups, and a second pass of the cache
     for start in (1, 7, 25):
@@ -117,7 +127,7 @@ def test_starting_later_gives_the_same_batches(gpt2, corpus, cache_root, kind):
 
 
 def test_rows_are_shuffled_across_contexts(gpt2, corpus, cache_root):
-    source = LiveActivations(gpt2, LAYER, corpus, buffer_rows=600)
+    source = LiveActivations(gpt2, LAYER, corpus, 60, buffer_rows=600)
     batch = next(batches(source, 60, seed=0))
     in_order = next(source.groups(0))[:60].float()
     assert not torch.isin(batch[:, 0, 0], in_order[:, 0, 0]).all()
@@ -127,13 +137,25 @@ def test_live_and_cached_serve_the_same_rows(gpt2, corpus, cache_root):
     source = cached(gpt2, corpus, 720)
     fill(source, gpt2, corpus)
     disk = torch.cat([load_file(path)["z"] for path in sorted(source.folder.glob("shard-*"))])
-    live = next(LiveActivations(gpt2, LAYER, corpus, buffer_rows=720).groups(0))
+    live = next(LiveActivations(gpt2, LAYER, corpus, 60, buffer_rows=720).groups(0))
     assert torch.allclose(live.float(), disk[: len(live)].float(), atol=2e-3)
 
 
 def test_the_live_source_is_used_where_the_cache_would_be_too_large(gpt2, corpus, cache_root):
     config = ActivationsConfig(model=gpt2.name, hook_layer=LAYER, cache_gb=1e-6)
     assert isinstance(open_source(gpt2, config, corpus, 10_000, 480, 0), LiveActivations)
+
+
+@pytest.mark.parametrize("kind", ["cached", "live"])
+def test_distinct_tokens_bound_what_is_read(gpt2, corpus, cache_root, kind):
+    """A long run over few distinct tokens sees the same rows on every pass."""
+    config = ActivationsConfig(model=gpt2.name, hook_layer=LAYER, cache_gb=16 if kind == "cached" else 0)
+    source = open_source(gpt2, config, corpus, 240, 10_000, seed=0)
+    if kind == "cached":
+        fill(source, gpt2, corpus)
+    assert source.rows(0) == 240
+    first, second = (next(source.groups(group)) for group in (0, 1))
+    assert same_rows(first, second)
 
 
 def test_too_little_text_for_a_batch_is_refused(gpt2, corpus, cache_root):

@@ -131,6 +131,29 @@ def test_an_interrupted_run_resumes_to_the_same_weights(command, monkeypatch):
     assert steps[0] == steps[1]
 
 
+def test_a_run_that_was_saved_earlier_than_the_others_catches_up(command, monkeypatch):
+    arguments, out = command
+    both = [*arguments, "--l1_coefficients=[1,8]"]
+    assert main([*both, "--name=whole"]) == 0
+    original = Run.update
+
+    def interrupted(self, z):
+        if self.step == 7:
+            raise KeyboardInterrupt
+        original(self, z)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "update", interrupted)
+        assert main([*both, "--name=halves"]) == 130
+    shutil.rmtree(out / "halves-l1_1" / "training_state")  # as if killed between the two saves
+    assert main([*both, "--name=halves", "--resume=true"]) == 0
+    for coefficient in (1, 8):
+        whole, halves = (
+            load_file(out / f"{name}-l1_{coefficient}" / "sae.safetensors") for name in ("whole", "halves")
+        )
+        assert all(torch.equal(whole[key], halves[key]) for key in whole)
+
+
 def test_dense_is_a_block_over_all_heads(command):
     arguments, out = command
     assert main([*arguments, "--block=dense"]) == 0
@@ -203,7 +226,7 @@ def test_an_interrupted_harvest_says_that_it_is_kept(command, capsys, monkeypatc
 
 def test_a_full_disk_loses_nothing(command, capsys, monkeypatch):
     """The state saved at step 5 survives a disk that is full at step 10."""
-    arguments, _ = command
+    arguments, out = command
     original = Run.save
 
     def full(self, status):
@@ -216,6 +239,8 @@ def test_a_full_disk_loses_nothing(command, capsys, monkeypatch):
         assert main(arguments) == 2
     assert "No space left on device" in capsys.readouterr().err
     assert main([*arguments, "--resume=true"]) == 0
+    steps = [line["step"] for line in checkpoint.load_metrics(out / "run")]
+    assert steps == [4, 8, 12], "lines that were logged after the save are not there twice"
 
 
 def hub_cache(home, text_file) -> dict[str, str]:

@@ -43,16 +43,17 @@ class Source(Protocol):
 def open_source(
     lm: LanguageModel, config: ActivationsConfig, corpus: Corpus, n_tokens: int, buffer_rows: int, seed: int
 ) -> "CachedActivations | LiveActivations":
-    """A source that can serve `n_tokens`: the disk cache where they fit in `cache_gb`, else the model itself.
+    """A source of `n_tokens` distinct ones: the disk cache where they fit in `cache_gb`, else the model itself.
 
-    A finite text with fewer tokens is read in several passes. The cache still has to be filled.
+    A finite text may have fewer; either source is read in as many passes as a run needs. The cache
+    still has to be filled.
     """
     per_context = corpus.context_size - 1
     n_contexts = _SHARD_CONTEXTS * -(-n_tokens // (per_context * _SHARD_CONTEXTS))  # whole shards
     if corpus.finite:
         n_contexts = min(n_contexts, corpus.n_train_contexts)
     if n_contexts * per_context * lm.n_heads * lm.d_head * 2 > config.cache_gb * 1e9:
-        return LiveActivations(lm, config.hook_layer, corpus, buffer_rows)
+        return LiveActivations(lm, config.hook_layer, corpus, n_contexts, buffer_rows)
     key = CacheKey(
         model=lm.name,
         model_fingerprint=lm.fingerprint(),
@@ -209,32 +210,30 @@ class CachedActivations:
 class LiveActivations:
     """Activations straight from the model, for runs too large for the disk: one group at a time in memory."""
 
-    def __init__(self, lm: LanguageModel, layer: int, corpus: Corpus, buffer_rows: int) -> None:
-        self._lm, self._layer, self._corpus = lm, layer, corpus
+    def __init__(self, lm: LanguageModel, layer: int, corpus: Corpus, n_contexts: int, buffer_rows: int) -> None:
+        self._lm, self._layer, self._corpus, self._pass = lm, layer, corpus, n_contexts
         self._per_context = corpus.context_size - 1
-        self._contexts = max(1, buffer_rows // self._per_context)
-        if corpus.finite:
-            self._contexts = min(self._contexts, corpus.n_train_contexts)
+        self._contexts = min(max(1, buffer_rows // self._per_context), n_contexts)
 
     def rows(self, group: int) -> int:
         return self._contexts * self._per_context
 
     def groups(self, start: int) -> Iterator[Float[Tensor, "row head d_head"]]:
-        contexts = self._endless(start * self._contexts)
+        contexts = self._endless(start * self._contexts % self._pass)
         while True:
-            block = torch.stack([next(contexts) for _ in range(self._contexts)])
+            block = torch.stack(list(islice(contexts, self._contexts)))
             yield torch.cat(list(harvest(self._lm, self._layer, block)))
 
     def _endless(self, start: int) -> Iterator[Int[Tensor, " pos"]]:
-        if self._corpus.finite:
-            start %= self._corpus.n_train_contexts
         while True:
             found = False
-            for context in self._corpus.train(start):
+            for context in islice(self._corpus.train(start), self._pass - start):
                 found = True
                 yield context
-            if not found and start == 0:
-                raise ValueError(f"{self._corpus.name} does not fill one context of {self._corpus.context_size} tokens")
+            if not found:
+                raise ValueError(
+                    f"{self._corpus.name} ends before context {start:,} of {self._corpus.context_size} tokens"
+                )
             start = 0
 
 

