@@ -75,8 +75,9 @@ else:
         strongest = sources.reindex(sources["dfa"].abs().nlargest(60).index).sort_index()
         st.caption(f"The 60 sources with the largest |DFA| of {len(sources)}, in order.")
         sources = strongest
+    owner = "of all heads" if run.dense else f"of head **{row['head']}**"
     st.markdown(
-        f"Feature **{row['feature']}** of head **{row['head']}** at `{row['token']}` "
+        f"Feature **{row['feature']}** {owner} at `{row['token']}` "
         f"fires with {row['activation']:.3f}; its largest source is `{row['reads from']}` ({row['slot']})."
     )
     st.altair_chart(charts.source_strips(sources))

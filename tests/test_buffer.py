@@ -75,7 +75,12 @@ def test_an_interrupted_harvest_goes_on_and_a_longer_run_extends(gpt2, corpus, c
         source.fill(gpt2, LAYER, corpus, stop)
     left = source.missing()
     assert 0 < len(left) < len(source._shard_rows)
+    source._path(0).unlink()  # a gap before the shard that is there
     fill(source, gpt2, corpus)
+    contexts = torch.stack(list(corpus.train()))
+    for index in range(3):
+        expected = torch.cat(list(harvest(gpt2, LAYER, contexts[8 * index : 8 * index + 8])))
+        assert torch.allclose(load_file(source._path(index))["z"].float(), expected.float(), atol=4e-3)
     before = {path: path.stat().st_mtime_ns for path in source.folder.glob("shard-*")}
     longer = cached(gpt2, corpus, 2000)
     assert longer.folder == source.folder and longer.missing()

@@ -59,7 +59,7 @@ def test_the_table_of_one_feature_adds_up(model, request):
     for row in table.head(20).itertuples():
         index = row.feature - row.head * 12
         sources = source_attribution(run, row.head, index, row.position)
-        constant = float(dfa.constants(lm.value_bias(1), sae.W_enc, sae.b_enc)[row.head, index])
+        constant = dfa.constants(lm.value_bias(1), sae.W_enc, sae.b_enc)[row.head, index].item()
         assert sources["dfa"].sum() + constant == pytest.approx(row.activation, abs=1e-4)
         assert sources.loc[sources["dfa"].idxmax(), "token"] == row._7  # "reads from"
         assert sources["attention"].sum() == pytest.approx(1, abs=1e-5)

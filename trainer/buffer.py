@@ -152,10 +152,14 @@ class CachedActivations:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "meta.json").write_text(json.dumps(asdict(self.key), indent=1))
+            # One stream for all shards: a streamed data set starts over at every call of `train`.
+            position = missing[0] * _SHARD_CONTEXTS if missing else 0
+            stream = corpus.train(position)
             for index in missing:
                 first = index * _SHARD_CONTEXTS
                 n_contexts = self._shard_rows[index] // (self.key.context_size - 1)
-                found = list(islice(corpus.train(first), n_contexts))
+                found = list(islice(stream, first - position, first - position + n_contexts))
+                position = first + n_contexts
                 if len(found) < n_contexts:
                     raise ValueError(
                         f"{corpus.name} ends after {first + len(found):,} contexts of {corpus.context_size} tokens, "
