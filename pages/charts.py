@@ -18,6 +18,13 @@ _SLOT = alt.Color(
     legend=alt.Legend(orient="top", columns=7, symbolLimit=7),
 )
 
+_CHECKPOINT = alt.Color(
+    "name:N",
+    title="Checkpoint",
+    scale=alt.Scale(range=PALETTE),
+    legend=alt.Legend(orient="top", columns=2, labelLimit=400),
+)
+
 
 def tradeoff(frame: pd.DataFrame, metric: str, log: bool) -> alt.LayerChart:
     """L0 against one metric, a point per checkpoint, bars of one standard error where there is one."""
@@ -55,7 +62,7 @@ def training_curves(frame: pd.DataFrame, figure: str) -> alt.Chart:
         .encode(
             x=alt.X("tokens:Q", title="Training tokens", axis=alt.Axis(format="~s")),
             y=alt.Y(f"{figure}:Q", title=f"{figure} (training batch)", scale=alt.Scale(zero=False)),
-            color=alt.Color("name:N", title="Checkpoint", scale=alt.Scale(range=PALETTE)),
+            color=_CHECKPOINT,
             tooltip=["name", "step", figure],
         )
         .properties(height=300)
@@ -66,8 +73,7 @@ def l0_histograms(frame: pd.DataFrame) -> alt.FacetChart:
     """Per-token L0 distribution, one panel a head; checkpoints overlaid where the frame has several."""
     colour = alt.value(PALETTE[0])
     if "name" in frame:
-        legend = alt.Legend(orient="top", labelLimit=400)
-        colour = alt.Color("name:N", title="Checkpoint", scale=alt.Scale(range=PALETTE), legend=legend)
+        colour = _CHECKPOINT
     bars = alt.Chart(frame).mark_bar(opacity=0.6 if "name" in frame else 0.9)
     encoded = bars.encode(
         x=alt.X("L0:Q", bin=alt.Bin(maxbins=40), title="Active features of a token"),
