@@ -74,7 +74,7 @@ def l0_histograms(frame: pd.DataFrame) -> alt.FacetChart:
     colour = alt.value(PALETTE[0])
     if "name" in frame:
         colour = _CHECKPOINT
-    bars = alt.Chart(frame).mark_bar(opacity=0.6 if "name" in frame else 0.9)
+    bars = alt.Chart(frame).mark_bar(opacity=0.6 if "name" in frame else 0.9, binSpacing=0)
     encoded = bars.encode(
         x=alt.X("L0:Q", bin=alt.Bin(maxbins=40), title="Active features of a token"),
         y=alt.Y("sum(share):Q", title="Share of tokens", stack=None, axis=alt.Axis(format="%", tickCount=4)),
@@ -83,7 +83,7 @@ def l0_histograms(frame: pd.DataFrame) -> alt.FacetChart:
     )
     # Each head on its own scale: a head that is silent on most tokens would flatten all the others.
     return (
-        encoded.properties(width=215, height=110)
+        encoded.properties(width=185, height=110)
         .facet(facet=alt.Facet("head:N", title="Head", sort="ascending"), columns=3)
         .resolve_scale(y="independent")
     )

@@ -8,10 +8,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import streamlit as st
 from streamlit.runtime.pages_manager import PagesManager
 
-from analysis.prompt import PromptRun, run_prompt
+from analysis.prompt import PromptRun, role_table, run_prompt
 from trainer import checkpoint, embedded
 from trainer.block_diag import BlockDiagSAE
 
@@ -138,6 +139,23 @@ def prompt_box() -> str:
         for name, text in EXAMPLES.items():
             st.button(name, key=f"example_{name}", on_click=_set_prompt, args=(text,), help=text)
     return prompt
+
+
+def show_role_table(shares: pd.DataFrame) -> None:
+    """The largest slot of each head by attention and by DFA."""
+    st.dataframe(
+        role_table(shares),
+        hide_index=True,
+        width="content",
+        column_config={
+            "head": st.column_config.NumberColumn(width=50),
+            "by attention": st.column_config.TextColumn(width=90),
+            "attention share": st.column_config.NumberColumn("share", format="percent", width=70),
+            "by DFA": st.column_config.TextColumn(width=90),
+            "DFA share": st.column_config.NumberColumn("share of DFA", format="percent", width=90),
+            "agree": st.column_config.CheckboxColumn(width=60),
+        },
+    )
 
 
 def _set_prompt(text: str) -> None:

@@ -7,7 +7,7 @@ from analysis import prompt as analysis
 from analysis import tables
 from pages import charts, common
 
-common.begin("Compare", "Two checkpoints on the same held-out tokens and the same prompt.")
+common.begin("Compare", "Two checkpoints side by side: their held-out figures, and the same prompt in both.")
 
 available = common.readable()
 left, right = st.columns(2)
@@ -25,6 +25,11 @@ st.subheader("Figures")
 both = [common.evaluation(first), common.evaluation(second)]
 if all(both):
     chosen = common.pick_text(both)
+    counts = [figures["n_tokens"] for figures in chosen]
+    if counts[0] != counts[1]:
+        st.warning(
+            f"Evaluated on {counts[0]:,} and {counts[1]:,} tokens: retrain with the same --eval_tokens to compare."
+        )
     keys = ["L0", "MSE", "FVU", "CE_sae", "CE_score", "KL_sae", "KL_score", "dead_fraction"]
     rows = [{"figure": key, "first": chosen[0][key], "second": chosen[1][key]} for key in keys]
     frame = pd.DataFrame(rows).astype({"first": float, "second": float})
@@ -45,5 +50,11 @@ for column, each in zip(st.columns(2), (first, second), strict=True):
         st.markdown(f"**{each.path.name}**")
         run = common.prompt_run(each, prompt)
         st.altair_chart(charts.firing_map(analysis.firing_map(run)), width="stretch")
-        st.dataframe(analysis.role_table(analysis.roles(run)), hide_index=True, width="stretch")
-        st.dataframe(analysis.active_features(run, None, None, limit=50), hide_index=True, width="stretch", height=260)
+        common.show_role_table(analysis.roles(run))
+        st.dataframe(
+            analysis.active_features(run, None, None, limit=50),
+            hide_index=True,
+            width="stretch",
+            height=260,
+            column_order=["feature", "head", "token", "activation", "reads from", "slot"],
+        )

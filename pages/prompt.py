@@ -90,12 +90,4 @@ st.caption(
 )
 shares = analysis.roles(run)
 st.altair_chart(charts.roles(shares))
-st.dataframe(
-    analysis.role_table(shares),
-    hide_index=True,
-    width="content",
-    column_config={
-        "attention share": st.column_config.NumberColumn(format="percent"),
-        "DFA share": st.column_config.NumberColumn(format="percent"),
-    },
-)
+common.show_role_table(shares)

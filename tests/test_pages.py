@@ -161,6 +161,18 @@ def test_compare_shows_both_and_their_difference(folder):
     assert figures.loc["L0", "second - first"] == pytest.approx(difference["L0"])
 
 
+def test_compare_warns_where_the_evaluations_differ(folder):
+    assert not open_page("pages/compare.py", a="block-l1_1", b="block-l1_4").warning
+    file = folder / "block-l1_4" / "eval.json"
+    figures = json.loads(file.read_text())
+    file.write_text(json.dumps({**figures, "n_tokens": 77}))
+    assert "77 tokens" in open_page("pages/compare.py", a="block-l1_1", b="block-l1_4").warning[0].value
+    (folder / "block-l1_1" / "eval.json").unlink()
+    app = open_page("pages/compare.py", a="block-l1_1", b="block-l1_4")
+    assert not app.exception
+    assert "still training" in said(app)
+
+
 def test_a_dense_checkpoint_has_one_row_and_says_so(folder):
     app = open_page("pages/heads.py", checkpoint="dense")
     assert "no heads of its own" in said(app)
