@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -76,6 +77,23 @@ def command(gpt2_folder, text_file, tmp_path, monkeypatch):
     return arguments, out
 
 
+@contextmanager
+def interrupted_at(step, monkeypatch):
+    """Ctrl-C in the middle of the given step."""
+    original = Run.update
+    sent = []
+
+    def update(self, z):
+        if self.step == step and not sent:
+            sent.append(step)
+            os.kill(os.getpid(), signal.SIGINT)
+        original(self, z)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "update", update)
+        yield
+
+
 def test_several_coefficients_train_as_each_would_alone(command):
     arguments, out = command
     assert main([*arguments, "--l1_coefficients=[1,8]"]) == 0
@@ -112,15 +130,7 @@ def test_figures_while_training_are_those_of_the_saved_sae(command, gpt2, monkey
 def test_an_interrupted_run_resumes_to_the_same_weights(command, monkeypatch):
     arguments, out = command
     assert main([*arguments, "--name=whole"]) == 0
-    original = Run.update
-
-    def interrupted(self, z):
-        if self.step == 7:
-            raise KeyboardInterrupt
-        original(self, z)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "update", interrupted)
+    with interrupted_at(7, monkeypatch):
         assert main([*arguments, "--name=halves"]) == 130
     assert checkpoint.load_config(out / "halves")["status"] == "training"
     assert checkpoint.load(out / "halves")[0], "an interrupted run can be looked at"
@@ -135,15 +145,7 @@ def test_a_run_that_was_saved_earlier_than_the_others_catches_up(command, monkey
     arguments, out = command
     both = [*arguments, "--l1_coefficients=[1,8]"]
     assert main([*both, "--name=whole"]) == 0
-    original = Run.update
-
-    def interrupted(self, z):
-        if self.step == 7:
-            raise KeyboardInterrupt
-        original(self, z)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "update", interrupted)
+    with interrupted_at(7, monkeypatch):
         assert main([*both, "--name=halves"]) == 130
     shutil.rmtree(out / "halves-l1_1" / "training_state")  # as if killed between the two saves
     assert main([*both, "--name=halves", "--resume=true"]) == 0
@@ -221,7 +223,22 @@ def test_an_interrupted_harvest_says_that_it_is_kept(command, capsys, monkeypatc
 
     monkeypatch.setattr("trainer.lm.LanguageModel.hook_z", stop)
     assert main(command[0]) == 130
-    assert "harvested so far are kept" in capsys.readouterr().err
+    assert "Activations harvested" in capsys.readouterr().err
+
+
+def test_an_interrupted_evaluation_needs_no_training_again(command, monkeypatch):
+    arguments, out = command
+
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("trainer.train.evaluate", stop)
+        assert main(arguments) == 130
+    monkeypatch.setattr(Run, "update", lambda self, z: pytest.fail("a step was trained again"))
+    assert main([*arguments, "--resume=true"]) == 0
+    assert checkpoint.load_eval(out / "run")["n_tokens"] >= 200
+    assert not (out / "run" / "training_state").exists()
 
 
 def test_a_full_disk_loses_nothing(command, capsys, monkeypatch):

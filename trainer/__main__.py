@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     """Parse, train, and turn every foreseeable failure into one sentence. Returns the exit status."""
     parser = build_parser()
     options = parser.parse_args(argv).as_dict()
-    # Ctrl-C and `kill` both save before stopping.
+    # `kill` is Ctrl-C: the training loop saves, everything else stops at once.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"Saved: {stop}", file=sys.stderr)
         return 130
     except KeyboardInterrupt:
-        print("Stopped before training began; activations harvested so far are kept.", file=sys.stderr)
+        print("Stopped. Activations harvested and steps saved so far are kept.", file=sys.stderr)
         return 130
     except (ValueError, RuntimeError, OSError) as error:
         return _refuse(error)

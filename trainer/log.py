@@ -12,16 +12,16 @@ class MetricsLog:
 
     Args:
         path: the checkpoint directory.
-        first_step: lines of this step and later are dropped first (they were logged after the last save).
+        steps_done: lines of later steps are dropped first (they were logged after the last save).
         mode: "online", "offline", "disabled", or None for online where a key is set and offline elsewhere.
         project, group, config: as W&B has them; the runs of one sweep share a group.
     """
 
     def __init__(
-        self, path: Path, first_step: int, mode: str | None, project: str, group: str, config: dict[str, Any]
+        self, path: Path, steps_done: int, mode: str | None, project: str, group: str, config: dict[str, Any]
     ) -> None:
         self._file = path / "metrics.jsonl"
-        kept = [line for line in load_metrics(path) if line["step"] < first_step]
+        kept = [line for line in load_metrics(path) if line["step"] <= steps_done]
         text = "".join(json.dumps(line) + "\n" for line in kept)
         write_atomically(self._file, lambda p: p.write_text(text))
         self._run = None

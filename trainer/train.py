@@ -1,5 +1,9 @@
 """The training loop: one stream of activations, one SAE per sparsity coefficient."""
 
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -77,9 +81,9 @@ def train(activations: ActivationsConfig, sae_cfg: SAEConfig, cfg: TrainingConfi
 
 def _loop(runs: list[Run], source: Any, cfg: TrainingConfig, device: str) -> None:
     first, total = min(run.step for run in runs), cfg.total_training_steps
-    bar = tqdm(total=total, initial=first, unit="step", desc="Training", dynamic_ncols=True)
     stream = batches(source, cfg.batch_size, cfg.seed, start=first)
-    try:
+    bar = tqdm(total=total, initial=first, unit="step", desc="Training", dynamic_ncols=True)
+    with bar, _deferred_interrupts() as asked_to_stop:
         for step in range(first, total):
             z = next(stream).to(device)
             for run in runs:
@@ -87,18 +91,36 @@ def _loop(runs: list[Run], source: Any, cfg: TrainingConfig, device: str) -> Non
                     run.update(z)
             bar.update()
             bar.set_postfix_str(" | ".join(_progress(run.latest) for run in runs if run.latest), refresh=False)
-            if (step + 1) % cfg.save_every == 0 and step + 1 < total:
+            # Saved after the last step too: the evaluation may yet be interrupted.
+            if (step + 1) % cfg.save_every == 0 or step + 1 == total or asked_to_stop():
                 for run in runs:
                     run.save("training")
-    except KeyboardInterrupt:
-        for run in runs:
-            if run.step:
-                run.save("training")
-        raise Interrupted(
-            f"stopped at step {min(run.step for run in runs):,}; the same command with --resume=true goes on"
-        ) from None
+            if asked_to_stop():
+                raise Interrupted(f"stopped at step {step + 1:,}; the same command with --resume=true goes on")
+
+
+@contextmanager
+def _deferred_interrupts() -> Iterator[Callable[[], bool]]:
+    """Inside, Ctrl-C and SIGTERM wait for the end of the step: a save never holds half of one.
+
+    Yields a function that says whether one came. A second one does not wait.
+    """
+    asked: list[int] = []
+
+    def note(signum: int, frame: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(signum)
+
+    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread only
+        yield lambda: False
+        return
+    previous = {each: signal.signal(each, note) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
     finally:
-        bar.close()
+        for each, handler in previous.items():
+            signal.signal(each, handler)
 
 
 def _progress(line: dict[str, Any]) -> str:
