@@ -130,7 +130,7 @@ class TrainingConfig:
     dead_after_tokens: int = 500_000
     """A feature that has not fired on this many training tokens counts as dead in the metrics."""
     keep_training_state: bool = False
-    """Keep optimizer and data position after the run, so that it can be continued."""
+    """Keep training_state/ (optimizer moments, last weights before folding) when the run completes."""
     log_every: int = 20
     """Steps between two lines of metrics.jsonl and W&B."""
     save_every: int = 500
