@@ -17,7 +17,7 @@ from trainer.lm import LanguageModel
 class PromptRun:
     """A prompt's tokens, attention and feature activations; position 0 is BOS.
 
-    `reads` and `active` have the model's heads; in a dense SAE every feature is read by all of them.
+    `pattern` and `reads` have the model's heads; in a dense SAE every feature is read by all of them.
     """
 
     tokens: Int[Tensor, " pos"]

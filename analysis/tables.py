@@ -64,14 +64,13 @@ def curves(paths: list[Path]) -> pd.DataFrame:
 
 def per_head(figures: dict[str, Any], n_heads: int) -> pd.DataFrame:
     """One row per head of the model; a dense SAE has no L0 and dead share per head (NaN)."""
-    keys = ("L0", "MSE", "FVU", "CE_score", "CE_score_se", "KL_score", "KL_score_se", "dead_fraction")
     columns = {"head": list(range(n_heads))}
-    for key in keys:
+    for key in _SCALARS:
         stored = key.replace("_se", "_per_head_se") if key.endswith("_se") else f"{key}_per_head"
         values = figures.get(stored) or []
         columns[key] = values if len(values) == n_heads else [None] * n_heads
     frame = pd.DataFrame(columns)
-    frame[list(keys)] = frame[list(keys)].apply(pd.to_numeric)
+    frame[list(_SCALARS)] = frame[list(_SCALARS)].apply(pd.to_numeric)
     return frame
 
 

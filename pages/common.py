@@ -72,11 +72,7 @@ def pick_checkpoint(listed: list[checkpoint.Listed], label: str, key: str, index
 
 def evaluation(listed: checkpoint.Listed) -> dict[str, Any] | None:
     """eval.json of a checkpoint, or None with a sentence on the page."""
-    try:
-        figures = checkpoint.load_eval(listed.path)
-    except checkpoint.CheckpointError as error:
-        st.error(str(error))
-        return None
+    figures = checkpoint.load_eval(listed.path)
     if figures is None:
         st.info(f"{listed.path.name} is still training: its held-out figures come with eval.json at the end.")
     return figures
@@ -97,22 +93,26 @@ def _sae(path: str, modified: float) -> tuple[BlockDiagSAE, dict[str, Any]]:
 
 
 @st.cache_resource(max_entries=2, show_spinner="Loading the language model")
-def _language_model(name: str, dtype: str) -> Any:
+def _language_model(name: str, dtype: str) -> tuple[Any, str]:
+    """The model and its fingerprint, which is worth computing once."""
     from trainer.lm import LanguageModel  # transformer_lens takes seconds to import: only pages with prompts pay
 
-    return LanguageModel.load(name, dtype=dtype)
+    lm = LanguageModel.load(name, dtype=dtype)
+    return lm, lm.fingerprint()
 
 
 @st.cache_resource(max_entries=6, show_spinner="Running the prompt")
 def _prompt_run(path: str, modified: float, prompt: str) -> PromptRun:
     sae, config = _sae(path, modified)
     model = config["model"]
-    return run_prompt(_language_model(model["name"], model["dtype"]), sae, model["hook_layer"], prompt)
+    lm, _ = _language_model(model["name"], model["dtype"])
+    return run_prompt(lm, sae, model["hook_layer"], prompt)
 
 
 def prompt_run(listed: checkpoint.Listed, prompt: str) -> PromptRun:
     """Run a prompt, fetching the embedded model first if it is not there; errors end the page with a sentence."""
-    name = listed.config["model"]["name"]
+    model = listed.config["model"]
+    name = model["name"]
     try:
         if name == embedded.NAME and not embedded.is_ready():
             with st.empty():
@@ -120,10 +120,8 @@ def prompt_run(listed: checkpoint.Listed, prompt: str) -> PromptRun:
                 embedded.ensure(lambda fraction, message: bar.progress(fraction, message))
                 st.empty()
         run = _prompt_run(str(listed.path), _modified(listed.path), prompt)
-        if (
-            _language_model(name, listed.config["model"]["dtype"]).fingerprint()
-            != listed.config["model"]["fingerprint"]
-        ):
+        _, fingerprint = _language_model(name, model["dtype"])
+        if fingerprint != model["fingerprint"]:
             st.warning(f"{name} has other weights here than when {listed.path.name} was trained.")
         return run
     except (ValueError, RuntimeError, OSError) as error:

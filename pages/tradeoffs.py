@@ -4,6 +4,7 @@ import streamlit as st
 
 from analysis import tables
 from pages import charts, common
+from trainer import checkpoint
 
 common.begin(
     "Tradeoffs",
@@ -14,6 +15,13 @@ common.begin(
 
 @st.fragment(run_every="5s")  # a run that is still training moves, and a new one appears
 def page() -> None:
+    try:
+        draw()
+    except checkpoint.CheckpointError as error:  # metrics.jsonl is damaged
+        st.error(str(error))
+
+
+def draw() -> None:
     frame = tables.summary(common.readable())
     frame["site"] = frame["model"] + " layer " + frame["hook_layer"].astype(str)
     left, middle, right = st.columns([2, 4, 1], vertical_alignment="bottom")

@@ -81,6 +81,22 @@ def test_a_broken_checkpoint_is_named_and_the_others_stay(folder, page):
     assert app.get("vega_lite_chart")
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_a_damaged_eval_is_named_and_the_others_stay(folder, page):
+    (folder / "block-l1_1" / "eval.json").write_text('{"L0"')
+    app = open_page(page)
+    assert not app.exception
+    assert "eval.json is damaged" in said(app)
+    assert app.get("vega_lite_chart")
+
+
+def test_damaged_metrics_are_a_sentence(folder):
+    (folder / "block-l1_1" / "metrics.jsonl").write_text("nonsense\n")
+    app = open_page("pages/tradeoffs.py")
+    assert not app.exception
+    assert "metrics.jsonl is damaged" in app.error[0].value
+
+
 @pytest.mark.parametrize("page", PAGES[1:3])
 def test_weights_that_break_later_are_a_sentence_not_a_traceback(folder, page):
     weights = folder / "block-l1_1" / "sae.safetensors"

@@ -8,9 +8,9 @@ stream is just a step number, so resuming is exact and stores no rows.
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Protocol
@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from trainer.checkpoint import write_atomically, write_json
 from trainer.config import ActivationsConfig, cache_dir
 from trainer.lm import LanguageModel
 from trainer.text import Corpus
@@ -33,7 +34,12 @@ Progress = Callable[[int, int], None]
 
 
 class Source(Protocol):
-    """Where rows come from: `rows(g)` says how many the g-th group has, `groups` yields them."""
+    """Where rows come from: `rows(g)` says how many the g-th group has, `groups` yields them.
+
+    `distinct_tokens` is the length of one pass.
+    """
+
+    distinct_tokens: int
 
     def rows(self, group: int) -> int: ...
 
@@ -43,11 +49,12 @@ class Source(Protocol):
 def open_source(
     lm: LanguageModel, config: ActivationsConfig, corpus: Corpus, n_tokens: int, buffer_rows: int, seed: int
 ) -> "CachedActivations | LiveActivations":
-    """A source of `n_tokens` distinct ones: the disk cache where they fit in `cache_gb`, else the model itself.
+    """A source for a run of `n_tokens`: the disk cache where it fits in `cache_gb`, else the model itself.
 
-    A finite text may have fewer; either source is read in as many passes as a run needs. The cache
-    still has to be filled.
+    It holds fewer distinct tokens where `distinct_tokens` or the text does, and is then read in
+    several passes. The cache still has to be filled.
     """
+    n_tokens = min(n_tokens, config.distinct_tokens or n_tokens)
     per_context = corpus.context_size - 1
     n_contexts = _SHARD_CONTEXTS * -(-n_tokens // (per_context * _SHARD_CONTEXTS))  # whole shards
     if corpus.finite:
@@ -127,6 +134,7 @@ class CachedActivations:
         per_context = key.context_size - 1
         sizes = [min(_SHARD_CONTEXTS, n_contexts - first) for first in range(0, n_contexts, _SHARD_CONTEXTS)]
         self._shard_rows = [contexts * per_context for contexts in sizes]
+        self.distinct_tokens = sum(self._shard_rows)
         self._per_group = max(1, buffer_rows // (_SHARD_CONTEXTS * per_context))
 
     def missing(self) -> list[int]:
@@ -151,7 +159,7 @@ class CachedActivations:
         done = 0
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "meta.json").write_text(json.dumps(asdict(self.key), indent=1))
+            write_json(self.folder / "meta.json", asdict(self.key))
             # One stream for all shards: a streamed data set starts over at every call of `train`.
             position = missing[0] * _SHARD_CONTEXTS if missing else 0
             stream = corpus.train(position)
@@ -171,10 +179,8 @@ class CachedActivations:
                     rows.append(chunk)
                     done += len(chunk)
                     progress(done, total)
-                path = self._path(index)
-                partial = path.with_suffix(f".{os.getpid()}.partial")
-                save_file({"z": torch.cat(rows)}, partial)
-                partial.replace(path)
+                shard = {"z": torch.cat(rows)}
+                write_atomically(self._path(index), partial(save_file, shard))
         except OSError as error:
             raise ValueError(f"the activation cache {self.folder} could not be written: {error}") from error
 
@@ -205,7 +211,6 @@ class CachedActivations:
         try:
             with safe_open(path, framework="pt") as file:
                 found = file.get_slice("z")
-                # The shard of a shorter run may end early; it is harvested again, not an error.
                 return found.get_shape() == shape and found.get_dtype() == "F16"
         except (SafetensorError, OSError) as error:
             raise ValueError(f"activation shard {path} is damaged ({error}): delete it to harvest it again") from error
@@ -217,6 +222,7 @@ class LiveActivations:
     def __init__(self, lm: LanguageModel, layer: int, corpus: Corpus, n_contexts: int, buffer_rows: int) -> None:
         self._lm, self._layer, self._corpus, self._pass = lm, layer, corpus, n_contexts
         self._per_context = corpus.context_size - 1
+        self.distinct_tokens = n_contexts * self._per_context
         self._contexts = min(max(1, buffer_rows // self._per_context), n_contexts)
 
     def rows(self, group: int) -> int:

@@ -156,6 +156,7 @@ def list_checkpoints(folder: Path | str) -> list[Listed]:
             weights = path / "sae.safetensors"
             if config["status"] == "complete" and not weights.exists():
                 raise CheckpointError(f"{weights} is missing")
+            load_eval(path)
             found.append(Listed(path, config, None))
         except CheckpointError as error:
             found.append(Listed(path, None, str(error)))

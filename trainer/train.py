@@ -50,19 +50,18 @@ def train(activations: ActivationsConfig, sae_cfg: SAEConfig, cfg: TrainingConfi
         activations.text_column,
     )
     n_tokens = cfg.total_training_steps * cfg.batch_size
-    distinct = min(n_tokens, activations.distinct_tokens or n_tokens)
-    if corpus.finite:
-        distinct = min(distinct, corpus.n_train_contexts * (corpus.context_size - 1))
     print(f"Text: {corpus.describe()}", flush=True)
-    print(f"The run reads {n_tokens:,} tokens: {distinct:,} distinct ones, {n_tokens / distinct:.1f} times", flush=True)
     held_out = corpus.held_out(-(-cfg.eval_tokens // (corpus.context_size - 1)))  # refuse before hours of work
 
-    source = open_source(lm, activations, corpus, distinct, cfg.buffer_tokens, cfg.seed)
+    source = open_source(lm, activations, corpus, n_tokens, cfg.buffer_tokens, cfg.seed)
+    distinct = source.distinct_tokens
+    print(f"The run reads {n_tokens:,} tokens: {distinct:,} distinct ones, {n_tokens / distinct:.1f} times", flush=True)
     if isinstance(source, CachedActivations):
         _fill(source, lm, activations.hook_layer, corpus)
     scale, mean = _statistics(batches(source, cfg.batch_size, cfg.seed), sae_cfg.normalize)
+    data = _describe_data(lm, activations, corpus)
     for run in runs:
-        run.description |= _describe_data(lm, activations, corpus)
+        run.description |= data
         sae = _new_sae(lm, sae_cfg)
         sae.initialise(sae.blocks(mean * scale), torch.Generator().manual_seed(cfg.seed))
         run.start(sae.to(device), sae.blocks(scale).to(device))
@@ -129,16 +128,16 @@ def _progress(line: dict[str, Any]) -> str:
 
 def _prepare_directories(activations: ActivationsConfig, sae_cfg: SAEConfig, cfg: TrainingConfig) -> list[Run]:
     """Decide each run's directory before anything is computed, and refuse to overwrite one."""
-    width = "" if sae_cfg.block == "head" else "-dense"
+    dense = "" if sae_cfg.block == "head" else "-dense"
     base = (
-        f"{Path(activations.model).name}-L{activations.hook_layer}-{sae_cfg.recipe}{width}-x{sae_cfg.expansion_factor}"
+        f"{Path(activations.model).name}-L{activations.hook_layer}-{sae_cfg.recipe}{dense}-x{sae_cfg.expansion_factor}"
     )
+    settings = {**asdict(activations), **asdict(sae_cfg), **asdict(cfg)}
     runs = []
     for coefficient in sae_cfg.l1_coefficients:
         suffix = f"-l1_{coefficient:g}"
         single = cfg.name and len(sae_cfg.l1_coefficients) == 1
         path = Path(cfg.out) / (cfg.name if single else f"{cfg.name or base}{suffix}")
-        settings = {**asdict(activations), **asdict(sae_cfg), **asdict(cfg)}
         description = {
             "recipe": sae_cfg.recipe,
             "block": sae_cfg.block,
