@@ -25,13 +25,18 @@ def cache_root(tmp_path, monkeypatch):
 
 
 def cached(gpt2, corpus, n_tokens, buffer_rows=480) -> CachedActivations:
-    config = ActivationsConfig(model=gpt2.name, hook_layer=LAYER)
-    return open_source(gpt2, config, corpus, n_tokens, buffer_rows, seed=0)
+    config = ActivationsConfig(model=gpt2.name)
+    return open_source(gpt2, config, [LAYER], corpus, n_tokens, buffer_rows, seed=0)
+
+
+def only_folder(source):
+    (folder,) = source.keys
+    return folder
 
 
 def fill(source, gpt2, corpus) -> list[int]:
     seen = []
-    source.fill(gpt2, LAYER, corpus, lambda done, total: seen.append(total))
+    source.fill(gpt2, corpus, lambda done, total: seen.append(total))
     return seen
 
 
@@ -44,24 +49,24 @@ def test_the_cache_holds_what_the_model_computes(gpt2, corpus, cache_root):
     source = cached(gpt2, corpus, 1000)
     fill(source, gpt2, corpus)
     contexts = torch.stack(list(corpus.train()))[:8]
-    shard = load_file(source.folder / "shard-00000.safetensors")["z"]
+    shard = load_file(only_folder(source) / "shard-00000.safetensors")["z"]
     expected = gpt2.hook_z(contexts, LAYER)[:, 1:].flatten(0, 1)
     assert shard.dtype == torch.float16
     assert torch.allclose(shard.float(), expected, atol=2e-3)
     groups = torch.cat([next(source.groups(g)) for g in range(-(-len(source._shard_rows) // source._per_group))])
-    every = torch.cat(list(harvest(gpt2, LAYER, torch.stack(list(corpus.train()))[: len(groups) // 15])))
+    every = torch.cat(list(harvest(gpt2, [LAYER], torch.stack(list(corpus.train()))[: len(groups) // 15])))
     assert same_rows(groups, every), "one pass serves every row once"
 
 
 def test_a_second_run_never_runs_the_model(gpt2, corpus, cache_root, monkeypatch):
     fill(cached(gpt2, corpus, 1000), gpt2, corpus)
-    monkeypatch.setattr(type(gpt2), "hook_z", lambda *a: pytest.fail("the language model ran"))
+    monkeypatch.setattr(type(gpt2), "hook_z_of", lambda *a: pytest.fail("the language model ran"))
     again = cached(gpt2, corpus, 1000)
-    assert again.missing() == []
+    assert again.missing() == {}
     assert fill(again, gpt2, corpus) == []
     assert len(next(batches(again, 32, seed=0))) == 32
     shorter = cached(gpt2, corpus, 300)
-    assert shorter.missing() == [], "a shorter run reads a longer run's cache"
+    assert shorter.missing() == {}, "a shorter run reads a longer run's cache"
 
 
 def test_an_interrupted_harvest_goes_on_and_a_longer_run_extends(gpt2, corpus, cache_root):
@@ -72,46 +77,46 @@ def test_an_interrupted_harvest_goes_on_and_a_longer_run_extends(gpt2, corpus, c
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        source.fill(gpt2, LAYER, corpus, stop)
+        source.fill(gpt2, corpus, stop)
     left = source.missing()
     assert 0 < len(left) < len(source._shard_rows)
-    source._path(0).unlink()  # a gap before the shard that is there
+    buffer._shard(only_folder(source), 0).unlink()  # a gap before the shard that is there
     fill(source, gpt2, corpus)
     contexts = torch.stack(list(corpus.train()))
     for index in range(3):
-        expected = torch.cat(list(harvest(gpt2, LAYER, contexts[8 * index : 8 * index + 8])))
-        assert torch.allclose(load_file(source._path(index))["z"].float(), expected.float(), atol=4e-3)
-    before = {path: path.stat().st_mtime_ns for path in source.folder.glob("shard-*")}
+        expected = torch.cat(list(harvest(gpt2, [LAYER], contexts[8 * index : 8 * index + 8])))
+        assert torch.allclose(
+            load_file(buffer._shard(only_folder(source), index))["z"].float(), expected[:, 0].float(), atol=4e-3
+        )
+    before = {path: path.stat().st_mtime_ns for path in only_folder(source).glob("shard-*")}
     longer = cached(gpt2, corpus, 2000)
-    assert longer.folder == source.folder and longer.missing()
+    assert only_folder(longer) == only_folder(source) and longer.missing()
     fill(longer, gpt2, corpus)
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
 def test_other_weights_under_the_same_name_have_another_cache(gpt2, corpus, cache_root, monkeypatch):
-    before = cached(gpt2, corpus, 500).folder
+    before = only_folder(cached(gpt2, corpus, 500))
     weight = gpt2.model.blocks[0].attn.W_V
     weight.data[0, 0, 0] += 1
     try:
-        assert cached(gpt2, corpus, 500).folder != before
+        assert only_folder(cached(gpt2, corpus, 500)) != before
     finally:
         weight.data[0, 0, 0] -= 1
 
 
 def test_another_model_layer_or_text_has_another_cache(gpt2, llama, corpus, cache_root):
-    folders = {cached(gpt2, corpus, 500).folder}
-    config = ActivationsConfig(model=gpt2.name, hook_layer=LAYER + 1)
-    folders.add(open_source(gpt2, config, corpus, 500, 480, seed=0).folder)
-    folders.add(
-        open_source(llama, ActivationsConfig(model=gpt2.name, hook_layer=LAYER), corpus, 500, 480, seed=0).folder
-    )
+    folders = {only_folder(cached(gpt2, corpus, 500))}
+    config = ActivationsConfig(model=gpt2.name)
+    folders.add(only_folder(open_source(gpt2, config, [LAYER + 1], corpus, 500, 480, seed=0)))
+    folders.add(only_folder(open_source(llama, config, [LAYER], corpus, 500, 480, seed=0)))
     assert len(folders) == 3
 
 
 def test_a_damaged_shard_is_refused_by_name(gpt2, corpus, cache_root):
     source = cached(gpt2, corpus, 500)
     fill(source, gpt2, corpus)
-    shard = source.folder / "shard-00001.safetensors"
+    shard = only_folder(source) / "shard-00001.safetensors"
     shard.write_bytes(shard.read_bytes()[:50])
     with pytest.raises(ValueError, match=r"shard-00001\.safetensors is damaged"):
         source.missing()
@@ -123,7 +128,7 @@ def test_starting_later_gives_the_same_batches(gpt2, corpus, cache_root, kind):
         source = cached(gpt2, corpus, 1000, buffer_rows=360)
         fill(source, gpt2, corpus)
     else:
-        source = LiveActivations(gpt2, LAYER, corpus, 60, buffer_rows=360)
+        source = LiveActivations(gpt2, [LAYER], corpus, 60, buffer_rows=360)
     stream = batches(source, 50, seed=3)
     first = [next(stream) for _ in range(40)]  # several groups, and a second pass of the cache
     for start in (1, 7, 25):
@@ -132,30 +137,30 @@ def test_starting_later_gives_the_same_batches(gpt2, corpus, cache_root, kind):
 
 
 def test_rows_are_shuffled_across_contexts(gpt2, corpus, cache_root):
-    source = LiveActivations(gpt2, LAYER, corpus, 60, buffer_rows=600)
+    source = LiveActivations(gpt2, [LAYER], corpus, 60, buffer_rows=600)
     batch = next(batches(source, 60, seed=0))
     in_order = next(source.groups(0))[:60].float()
-    assert not torch.isin(batch[:, 0, 0], in_order[:, 0, 0]).all()
+    assert not torch.isin(batch[:, 0, 0, 0], in_order[:, 0, 0, 0]).all()
 
 
 def test_live_and_cached_serve_the_same_rows(gpt2, corpus, cache_root):
     source = cached(gpt2, corpus, 720)
     fill(source, gpt2, corpus)
-    disk = torch.cat([load_file(path)["z"] for path in sorted(source.folder.glob("shard-*"))])
-    live = next(LiveActivations(gpt2, LAYER, corpus, 60, buffer_rows=720).groups(0))
-    assert torch.allclose(live.float(), disk[: len(live)].float(), atol=2e-3)
+    disk = torch.cat([load_file(path)["z"] for path in sorted(only_folder(source).glob("shard-*"))])
+    live = next(LiveActivations(gpt2, [LAYER], corpus, 60, buffer_rows=720).groups(0))
+    assert torch.allclose(live[:, 0].float(), disk[: len(live)].float(), atol=2e-3)
 
 
 def test_the_live_source_is_used_where_the_cache_would_be_too_large(gpt2, corpus, cache_root):
-    config = ActivationsConfig(model=gpt2.name, hook_layer=LAYER, cache_gb=1e-6)
-    assert isinstance(open_source(gpt2, config, corpus, 10_000, 480, 0), LiveActivations)
+    config = ActivationsConfig(model=gpt2.name, cache_gb=1e-6)
+    assert isinstance(open_source(gpt2, config, [LAYER], corpus, 10_000, 480, 0), LiveActivations)
 
 
 @pytest.mark.parametrize("kind", ["cached", "live"])
 def test_distinct_tokens_bound_what_is_read(gpt2, corpus, cache_root, kind):
     """A long run over few distinct tokens sees the same rows on every pass."""
-    config = ActivationsConfig(model=gpt2.name, hook_layer=LAYER, cache_gb=16 if kind == "cached" else 0)
-    source = open_source(gpt2, config, corpus, 240, 10_000, seed=0)
+    config = ActivationsConfig(model=gpt2.name, cache_gb=16 if kind == "cached" else 0)
+    source = open_source(gpt2, config, [LAYER], corpus, 240, 10_000, seed=0)
     if kind == "cached":
         fill(source, gpt2, corpus)
     assert source.rows(0) == 240
@@ -171,6 +176,25 @@ def test_too_little_text_for_a_batch_is_refused(gpt2, corpus, cache_root):
 
 
 def test_values_beyond_float16_are_refused(gpt2, corpus, monkeypatch):
-    monkeypatch.setattr(type(gpt2), "hook_z", lambda self, tokens, layer: torch.full((*tokens.shape, 4, 8), 1e6))
+    monkeypatch.setattr(type(gpt2), "hook_z_of", lambda self, tokens, layers: [torch.full((*tokens.shape, 4, 8), 1e6)])
     with pytest.raises(ValueError, match="do not fit in float16"):
-        next(harvest(gpt2, LAYER, torch.stack(list(corpus.train()))[:2]))
+        next(harvest(gpt2, [LAYER], torch.stack(list(corpus.train()))[:2]))
+
+
+def test_several_layers_share_one_forward_and_serve_the_same_rows(gpt2, corpus, cache_root, monkeypatch):
+    """A layer that is there already is not harvested again, and each layer's rows are those it has alone."""
+    alone = cached(gpt2, corpus, 500)
+    fill(alone, gpt2, corpus)
+    asked = []
+    original = type(gpt2).hook_z_of
+    monkeypatch.setattr(
+        type(gpt2), "hook_z_of", lambda self, t, layers: asked.append(layers) or original(self, t, layers)
+    )
+    both = open_source(gpt2, ActivationsConfig(model=gpt2.name), [1, LAYER], corpus, 500, 480, seed=0)
+    fill(both, gpt2, corpus)
+    assert asked and all(layers == [1] for layers in asked)
+    one, two = (next(batches(source, 64, seed=0)) for source in (alone, both))
+    assert two.shape == (64, 2, 4, 8) and torch.equal(one[:, 0], two[:, 1])
+    contexts = torch.stack(list(corpus.train()))[:8]
+    live = LiveActivations(gpt2, [1, LAYER], corpus, 8, buffer_rows=120)
+    assert torch.allclose(next(live.groups(0))[:, 0].float(), gpt2.hook_z(contexts, 1)[:, 1:].flatten(0, 1), atol=4e-3)

@@ -10,7 +10,7 @@ from trainer import checkpoint
 from trainer.block_diag import BlockDiagSAE
 from trainer.checkpoint import CheckpointError
 
-SIZES = {"n_heads": 2, "d_head": 4, "features_per_head": 6, "k": 3}
+SIZES = {"n_heads": 2, "d_head": 4, "features_per_head": 6, "activation": "topk", "k": 3, "k_scope": "head"}
 CONFIG = {
     "status": "complete",
     "recipe": "april",
@@ -23,7 +23,7 @@ CONFIG = {
 
 @pytest.fixture
 def saved(tmp_path):
-    sae = BlockDiagSAE(2, 4, 6, k=3)
+    sae = BlockDiagSAE(2, 4, 6, "topk", k=3)
     checkpoint.save(tmp_path / "good", sae, CONFIG)
     return tmp_path / "good", sae
 

@@ -1,7 +1,8 @@
-"""Training: it finds a planted dictionary, resumes to the bit, and its command line does what it says."""
+"""Training as a whole: sweeps, resuming to the bit, and a command line that does what it says."""
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -16,52 +17,10 @@ from safetensors.torch import load_file
 
 from trainer import checkpoint
 from trainer.__main__ import main
-from trainer.block_diag import BlockDiagSAE
-from trainer.config import TrainingConfig
-from trainer.run import Run, lr_factor
+from trainer.run import Run
+from trainer.stack import Stack
 
 REFERENCE = ["--l1_coefficients=[2]", "--hook_layer=4", "--expansion_factor=32", "--total_training_steps=50000"]
-
-
-def test_a_planted_dictionary_is_recovered(tmp_path):
-    """z_h = sum of a few of 32 known unit directions per head: training finds them, their L0 and a low FVU."""
-    n_heads, d_head, planted, probability = 3, 24, 32, 0.04
-    generator = torch.Generator().manual_seed(0)
-    directions = torch.nn.functional.normalize(torch.randn(n_heads, planted, d_head, generator=generator), dim=-1)
-
-    def sample(n):
-        on = torch.rand(n, n_heads, planted, generator=generator) < probability
-        strength = on * (0.5 + torch.rand(n, n_heads, planted, generator=generator))
-        return torch.einsum("nhf,hfd->nhd", strength, directions), on
-
-    steps = 2000
-    cfg = TrainingConfig(total_training_steps=steps, batch_size=512, lr=3e-3, wandb="disabled", log_every=steps)
-    run = Run(tmp_path / "planted", 2.0, {"group": "planted", "model": {}, "text": {}, "training": {}}, cfg)
-    z, _ = sample(8192)
-    scale = (d_head**0.5 / z.norm(dim=-1).mean(0))[:, None].expand(n_heads, d_head)
-    sae = BlockDiagSAE(n_heads, d_head, planted)
-    sae.initialise(z.mean(0) * scale, torch.Generator().manual_seed(1))
-    run.start(sae, scale)
-    for _ in range(steps):
-        run.update(sample(512)[0])
-
-    folded = run.folded()
-    cosine = torch.einsum("hpd,hfd->hpf", directions, folded.W_dec)
-    assert cosine.amax(-1).mean() > 0.9
-    z, on = sample(4096)
-    with torch.no_grad():
-        f = folded.encode(z)
-        fvu = (folded(z) - z).pow(2).sum() / (z - z.mean(0)).pow(2).sum()
-    assert fvu < 0.1
-    l0, planted_l0 = ((each > 0).sum((1, 2)).float().mean().item() for each in (f, on))
-    assert l0 == pytest.approx(planted_l0, rel=0.35)  # L1 leaves a haze of weak firings: 5.0 for 3.8
-
-
-def test_schedules():
-    factors = [lr_factor(step, 100, 0.1, 0.2) for step in range(100)]
-    assert factors[0] == pytest.approx(0.1) and factors[9] == 1 and factors[80] == 1
-    assert factors[90] == pytest.approx(0.5) and factors[99] == pytest.approx(0.05)
-    assert lr_factor(0, 100, 0.0, 0.0) == 1
 
 
 @pytest.fixture
@@ -80,45 +39,110 @@ def command(gpt2_folder, text_file, tmp_path, monkeypatch):
 @contextmanager
 def interrupted_at(step, monkeypatch):
     """Ctrl-C in the middle of the given step."""
-    original = Run.update
+    original = Stack.update
     sent = []
 
     def update(self, z):
         if self.step == step and not sent:
             sent.append(step)
             os.kill(os.getpid(), signal.SIGINT)
-        original(self, z)
+        return original(self, z)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "update", update)
+        patch.setattr(Stack, "update", update)
         yield
 
 
-def test_several_coefficients_train_as_each_would_alone(command):
+SPARSITY = {
+    "april": "--l1_coefficients=[1,8]", "bricken": "--l1_coefficients=[0.1,0.8]", "gated": "--l1_coefficients=[1,8]",
+    "jumprelu": "--l1_coefficients=[1,8]", "topk": "--k=[4,9]", "batchtopk": "--k=[4,9]",
+}  # fmt: skip
+
+
+def weights(path):
+    return load_file(path / "sae.safetensors")
+
+
+def assert_same_weights(one, other):
+    one, other = weights(one), weights(other)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("recipe", list(SPARSITY))
+@pytest.mark.parametrize("block", ["head", "dense"])
+def test_every_recipe_trains_saves_loads_and_evaluates_and_a_sweep_is_its_points(command, recipe, block):
+    """On a CPU to the bit; test_stack has the batched matmul of a GPU."""
     arguments, out = command
-    assert main([*arguments, "--l1_coefficients=[1,8]"]) == 0
-    assert main([*arguments, "--l1_coefficients=[8]", "--name=alone"]) == 0
-    together, alone = (load_file(out / name / "sae.safetensors") for name in ("run-l1_8", "alone"))
-    assert all(torch.equal(together[key], alone[key]) for key in alone)
-    light, heavy = (checkpoint.load_eval(out / name) for name in ("run-l1_1", "run-l1_8"))
-    assert light["FVU"] < heavy["FVU"]
-    config = checkpoint.load_config(out / "alone")
-    assert config["status"] == "complete" and config["tokens_seen"] == 12 * 128
-    assert config["model"]["processing"]["fold_value_biases"] is True
-    assert not (out / "alone" / "training_state").exists()
-    lines = checkpoint.load_metrics(out / "alone")
-    assert [line["step"] for line in lines] == [4, 8, 12]
-    assert len(lines[0]["FVU_per_head"]) == 4
+    arguments = [*arguments, f"--recipe={recipe}", f"--block={block}", "--dead_after_tokens=500", "--lr=3e-3"]
+    flag, (_, heavy) = SPARSITY[recipe].split("=")[0], json.loads(SPARSITY[recipe].split("=")[1])
+    assert main([*arguments, SPARSITY[recipe], "--name=both"]) == 0
+    assert main([*arguments, f"{flag}={heavy}", "--name=alone"]) == 0
+    paths = sorted(out.glob("both-*"))
+    (together,) = (path for path in paths if path.name.endswith(("_8", "_0.8", "k9")))
+    assert_same_weights(together, out / "alone")
+    assert len(paths) == 2
+    for path in (*paths, out / "alone"):
+        sae, config = checkpoint.load(path)
+        figures = checkpoint.load_eval(path)
+        assert config["status"] == "complete" and config["tokens_seen"] == 12 * 128
+        assert (sae.n_heads, sae.d_head) == ((4, 8) if block == "head" else (1, 32))
+        assert sae.activation == {"topk": "topk", "april": "relu", "bricken": "relu"}.get(recipe, "jumprelu")
+        assert len(figures["L0_per_head"]) == sae.n_heads and len(figures["FVU_per_head"]) == 4
+        assert figures["n_tokens"] >= 200 and 0 < figures["L0"] < sae.d_sae
+        assert not (path / "training_state").exists()
+        lines = checkpoint.load_metrics(path)
+        assert [line["step"] for line in lines] == [4, 8, 12]
+        for key in ("loss", "squared_error", "grad_norm", "L0", "FVU", "dead_fraction", "encoder_norm", "decoder_norm"):
+            assert all(line[key] >= 0 for line in lines), key
+        assert len(lines[0]["FVU_per_head"]) == 4 and 0 <= lines[0]["activations_share"] <= 1
+    if recipe in ("topk", "batchtopk"):
+        assert checkpoint.load_eval(together)["L0"] == pytest.approx(9, rel=0.35 if recipe == "batchtopk" else 0.02)
+    if recipe == "batchtopk":
+        assert (weights(together)["threshold"] > 0).all()
 
 
-def test_figures_while_training_are_those_of_the_saved_sae(command, gpt2, monkeypatch):
+def test_layers_and_recipes_share_one_stream(command):
+    """Several layers and recipes of one command are what each is alone."""
+    arguments, out = command
+    assert main([*arguments, "--hook_layer=[1,3]", "--recipe=[april,topk]", "--k=4", "--name=all"]) == 0
+    assert main([*arguments, "--hook_layer=3", "--recipe=topk", "--k=4", "--name=alone"]) == 0
+    names = {path.name for path in out.glob("all-*")}
+    assert names == {f"all-L{layer}-{what}" for layer in (1, 3) for what in ("april-x4-l1_2", "topk-x4-k4")}
+    assert_same_weights(out / "all-L3-topk-x4-k4", out / "alone")
+    assert checkpoint.load_config(out / "all-L3-april-x4-l1_2")["model"]["hook_name"] == "blocks.3.attn.hook_z"
+    assert not torch.equal(weights(out / "all-L1-topk-x4-k4")["W_dec"], weights(out / "alone")["W_dec"])
+
+
+def test_a_yaml_sweep_names_points_that_differ_in_anything(command, tmp_path):
+    arguments, out = command
+    sweep = tmp_path / "sweep.yaml"
+    sweep.write_text(
+        "lr: 0.002\npoints:\n- {recipe: batchtopk, k: [4, 8]}\n"
+        "- {preset: reference, l1_coefficients: 3, expansion_factor: 4}\n"
+        "- {recipe: batchtopk, k: 4, normalize: global, label: batchtopk-global}\n"
+    )
+    assert main([*arguments[:-2], f"--config={sweep}", "--save_every=5", "--name=s"]) == 0
+    names = {path.name for path in out.iterdir()}
+    assert names == {
+        "s-L1-batchtopk-x4-k4",
+        "s-L1-batchtopk-x4-k8",
+        "s-L1-reference-x4-l1_3",
+        "s-L1-batchtopk-global-x4-k4",
+    }
+    settings = checkpoint.load_config(out / "s-L1-reference-x4-l1_3")["training"]
+    assert settings["lr"] == 0.002 and settings["init"] == "linear" and settings["normalize"] == "global"
+
+
+@pytest.mark.parametrize("recipe", ["april", "jumprelu", "gated", "topk"])
+def test_figures_while_training_are_those_of_the_saved_sae(command, monkeypatch, recipe):
     """The last training line, recomputed from sae.safetensors on raw z with the same batch."""
     arguments, out = command
     batches = []
-    original = Run.update
-    monkeypatch.setattr(Run, "update", lambda self, z: (batches.append(z), original(self, z))[1])
+    original = Stack.update
+    monkeypatch.setattr(Stack, "update", lambda self, z: (batches.append(z), original(self, z))[1])
     # A learning rate of almost nothing: the weights of the last line are the saved ones.
-    assert main([*arguments, "--lr=1e-12"]) == 0
+    assert main([*arguments, "--lr=1e-12", f"--recipe={recipe}"]) == 0
     sae, _ = checkpoint.load(out / "run")
     line, z = checkpoint.load_metrics(out / "run")[-1], batches[-1]
     error = (sae(z) - z).pow(2).sum((0, 2))
@@ -127,42 +151,75 @@ def test_figures_while_training_are_those_of_the_saved_sae(command, gpt2, monkey
     assert line["L0"] == pytest.approx((sae.encode(z) > 0).float().sum((1, 2)).mean().item(), rel=1e-2)
 
 
-def test_an_interrupted_run_resumes_to_the_same_weights(command, monkeypatch):
+def test_float16_weights_are_what_is_evaluated(command):
     arguments, out = command
+    assert main([*arguments, "--weights_dtype=float16"]) == 0
+    assert all(tensor.dtype == torch.float16 for tensor in weights(out / "run").values())
+    assert checkpoint.load(out / "run")[0].W_enc.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "options", [["--recipe=april", "--l1_coefficients=[1,8]"], ["--k=[4,8]"], ["--recipe=bricken"]]
+)
+def test_an_interrupted_run_resumes_to_the_same_weights(command, monkeypatch, options):
+    arguments, out = command
+    arguments = [*arguments, *options, "--resample_fraction=0.25", "--eval_every=4"]
     assert main([*arguments, "--name=whole"]) == 0
     with interrupted_at(7, monkeypatch):
         assert main([*arguments, "--name=halves"]) == 130
-    assert checkpoint.load_config(out / "halves")["status"] == "training"
-    assert checkpoint.load(out / "halves")[0], "an interrupted run can be looked at"
+    names = [path.name.removeprefix("whole") for path in out.glob("whole*")]
+    for name in names:
+        assert checkpoint.load_config(out / f"halves{name}")["status"] == "training"
+        assert checkpoint.load(out / f"halves{name}")[0], "an interrupted run can be looked at"
     assert main([*arguments, "--name=halves", "--resume=true"]) == 0
-    whole, halves = (load_file(out / name / "sae.safetensors") for name in ("whole", "halves"))
-    assert all(torch.equal(whole[key], halves[key]) for key in whole)
-    steps = [[line["step"] for line in checkpoint.load_metrics(out / name)] for name in ("whole", "halves")]
-    assert steps[0] == steps[1]
+    for name in names:
+        assert_same_weights(out / f"whole{name}", out / f"halves{name}")
+        lines = [checkpoint.load_metrics(out / f"{which}{name}") for which in ("whole", "halves")]
+        assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]] == [4, 8, 12]
+        assert lines[0][0]["held_out_FVU"] == lines[1][0]["held_out_FVU"] > 0
 
 
-def test_a_run_that_was_saved_earlier_than_the_others_catches_up(command, monkeypatch):
+def test_saves_of_different_steps_resume_from_the_last_common_one(command, monkeypatch):
+    """Killed while the states of a stack were being written: one has step 10 too, the other only step 5."""
     arguments, out = command
-    both = [*arguments, "--l1_coefficients=[1,8]"]
+    both = [*arguments, "--recipe=april", "--l1_coefficients=[1,8]"]
     assert main([*both, "--name=whole"]) == 0
-    with interrupted_at(7, monkeypatch):
+    names = [path.name.removeprefix("whole") for path in out.glob("whole*")]
+    original = Run.save_state
+
+    def killed(self, step, state):
+        if step == 10 and self.path.name.endswith("l1_8"):
+            raise KeyboardInterrupt
+        original(self, step, state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "save_state", killed)
         assert main([*both, "--name=halves"]) == 130
-    shutil.rmtree(out / "halves-l1_1" / "training_state")  # as if killed between the two saves
+    states = sorted(path.name for path in out.glob("halves*/training_state/*"))
+    assert states == ["step-0000005.safetensors"] * 2 + ["step-0000010.safetensors"]
     assert main([*both, "--name=halves", "--resume=true"]) == 0
-    for coefficient in (1, 8):
-        whole, halves = (
-            load_file(out / f"{name}-l1_{coefficient}" / "sae.safetensors") for name in ("whole", "halves")
-        )
-        assert all(torch.equal(whole[key], halves[key]) for key in whole)
+    for name in names:
+        assert_same_weights(out / f"whole{name}", out / f"halves{name}")
 
 
-def test_dense_is_a_block_over_all_heads(command):
+def test_a_point_that_is_complete_is_left_alone_when_the_others_resume(command, monkeypatch):
     arguments, out = command
-    assert main([*arguments, "--block=dense"]) == 0
-    sae, config = checkpoint.load(out / "run")
-    assert (sae.n_heads, sae.d_head, config["block"]) == (1, 32, "dense")
-    figures = checkpoint.load_eval(out / "run")
-    assert len(figures["L0_per_head"]) == 1 and len(figures["FVU_per_head"]) == 4
+    both = [*arguments, "--recipe=april", "--l1_coefficients=[1,8]", "--name=run"]
+    original = Run.save
+
+    def killed(self, sae, step, status):
+        if status == "complete" and self.path.name.endswith("l1_8"):
+            raise KeyboardInterrupt
+        original(self, sae, step, status)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "save", killed)
+        assert main(both) == 130
+    (done,) = out.glob("*l1_1")
+    before = (done / "config.json").read_bytes()
+    assert main([*both, "--resume=true"]) == 0
+    assert (done / "config.json").read_bytes() == before
+    assert all(checkpoint.load_config(path)["status"] == "complete" for path in out.iterdir())
 
 
 def test_wandb_writes_an_offline_run(command):
@@ -181,7 +238,17 @@ def test_wandb_writes_an_offline_run(command):
         (["--hook_layer=99"], "hook_layer 99 is out of range"),
         (["--hook_layer=-1"], "hook_layer must be 0 or more"),
         (["--l1_coefficients=[-2]"], "l1_coefficients must be finite and 0 or more"),
-        (["--l1_coefficients=[]"], "at least one coefficient"),
+        (["--l1_coefficients=[]"], "name at least one"),
+        (["--recipe=topk", "--l1_coefficients=[2]"], "topk has no l1_coefficients: its sparsity is k"),
+        (["--recipe=april", "--k=[2]"], "april has no k"),
+        (["--k=[0]"], "k must be at least 1"),
+        (["--k=500", "--recipe=topk"], "k must lie between 1 and 128"),
+        (["--k=500"], "k must lie between 1 and 128"),
+        (["--k=40", "--k_scope=head"], "k must lie between 1 and 32"),
+        (["--k=[4,4]"], "names the same SAE twice"),
+        (["--lr=0"], "lr must be positive"),
+        (['--points=[{"recipe": "topk", "depth": 3}]'], "unknown option depth"),
+        (['--points=[{"k": 4}, {"k": 4, "lr": 0.1}]'], "tell them apart with a label"),
         (["--dataset=nowhere.txt"], "nowhere.txt does not exist"),
         (["--context_size=5000"], "exceeds the 256 positions"),
         (["--batch_size=0"], "batch_size must be at least 1"),
@@ -211,7 +278,7 @@ def test_an_existing_checkpoint_is_never_overwritten(command, capsys):
 
 def test_resuming_with_another_configuration_is_refused(command, capsys, monkeypatch):
     arguments, _ = command
-    monkeypatch.setattr(Run, "update", lambda self, z: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(Stack, "update", lambda self, z: (_ for _ in ()).throw(KeyboardInterrupt))
     assert main(arguments) == 130
     assert main([*arguments, "--resume=true", "--lr=0.5"]) == 2
     assert "was begun with lr=" in capsys.readouterr().err
@@ -221,7 +288,7 @@ def test_an_interrupted_harvest_says_that_it_is_kept(command, capsys, monkeypatc
     def stop(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("trainer.lm.LanguageModel.hook_z", stop)
+    monkeypatch.setattr("trainer.lm.LanguageModel.hook_z_of", stop)
     assert main(command[0]) == 130
     assert "Activations harvested" in capsys.readouterr().err
 
@@ -235,7 +302,7 @@ def test_an_interrupted_evaluation_needs_no_training_again(command, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr("trainer.train.evaluate", stop)
         assert main(arguments) == 130
-    monkeypatch.setattr(Run, "update", lambda self, z: pytest.fail("a step was trained again"))
+    monkeypatch.setattr(Stack, "update", lambda self, z: pytest.fail("a step was trained again"))
     assert main([*arguments, "--resume=true"]) == 0
     assert checkpoint.load_eval(out / "run")["n_tokens"] >= 200
     assert not (out / "run" / "training_state").exists()
@@ -244,15 +311,15 @@ def test_an_interrupted_evaluation_needs_no_training_again(command, monkeypatch)
 def test_a_full_disk_loses_nothing(command, capsys, monkeypatch):
     """The state saved at step 5 survives a disk that is full at step 10."""
     arguments, out = command
-    original = Run.save
+    original = Run.save_state
 
-    def full(self, status):
-        if self.step > 5:
+    def full(self, step, state):
+        if step > 5:
             raise OSError(28, "No space left on device")
-        original(self, status)
+        original(self, step, state)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "save", full)
+        patch.setattr(Run, "save_state", full)
         assert main(arguments) == 2
     assert "No space left on device" in capsys.readouterr().err
     assert main([*arguments, "--resume=true"]) == 0
@@ -288,7 +355,7 @@ def test_the_reference_command_on_a_tiny_gpt2_from_the_hub_cache(tmp_path, text_
     assert path.name == "gpt2-small-L4-april-x32-l1_2"
     assert config["model"]["hook_name"] == "blocks.4.attn.hook_z"
     assert (sae.n_heads, sae.d_head, sae.features_per_head) == (4, 8, 32 * 8), "sizes come from the model"
-    assert config["training"]["lr"] == 5e-5 and config["l1_coefficient"] == 2
+    assert config["recipe"] == "april" and config["l1_coefficient"] == 2
     assert checkpoint.load_eval(path)["n_tokens"] >= 200
 
 
@@ -298,7 +365,7 @@ def test_the_reference_flags_parse_to_the_reference_run(capsys):
     printed = capsys.readouterr().out
     for line in ("model: gpt2-small", "hook_layer: 4", "expansion_factor: 32", "total_training_steps: 50000"):
         assert line in printed
-    assert "batch_size: 4096" in printed and "recipe: april" in printed
+    assert "batch_size: 4096" in printed
 
 
 def test_a_terminated_process_saves_its_state(tmp_path, gpt2_folder, text_file):
@@ -317,7 +384,30 @@ def test_a_terminated_process_saves_its_state(tmp_path, gpt2_folder, text_file):
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130 and "--resume=true goes on" in error
-    assert (tmp_path / "checkpoints" / "long" / "training_state" / "state.safetensors").exists()
+    assert list((tmp_path / "checkpoints" / "long" / "training_state").glob("step-*.safetensors"))
     config = json.loads((tmp_path / "checkpoints" / "long" / "config.json").read_text())
     assert config["status"] == "training" and config["steps"] > 0
     shutil.rmtree(tmp_path / "checkpoints")
+
+
+def test_killed_at_a_random_step_a_stacked_sweep_resumes_to_the_bit(command, tmp_path):
+    """SIGKILL, which nothing can catch."""
+    arguments, out = command
+    arguments = [*arguments, "--recipe=[batchtopk,jumprelu]", "--k=[4,9]", "--total_training_steps=60", "--log_every=1"]
+    assert main([*arguments, "--name=whole"]) == 0
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    halves = [sys.executable, "-m", "trainer", *arguments, "--name=halves"]
+    process = subprocess.Popen(halves, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    kill_at = random.randrange(12, 40)
+    deadline = time.monotonic() + 120
+    while not any(len(file.read_text().splitlines()) >= kill_at for file in out.glob("halves*/metrics.jsonl")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    names = [path.name.removeprefix("whole") for path in out.glob("whole*")]
+    assert len(names) == 3 and all((out / f"halves{name}").exists() for name in names)
+    done = subprocess.run([*halves, "--resume=true"], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for name in names:
+        assert_same_weights(out / f"whole{name}", out / f"halves{name}")

@@ -4,16 +4,19 @@ import dataclasses
 import os
 import signal
 import sys
+from typing import Any
 
 import jsonargparse
 
-from trainer.config import ActivationsConfig, SAEConfig, TrainingConfig
+from trainer.config import ActivationsConfig, TrainingConfig
+from trainer.recipes import SAEConfig, SweepConfig
 
-_GROUPS = (ActivationsConfig, SAEConfig, TrainingConfig)
+_GROUPS = (ActivationsConfig, SweepConfig, SAEConfig, TrainingConfig)
+_OF_SWEEP = {"recipe", "hook_layer", "l1_coefficient", "k"}  # fields of an SAE that a sweep lists
 
 
 def build_parser() -> jsonargparse.ArgumentParser:
-    """One flag per field of the three config dataclasses, with its docstring as help."""
+    """One flag per field of the config dataclasses, with its docstring as help."""
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(
         prog="python -m trainer",
@@ -22,7 +25,7 @@ def build_parser() -> jsonargparse.ArgumentParser:
     )
     parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
     for group in _GROUPS:
-        parser.add_class_arguments(group)
+        parser.add_class_arguments(group, skip=_OF_SWEEP if group is SAEConfig else set())
     return parser
 
 
@@ -34,13 +37,17 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        configs = [group(**{f.name: options[f.name] for f in dataclasses.fields(group)}) for group in _GROUPS]
+        activations = _build(ActivationsConfig, options)
+        sweep = _build(SweepConfig, options)
+        training = _build(TrainingConfig, options)
+        of_sae = {f.name: options[f.name] for f in dataclasses.fields(SAEConfig) if f.name not in _OF_SWEEP}
+        saes = sweep.expand(of_sae)
         # torch and transformer_lens take seconds to import: a wrong option should not wait for them.
         from trainer.train import Interrupted, train
     except ValueError as error:
         return _refuse(error)
     try:
-        train(*configs)
+        train(activations, saes, training)
     except Interrupted as stop:
         print(f"Saved: {stop}", file=sys.stderr)
         return 130
@@ -50,6 +57,10 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, RuntimeError, OSError) as error:
         return _refuse(error)
     return 0
+
+
+def _build(group: type, options: dict[str, Any]) -> Any:
+    return group(**{field.name: options[field.name] for field in dataclasses.fields(group)})
 
 
 def _refuse(error: Exception) -> int:

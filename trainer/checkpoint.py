@@ -1,7 +1,7 @@
 """The checkpoint directory: the only contract between training and looking.
 
     config.json          what was trained, on what, by which versions, and how far it got
-    sae.safetensors      W_enc b_enc W_dec b_dec, ready for raw hook_z
+    sae.safetensors      W_enc b_enc W_dec b_dec (and threshold), ready for raw hook_z
     metrics.jsonl        one line per logged step
     eval.json            held-out metrics
     training_state/      what exact resuming needs; dropped when the run completes
@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 
 from trainer.block_diag import BlockDiagSAE
 
-SCHEMA_VERSION = 1
-_SHAPE = ("n_heads", "d_head", "features_per_head", "k")
+SCHEMA_VERSION = 2
+_SHAPE = ("n_heads", "d_head", "features_per_head", "activation", "k", "k_scope")
 _PACKAGES = ("torch", "transformer-lens", "transformers", "safetensors", "numpy")
 
 

@@ -140,21 +140,35 @@ class LanguageModel:
 
     def hook_z(self, tokens: Int[Tensor, "batch pos"], layer: int) -> Float[Tensor, "batch pos head d_head"]:
         """Head outputs of one layer; nothing after the hook is computed."""
-        return self._capture(tokens, layer, ["attn.hook_z"])["attn.hook_z"]
+        return self.hook_z_of(tokens, [layer])[0]
+
+    def hook_z_of(
+        self, tokens: Int[Tensor, "batch pos"], layers: list[int]
+    ) -> list[Float[Tensor, "batch pos head d_head"]]:
+        """Head outputs of several layers in one forward, in the order of `layers`."""
+        for layer in layers:
+            self.check_layer(layer)
+        names = [f"blocks.{layer}.attn.hook_z" for layer in sorted(layers)]
+        got = self._capture(tokens, names)
+        return [got[f"blocks.{layer}.attn.hook_z"] for layer in layers]
 
     def prefix(
         self, tokens: Int[Tensor, "batch pos"], layer: int
     ) -> tuple[Float[Tensor, "batch pos d_model"], Float[Tensor, "batch pos head d_head"]]:
         """The residual stream entering a layer and that layer's z: where `logits` continues from."""
-        got = self._capture(tokens, layer, ["hook_resid_pre", "attn.hook_z"])
-        return got["hook_resid_pre"], got["attn.hook_z"]
+        self.check_layer(layer)
+        names = [f"blocks.{layer}.{name}" for name in ("hook_resid_pre", "attn.hook_z")]
+        got = self._capture(tokens, names)
+        return got[names[0]], got[names[1]]
 
     def attention(self, tokens: Int[Tensor, "batch pos"], layer: int) -> Attention:
         """z, values per query head, and the attention pattern of one layer."""
-        got = self._capture(tokens, layer, ["attn.hook_v", "attn.hook_pattern", "attn.hook_z"])
-        v = got["attn.hook_v"]
+        self.check_layer(layer)
+        names = [f"blocks.{layer}.attn.{name}" for name in ("hook_v", "hook_pattern", "hook_z")]
+        got = self._capture(tokens, names)
+        v, pattern, z = (got[name] for name in names)
         v = v.repeat_interleave(self.n_heads // v.shape[2], dim=2)  # grouped-query attention
-        return Attention(got["attn.hook_z"], v, got["attn.hook_pattern"])
+        return Attention(z, v, pattern)
 
     def value_bias(self, layer: int) -> Float[Tensor, "head d_head"]:
         """b_V per query head; zero where loading folded it into the output bias."""
@@ -176,18 +190,16 @@ class LanguageModel:
         with self._lock, torch.no_grad(), self.model.hooks(fwd_hooks=hooks):
             yield
 
-    def _capture(self, tokens: Tensor, layer: int, names: list[str]) -> dict[str, Tensor]:
-        """Values of some hooks of one layer; `names` in the order in which they fire."""
-        self.check_layer(layer)
+    def _capture(self, tokens: Tensor, names: list[str]) -> dict[str, Tensor]:
+        """Values of some hooks; `names` in the order in which they fire."""
         got: dict[str, Tensor] = {}
 
         def keep(value: Tensor, hook: Any) -> None:
-            name = hook.name.removeprefix(f"blocks.{layer}.")
-            got[name] = value
-            if name == names[-1]:
+            got[hook.name] = value
+            if hook.name == names[-1]:
                 raise _StopForward
 
-        with self._hooked([(f"blocks.{layer}.{name}", keep) for name in names]), suppress(_StopForward):
+        with self._hooked([(name, keep) for name in names]), suppress(_StopForward):
             self.model(tokens.to(self.device), return_type=None)
         return got
 

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from trainer.checkpoint import load_metrics, write_atomically
 
 
@@ -41,12 +43,19 @@ class MetricsLog:
                 settings=wandb.Settings(silent=True, console="off"),
             )
 
-    def write(self, line: dict[str, Any]) -> None:
-        """Append one line; lists (one figure per head) reach W&B as `key/head_0`, `key/head_1`, ..."""
+    def write(self, line: dict[str, Any], histograms: dict[str, Tensor]) -> None:
+        """Append one line; lists (one figure per head) reach W&B as `key/head_0`, `key/head_1`, ...
+
+        Histograms, one value per feature, go to W&B only.
+        """
         with self._file.open("a") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
         if self._run is not None:
-            self._run.log(_flat(line), step=line["step"])
+            import wandb
+
+            values = {key: value.flatten().cpu().numpy() for key, value in histograms.items()}
+            drawn = {f"{key}/features": wandb.Histogram(value) for key, value in values.items()}
+            self._run.log({**_flat(line), **drawn}, step=line["step"])
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Close the W&B run with the figures of eval.json as its summary."""

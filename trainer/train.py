@@ -1,47 +1,51 @@
-"""The training loop: one stream of activations, one SAE per sparsity coefficient."""
+"""The training loop: one stream of activations, any number of SAEs."""
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
 from trainer import checkpoint, embedded
-from trainer.block_diag import BlockDiagSAE
 from trainer.buffer import CachedActivations, batches, open_source
-from trainer.config import ActivationsConfig, SAEConfig, TrainingConfig
-from trainer.evaluate import evaluate
+from trainer.config import ActivationsConfig, TrainingConfig
+from trainer.evaluate import evaluate, evaluate_tokens
+from trainer.initialise import initial_params, input_scale
 from trainer.lm import PROCESSING, LanguageModel
-from trainer.run import Run
+from trainer.recipes import SAEConfig
+from trainer.run import Run, plan
+from trainer.stack import Stack
 from trainer.text import EMBEDDED, Corpus
 
-_SCALE_ROWS = 32_768  # rows from which the input scale and the decoder bias are estimated
-_NOT_COMPARED = {"resume", "out", "device", "wandb", "wandb_project", "log_every", "save_every", "l1_coefficients"}
+_STATISTICS_ROWS = 32_768  # rows from which the input scale and the biases are estimated
+_SHORT_EVAL_TOKENS = 2048
 
 
 class Interrupted(Exception):
     """The run was stopped; everything needed to resume it is saved."""
 
 
-def train(activations: ActivationsConfig, sae_cfg: SAEConfig, cfg: TrainingConfig) -> list[Path]:
-    """Train one SAE per coefficient and evaluate them; returns their checkpoint directories.
+def train(activations: ActivationsConfig, saes: list[SAEConfig], cfg: TrainingConfig) -> list[Path]:
+    """Train SAEs on one stream of activations and evaluate them; returns their checkpoint directories.
 
     Raises:
         ValueError: the model, layer, text or an existing directory does not allow the run.
         Interrupted: Ctrl-C or SIGTERM; the state is saved.
     """
     device = _device(cfg.device)
-    runs = _prepare_directories(activations, sae_cfg, cfg)
+    runs = plan(activations, saes, cfg)
+    layers = sorted({run.sae.hook_layer for run in runs})
     print(f"Loading {activations.model} on {device}", flush=True)
     lm = LanguageModel.load(activations.model, device, activations.model_dtype)
-    lm.check_layer(activations.hook_layer)
+    for layer in layers:
+        lm.check_layer(layer)
     corpus = Corpus(
         _dataset(activations),
         lm.tokenizer,
@@ -53,49 +57,144 @@ def train(activations: ActivationsConfig, sae_cfg: SAEConfig, cfg: TrainingConfi
     print(f"Text: {corpus.describe()}", flush=True)
     held_out = corpus.held_out(-(-cfg.eval_tokens // (corpus.context_size - 1)))  # refuse before hours of work
 
-    source = open_source(lm, activations, corpus, n_tokens, cfg.buffer_tokens, cfg.seed)
+    source = open_source(lm, activations, layers, corpus, n_tokens, cfg.buffer_tokens, cfg.seed)
     distinct = source.distinct_tokens
     print(f"The run reads {n_tokens:,} tokens: {distinct:,} distinct ones, {n_tokens / distinct:.1f} times", flush=True)
     if isinstance(source, CachedActivations):
-        _fill(source, lm, activations.hook_layer, corpus)
-    scale, mean = _statistics(batches(source, cfg.batch_size, cfg.seed), sae_cfg.normalize)
+        _fill(source, lm, corpus)
     data = _describe_data(lm, activations, corpus)
     for run in runs:
-        run.description |= data
-        sae = _new_sae(lm, sae_cfg)
-        sae.initialise(sae.blocks(mean * scale), torch.Generator().manual_seed(cfg.seed))
-        run.start(sae.to(device), sae.blocks(scale).to(device))
+        run.description |= data(run.sae.hook_layer)
 
-    _loop(runs, source, cfg, device)
+    step = max(set.intersection(*(run.saved_steps() for run in runs)), default=0)
+    stream = batches(source, cfg.batch_size, cfg.seed, step, device)
+    first = []  # the first batches are also the data from which the SAEs start
+    while len(first) * cfg.batch_size < _STATISTICS_ROWS and len(first) < max(1, cfg.total_training_steps - step):
+        first.append(next(stream))
+    rows = torch.cat(first)[:_STATISTICS_ROWS].cpu()
+    stacks = _build(runs, layers, rows, cfg, device)
+    for stack, of_stack in stacks:
+        if step:
+            stack.load_states(step, [run.load_state(step) for run in of_stack])
+        for point, run in enumerate(of_stack):
+            run.begin(step, stack.finished(point))
+    _loop(stacks, layers, chain(first, stream), step, cfg, lm, held_out)
+    del stream, first, rows
+
     print(f"Evaluating on {cfg.eval_tokens:,} held-out tokens and as many repeated random tokens", flush=True)
-    results = evaluate(lm, activations.hook_layer, [run.folded() for run in runs], held_out, cfg.seed, progress=True)
-    for run, result in zip(runs, results, strict=True):
-        checkpoint.write_json(run.path / "eval.json", result)
-        run.save("complete")
-        run.log.finish(result)
-        score = "not measurable" if result["KL_score"] is None else f"{result['KL_score']:.3f}"
-        print(f"{run.path}: L0 {result['L0']:.1f}, FVU {result['FVU']:.3f}, KL score {score}")
+    for layer in layers:
+        of_layer = [(r, _for_use(s, i, cfg)) for s, rs in stacks for i, r in enumerate(rs) if r.sae.hook_layer == layer]
+        results = evaluate(lm, layer, [sae.float() for _, sae in of_layer], held_out, cfg.seed, progress=True)
+        for (run, sae), result in zip(of_layer, results, strict=True):
+            checkpoint.write_json(run.path / "eval.json", result)
+            run.save(sae.to(getattr(torch, cfg.weights_dtype)), cfg.total_training_steps, "complete")
+            if not cfg.keep_training_state:
+                run.drop_states(keep=None)
+            run.log.finish(result)
+            score = "not measurable" if result["KL_score"] is None else f"{result['KL_score']:.3f}"
+            print(f"{run.path}: L0 {result['L0']:.1f}, FVU {result['FVU']:.3f}, KL score {score}")
     return [run.path for run in runs]
 
 
-def _loop(runs: list[Run], source: Any, cfg: TrainingConfig, device: str) -> None:
-    first, total = min(run.step for run in runs), cfg.total_training_steps
-    stream = batches(source, cfg.batch_size, cfg.seed, start=first)
+def _build(
+    runs: list[Run], layers: list[int], rows: Tensor, cfg: TrainingConfig, device: str
+) -> list[tuple[Stack, list[Run]]]:
+    """Stacks of the runs that differ only in their sparsity, with fresh parameters."""
+    groups: dict[tuple, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(run.sae.all_but_sparsity(), []).append(run)
+    stacks = []
+    for of_stack in groups.values():
+        sae = of_stack[0].sae
+        z = rows[:, layers.index(sae.hook_layer)]
+        scale = input_scale(z, sae.normalize)
+        if sae.block == "dense":
+            scale = scale.view(1, -1)
+        n_features = scale.shape[1] * sae.expansion_factor
+        available = n_features * (len(scale) if sae.k_scope == "layer" else 1)
+        for run in of_stack:
+            if run.sae.k and run.sae.k > available:
+                raise ValueError(
+                    f"k must lie between 1 and {available:,}, the features to choose from; got {run.sae.k}"
+                )
+        x = z.reshape(len(z), *scale.shape) * scale
+        params = [initial_params(run.sae, x, n_features, torch.Generator().manual_seed(cfg.seed)) for run in of_stack]
+        stacks.append((Stack([run.sae for run in of_stack], params, scale.to(device), cfg), of_stack))
+    return stacks
+
+
+def _loop(
+    stacks: list[tuple[Stack, list[Run]]],
+    layers: list[int],
+    stream: Iterator[Tensor],
+    first: int,
+    cfg: TrainingConfig,
+    lm: LanguageModel,
+    held_out: Tensor,
+) -> None:
+    total = cfg.total_training_steps
     bar = tqdm(total=total, initial=first, unit="step", desc="Training", dynamic_ncols=True)
+    since, waited = time.perf_counter(), 0.0
     with bar, _deferred_interrupts() as asked_to_stop:
-        for step in range(first, total):
-            z = next(stream).to(device)
-            for run in runs:
-                if run.step == step:  # a run that was saved later than the others waits for them
-                    run.update(z)
+        for step in range(first + 1, total + 1):
+            asked = time.perf_counter()
+            z = next(stream)
+            waited += time.perf_counter() - asked
+            done = [stack.update(z[:, layers.index(stack.cfg.hook_layer)]) for stack, _ in stacks]
             bar.update()
-            bar.set_postfix_str(" | ".join(_progress(run.latest) for run in runs if run.latest), refresh=False)
+            evaluates = cfg.eval_every and step % cfg.eval_every == 0 and step < total
+            if step % cfg.log_every == 0 or step == total or evaluates:
+                elapsed = time.perf_counter() - since
+                steps = (step - 1) % cfg.log_every + 1
+                speed = {"tokens_per_second": steps * len(z) / elapsed, "activations_share": waited / elapsed}
+                held = _short_evaluation(lm, stacks, held_out) if evaluates else {}
+                for (stack, runs), batch in zip(stacks, done, strict=True):
+                    for point, run in enumerate(runs):
+                        figures, histograms = stack.figures(point, batch)
+                        if not all(torch.isfinite(torch.tensor(figures[key])) for key in ("loss", "grad_norm")):
+                            raise ValueError(f"the loss of {run.path.name} is not finite at step {step}: lower lr")
+                        run.record(step, figures | speed | held.get(run.path, {}), histograms)
+                bar.set_postfix_str(_progress([run.latest for _, runs in stacks for run in runs]), refresh=False)
+                since, waited = time.perf_counter(), 0.0
             # Saved after the last step too: the evaluation may yet be interrupted.
-            if (step + 1) % cfg.save_every == 0 or step + 1 == total or asked_to_stop():
-                for run in runs:
-                    run.save("training")
+            if step % cfg.save_every == 0 or step == total or asked_to_stop():
+                _save(stacks, step, cfg)
             if asked_to_stop():
-                raise Interrupted(f"stopped at step {step + 1:,}; the same command with --resume=true goes on")
+                raise Interrupted(f"stopped at step {step:,}; the same command with --resume=true goes on")
+
+
+def _save(stacks: list[tuple[Stack, list[Run]]], step: int, cfg: TrainingConfig) -> None:
+    """All states first, then the old ones are dropped: whenever this is killed, every run has a state of one step."""
+    for stack, runs in stacks:
+        for point, run in enumerate(runs):
+            run.save_state(step, stack.state(point))
+            run.save(_for_use(stack, point, cfg), step, "training")
+    for _, runs in stacks:
+        for run in runs:
+            run.drop_states(keep=step)
+
+
+def _for_use(stack: Stack, point: int, cfg: TrainingConfig) -> Any:
+    """The SAE as it is saved, rounded to the precision of its file."""
+    return stack.finished(point).to(getattr(torch, cfg.weights_dtype))
+
+
+def _short_evaluation(
+    lm: LanguageModel, stacks: list[tuple[Stack, list[Run]]], held_out: Tensor
+) -> dict[Path, dict[str, float | None]]:
+    """A few held-out figures of every run while training."""
+    contexts = held_out[: max(1, _SHORT_EVAL_TOKENS // held_out.shape[1])]
+    found = {}
+    for layer in sorted({stack.cfg.hook_layer for stack, _ in stacks}):
+        of_layer = [
+            (run, stack, i) for stack, runs in stacks for i, run in enumerate(runs) if run.sae.hook_layer == layer
+        ]
+        saes = [stack.finished(point) for _, stack, point in of_layer]
+        results = evaluate_tokens(lm, layer, saes, contexts, 1, per_head=False)
+        keys = ("L0", "FVU", "CE_clean", "CE_sae", "CE_score", "KL_score")
+        for (run, _, _), result in zip(of_layer, results, strict=True):
+            found[run.path] = {f"held_out_{key}": result[key] for key in keys}
+    return found
 
 
 @contextmanager
@@ -122,56 +221,11 @@ def _deferred_interrupts() -> Iterator[Callable[[], bool]]:
             signal.signal(each, handler)
 
 
-def _progress(line: dict[str, Any]) -> str:
-    return f"loss {line['loss']:.1f} L0 {line['L0']:.1f} FVU {line['FVU']:.3f} {line['tokens_per_second']:,.0f} tok/s"
-
-
-def _prepare_directories(activations: ActivationsConfig, sae_cfg: SAEConfig, cfg: TrainingConfig) -> list[Run]:
-    """Decide each run's directory before anything is computed, and refuse to overwrite one."""
-    dense = "" if sae_cfg.block == "head" else "-dense"
-    base = (
-        f"{Path(activations.model).name}-L{activations.hook_layer}-{sae_cfg.recipe}{dense}-x{sae_cfg.expansion_factor}"
-    )
-    settings = {**asdict(activations), **asdict(sae_cfg), **asdict(cfg)}
-    runs = []
-    for coefficient in sae_cfg.l1_coefficients:
-        suffix = f"-l1_{coefficient:g}"
-        single = cfg.name and len(sae_cfg.l1_coefficients) == 1
-        path = Path(cfg.out) / (cfg.name if single else f"{cfg.name or base}{suffix}")
-        description = {
-            "recipe": sae_cfg.recipe,
-            "block": sae_cfg.block,
-            "l1_coefficient": coefficient,
-            "seed": cfg.seed,
-            "group": cfg.name or base,
-            "training": settings,
-        }
-        _check_directory(path, settings, cfg.resume)
-        runs.append(Run(path, coefficient, description, cfg))
-    try:
-        Path(cfg.out).mkdir(parents=True, exist_ok=True)
-        probe = Path(cfg.out) / ".write-probe"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(f"checkpoints cannot be written to {cfg.out}: {error.strerror}") from error
-    return runs
-
-
-def _check_directory(path: Path, settings: dict[str, Any], resume: bool) -> None:
-    if not path.exists():
-        return
-    if not resume:
-        raise ValueError(f"{path} exists already: choose another --name or --out, or continue it with --resume=true")
-    config = checkpoint.load_config(path)
-    if config["status"] == "complete":
-        raise ValueError(f"{path} is complete: there is nothing to resume")
-    for key, value in settings.items():
-        before = config["training"].get(key)
-        if key not in _NOT_COMPARED and before != value:
-            raise ValueError(
-                f"{path} was begun with {key}={before}, not {value}: resume it with the same configuration"
-            )
+def _progress(lines: list[dict[str, Any]]) -> str:
+    """The end of the progress bar: all SAEs, or as many as fit on a line."""
+    shown = " | ".join(f"L0 {line['L0']:.1f} FVU {line['FVU']:.3f}" for line in lines[:4])
+    more = f" | {len(lines) - 4} more" if len(lines) > 4 else ""
+    return f"{shown}{more} | {lines[0]['tokens_per_second']:,.0f} tok/s"
 
 
 def _dataset(activations: ActivationsConfig) -> str:
@@ -197,9 +251,9 @@ def _device(name: str) -> str:
     return name
 
 
-def _fill(source: CachedActivations, lm: LanguageModel, layer: int, corpus: Corpus) -> None:
+def _fill(source: CachedActivations, lm: LanguageModel, corpus: Corpus) -> None:
     if not source.missing():
-        print(f"Activations: from the cache {source.folder}", flush=True)
+        print(f"Activations: from the cache {', '.join(map(str, source.keys))}", flush=True)
         return
     with tqdm(unit="tok", unit_scale=True, desc="Harvesting activations", dynamic_ncols=True) as bar:
 
@@ -207,47 +261,29 @@ def _fill(source: CachedActivations, lm: LanguageModel, layer: int, corpus: Corp
             bar.total = total
             bar.update(done - bar.n)
 
-        source.fill(lm, layer, corpus, progress)
+        source.fill(lm, corpus, progress)
 
 
-def _statistics(stream: Any, normalize: str) -> tuple[Float[Tensor, "head d_head"], Float[Tensor, "head d_head"]]:
-    """Scale of every input dimension, and the mean of raw z, from the first rows of the stream."""
-    rows = []
-    while sum(map(len, rows)) < _SCALE_ROWS:
-        rows.append(next(stream))
-    z = torch.cat(rows)[:_SCALE_ROWS]
-    n_heads, d_head = z.shape[1:]
-    if normalize == "per_head":
-        scale = d_head**0.5 / z.norm(dim=-1).mean(0).clamp_min(1e-6)
-    elif normalize == "global":
-        scale = ((n_heads * d_head) ** 0.5 / z.flatten(1).norm(dim=-1).mean()).expand(n_heads)
-    else:
-        scale = torch.ones(n_heads)
-    return scale[:, None].expand(n_heads, d_head).contiguous(), z.mean(0)
-
-
-def _new_sae(lm: LanguageModel, sae_cfg: SAEConfig) -> BlockDiagSAE:
-    n_blocks, width = (lm.n_heads, lm.d_head) if sae_cfg.block == "head" else (1, lm.n_heads * lm.d_head)
-    return BlockDiagSAE(n_blocks, width, width * sae_cfg.expansion_factor)
-
-
-def _describe_data(lm: LanguageModel, activations: ActivationsConfig, corpus: Corpus) -> dict[str, Any]:
-    return {
-        "model": {
-            "name": lm.name,
-            "fingerprint": lm.fingerprint(),
-            "hook_name": activations.hook_name,
-            "hook_layer": activations.hook_layer,
-            "n_heads": lm.n_heads,
-            "d_head": lm.d_head,
-            "dtype": activations.model_dtype,
-            "processing": PROCESSING,
-        },
-        "text": {
-            "name": corpus.name,
-            "fingerprint": corpus.fingerprint,
-            "context_size": corpus.context_size,
-            "held_out_fraction": activations.held_out_fraction,
-            "text_column": activations.text_column,
-        },
+def _describe_data(
+    lm: LanguageModel, activations: ActivationsConfig, corpus: Corpus
+) -> Callable[[int], dict[str, Any]]:
+    """What config.json says about the model and the text, for a layer."""
+    model = {
+        "name": lm.name,
+        "fingerprint": lm.fingerprint(),
+        "n_heads": lm.n_heads,
+        "d_head": lm.d_head,
+        "dtype": activations.model_dtype,
+        "processing": PROCESSING,
+    }
+    text = {
+        "name": corpus.name,
+        "fingerprint": corpus.fingerprint,
+        "context_size": corpus.context_size,
+        "held_out_fraction": activations.held_out_fraction,
+        "text_column": activations.text_column,
+    }
+    return lambda layer: {
+        "model": {**model, "hook_name": f"blocks.{layer}.attn.hook_z", "hook_layer": layer},
+        "text": text,
     }
