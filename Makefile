@@ -1,5 +1,6 @@
 # make app: set up, fetch the embedded model once, open the app.   make test, make lint: what CI runs.
-.PHONY: app test lint format
+# make bench: the tables of benchmarks/README.md (20 minutes on two cores).
+.PHONY: app test lint format bench
 
 # The first Python on the PATH that the pinned packages support (3.10 to 3.12); PYTHON=... overrides.
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10; do \
@@ -18,6 +19,12 @@ test: $(VENV)/test.stamp
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+bench: $(VENV)/test.stamp
+	$(BIN)/python -m trainer.embedded
+	$(BIN)/python -m benchmarks.steps
+	$(BIN)/python -m benchmarks.data
+	$(BIN)/python -m benchmarks.quality checkpoints
 
 format: $(VENV)/test.stamp
 	$(BIN)/ruff check --fix .

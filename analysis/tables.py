@@ -32,23 +32,36 @@ def summary(listed: list[checkpoint.Listed]) -> pd.DataFrame:
         d_in = shape["n_heads"] * shape["d_head"]
         row = {
             "name": path.name,
-            "recipe": config.get("recipe", "unknown") + (" (dense)" if config.get("block") == "dense" else ""),
+            "recipe": _recipe(config),
+            "sparsity": _sparsity(config),
             "status": config["status"],
             "figures": source,
             **{key: figures.get(key) for key in _SCALARS},
             "MSE_per_dim": figures["MSE"] / d_in if "MSE" in figures else None,
             "n_tokens": figures.get("n_tokens"),
             "tokens_seen": figures.get("tokens", config.get("tokens_seen", 0)),
-            "l1_coefficient": config.get("l1_coefficient"),
             "model": Path(config["model"]["name"]).name,
             "hook_layer": config["model"]["hook_layer"],
             "d_sae": shape["n_heads"] * shape["features_per_head"],
         }
         rows.append(row)
     frame = pd.DataFrame(rows)
-    numeric = [c for c in (*_SCALARS, "MSE_per_dim", "n_tokens", "tokens_seen", "l1_coefficient") if c in frame]
+    numeric = [c for c in (*_SCALARS, "MSE_per_dim", "n_tokens", "tokens_seen") if c in frame]
     frame[numeric] = frame[numeric].apply(pd.to_numeric)  # None (not measurable) becomes NaN
     return frame
+
+
+def _recipe(config: dict[str, Any]) -> str:
+    """What tells a family of checkpoints from others: its label, preset or recipe."""
+    options = config["training"]
+    name = options.get("label") or options.get("preset") or config.get("recipe", "unknown")
+    return f"{name} (dense)" if config.get("block") == "dense" else name
+
+
+def _sparsity(config: dict[str, Any]) -> str:
+    """The coefficient or k, as one reads it."""
+    k, coefficient = (config["training"].get(key) for key in ("k", "l1_coefficient"))
+    return f"k {k}" if k else "" if coefficient is None else f"λ {coefficient:g}"
 
 
 def curves(paths: list[Path]) -> pd.DataFrame:

@@ -35,14 +35,24 @@ def tradeoff(frame: pd.DataFrame, metric: str, log: bool) -> alt.LayerChart:
     x = alt.X("L0:Q", title="L0 (mean active features per token)", scale=alt.Scale(type=kind, zero=single, padding=30))
     y = alt.Y(f"{metric}:Q", title=METRICS[metric], scale=alt.Scale(type=y_kind, zero=single, padding=30))
     colour = alt.Color("recipe:N", title="Recipe", scale=alt.Scale(range=PALETTE))
-    tips = ["name", "status", "figures", *(c for c in ("L0", "MSE", "FVU", "CE_score", "KL_score") if c in frame)]
+    tips = [
+        "name",
+        "recipe",
+        "sparsity",
+        "status",
+        "figures",
+        *(c for c in ("L0", "MSE", "FVU", "CE_score", "KL_score") if c in frame),
+    ]
     points = (
         alt.Chart(frame)
         .mark_point(size=110, filled=True, opacity=0.9)
         .encode(x=x, y=y, color=colour, shape=alt.Shape("figures:N", title="Figures from"), tooltip=tips)
     )
-    names = alt.Chart(frame).mark_text(dx=9, align="left", fontSize=11).encode(x=x, y=y, text="name:N", color=colour)
-    layers = [points, names]
+    names = (
+        alt.Chart(frame).mark_text(dx=9, align="left", fontSize=11).encode(x=x, y=y, text="sparsity:N", color=colour)
+    )
+    lines = alt.Chart(frame).mark_line(strokeWidth=1, opacity=0.6).encode(x=x, y=y, color=colour, order="L0:Q")
+    layers = [lines, points, names]
     if f"{metric}_se" in frame:
         bounds = frame.assign(low=frame[metric] - frame[f"{metric}_se"], high=frame[metric] + frame[f"{metric}_se"])
         bars = (

@@ -4,6 +4,7 @@ Models and SAEs are shared by all sessions; the model holds its own lock around 
 widget chooses is in the URL (`bind="query-params"`), so an address is a permalink.
 """
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -65,9 +66,22 @@ def readable() -> list[checkpoint.Listed]:
 
 
 def pick_checkpoint(listed: list[checkpoint.Listed], label: str, key: str, index: int = 0) -> checkpoint.Listed:
-    """A select box over checkpoint names, kept in the URL under `key`."""
+    """A select box over checkpoint names, kept in the URL under `key`; `index` counts from the default one."""
     by_name = {each.path.name: each for each in listed}
-    return by_name[st.selectbox(label, list(by_name), index=min(index, len(by_name) - 1), key=key, bind="query-params")]
+    names = list(by_name)
+    first = (names.index(_default(listed).path.name) + index) % len(names)
+    return by_name[st.selectbox(label, names, index=first, key=key, bind="query-params")]
+
+
+def _default(listed: list[checkpoint.Listed]) -> checkpoint.Listed:
+    """Of the block-diagonal checkpoints that one can read (L0 up to 40), the one that keeps most; else the sparsest."""
+
+    def rank(each: checkpoint.Listed) -> tuple[bool, bool, float]:
+        figures = checkpoint.load_eval(each.path) or {"L0": math.inf, "FVU": math.inf}
+        readable = figures["L0"] <= 40
+        return each.config["block"] == "dense", not readable, figures["FVU"] if readable else figures["L0"]
+
+    return min(listed, key=rank)
 
 
 def evaluation(listed: checkpoint.Listed) -> dict[str, Any] | None:

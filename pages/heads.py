@@ -48,6 +48,8 @@ panels = {
     "CE_score": "CE score, only this head replaced",
     "dead_fraction": "Dead features (share)",
 }
+if "n_tokens_per_head" in figures:
+    st.caption(f"Scores with one head replaced are measured on the first {figures['n_tokens_per_head']:,} tokens.")
 columns = st.columns(2)
 for index, (metric, title) in enumerate(panels.items()):
     with columns[index % 2]:

@@ -11,12 +11,14 @@ from streamlit.testing.v1 import AppTest
 from trainer import checkpoint
 from trainer.__main__ import main
 
+OTHERS = {"bricken": "--l1_coefficients=0.3", "gated": "--l1_coefficients=2", "jumprelu": "--l1_coefficients=2",
+          "topk": "--k=9", "batchtopk": "--k=9"}  # fmt: skip
 PAGES = ["pages/tradeoffs.py", "pages/heads.py", "pages/prompt.py", "pages/compare.py"]
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, gpt2_folder, text_file):
-    """Two block-diagonal checkpoints and a dense one on the tiny GPT-2."""
+    """Two block-diagonal checkpoints, a dense one, and one of each other activation on the tiny GPT-2."""
     folder = tmp_path_factory.mktemp("trained")
     arguments = [
         f"--model={gpt2_folder}", f"--dataset={text_file}", f"--out={folder}", "--hook_layer=1", "--expansion_factor=4",
@@ -25,8 +27,11 @@ def trained(tmp_path_factory, gpt2_folder, text_file):
     ]  # fmt: skip
     os.environ["ATTN_SAES_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     try:
-        assert main([*arguments, "--l1_coefficients=[1,4]", "--name=block"]) == 0
-        assert main([*arguments, "--block=dense", "--name=dense"]) == 0
+        for l1 in (1, 4):
+            assert main([*arguments, f"--l1_coefficients={l1}", f"--name=block-l1_{l1}"]) == 0
+        assert main([*arguments, "--block=dense", "--l1_coefficients=2", "--name=dense"]) == 0
+        for recipe, sparsity in OTHERS.items():
+            assert main([*arguments, f"--recipe={recipe}", sparsity, f"--name={recipe}"]) == 0
     finally:
         del os.environ["ATTN_SAES_CACHE"]
     return folder
@@ -201,3 +206,14 @@ def test_markup_in_a_prompt_is_only_text(folder):
     app = open_page("pages/prompt.py", prompt="<script>alert(1)</script> **bold** `code`")
     assert not app.exception
     assert not [m for m in app.markdown if m.allow_html]
+
+
+@pytest.mark.parametrize("recipe", list(OTHERS))
+def test_every_recipe_shows_on_every_page(folder, recipe):
+    table = open_page("pages/tradeoffs.py").dataframe[0].value.set_index("name").loc[recipe]
+    assert table["recipe"] == recipe and table["L0"] > 0
+    for page in ("pages/heads.py", "pages/prompt.py"):
+        app = open_page(page, checkpoint=recipe)
+        assert not app.exception and not app.error and app.selectbox(key="checkpoint").value == recipe
+    app = open_page("pages/compare.py", a=recipe, b="dense")
+    assert not app.exception and not app.error

@@ -136,7 +136,7 @@ def test_dead_features_come_back_by_aux_k_and_by_resampling():
             for z in rows[: 120 * 64].split(64):
                 stack.update(z)
             silent = (stack.unfired[:, :8] > 1500).float().mean()
-            assert silent < 0.2 if revive else silent > 0.5, (recipe, revive, silent)
+            assert silent < 0.3 if revive else silent > 0.5, (recipe, revive, silent)
 
 
 @pytest.mark.parametrize("recipe", list(SPARSITIES))

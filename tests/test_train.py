@@ -1,5 +1,7 @@
 """Training as a whole: sweeps, resuming to the bit, and a command line that does what it says."""
 
+import dataclasses
+import itertools
 import json
 import os
 import random
@@ -12,11 +14,13 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+import yaml
 from conftest import ROOT, save_tiny_gpt2
 from safetensors.torch import load_file
 
 from trainer import checkpoint
 from trainer.__main__ import main
+from trainer.recipes import SweepConfig
 from trainer.run import Run
 from trainer.stack import Stack
 
@@ -411,3 +415,27 @@ def test_killed_at_a_random_step_a_stacked_sweep_resumes_to_the_bit(command, tmp
     assert done.returncode == 0, done.stderr[-2000:]
     for name in names:
         assert_same_weights(out / f"whole{name}", out / f"halves{name}")
+
+
+def test_the_wandb_sweep_file_composes_commands_that_parse(capsys):
+    """What `wandb agent` makes of sweeps/wandb.yaml; the server's part cannot be tried without a network."""
+    sweep = yaml.safe_load((ROOT / "sweeps" / "wandb.yaml").read_text())
+    names = sorted(sweep["parameters"])
+    choices = [sweep["parameters"][name].get("values") or [sweep["parameters"][name]["value"]] for name in names]
+    assert sweep["command"][:4] == ["${env}", "${interpreter}", "-m", "${program}"] and sweep["program"] == "trainer"
+    for values in itertools.product(*choices):
+        arguments = [f"--{name}={value}" for name, value in zip(names, values, strict=True)]
+        with pytest.raises(SystemExit) as done:
+            main([*sweep["command"][4:-1], *arguments, "--print_config"])
+        assert done.value.code == 0
+        printed = yaml.safe_load(capsys.readouterr().out)
+        assert all(printed[name] == value for name, value in zip(names, values, strict=True))
+
+
+def test_the_frontier_sweep_names_at_least_ten_saes(capsys):
+    with pytest.raises(SystemExit):
+        main([f"--config={ROOT / 'sweeps' / 'frontier.yaml'}", "--print_config"])
+    options = yaml.safe_load(capsys.readouterr().out)
+    sweep = SweepConfig(**{field.name: options[field.name] for field in dataclasses.fields(SweepConfig)})
+    saes = sweep.expand({"expansion_factor": options["expansion_factor"]})
+    assert len(saes) >= 10 and {sae.recipe for sae in saes} >= {"april", "batchtopk", "topk", "jumprelu"}

@@ -103,12 +103,10 @@ def above(params: Params, x: Float[Tensor, "head batch width"], threshold: Float
     found = []
     n_features = params["b_enc"].shape[1]
     for block, start, pre in _pre_activations(params, x):
-        limit = threshold[block : block + len(pre), None, None]
-        at = _true(pre > limit)
-        row, feature = at // n_features, at % n_features
-        within, token = row // pre.shape[1], row % pre.shape[1]
-        bag = (block + within) * x.shape[1] + start + token
-        found.append(Active(bag, (block + within) * n_features + feature, pre.view(-1)[at]))
+        at = _true(pre > threshold[block : block + len(pre), None, None])
+        row = at // n_features  # a tile has one block, or all tokens of several
+        bag = row + (block * x.shape[1] + start)
+        found.append(Active(bag, at + (bag // x.shape[1] - row) * n_features, pre.view(-1)[at]))
     return Active(*map(torch.cat, zip(*found, strict=True)))
 
 

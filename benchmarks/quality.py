@@ -1,0 +1,59 @@
+"""The quality table from eval.json of checkpoints, and what L0 a recipe needs for the figures of another.
+
+python -m benchmarks.quality checkpoints
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainer import checkpoint
+
+
+def main(folder: Path) -> None:
+    rows = []
+    for path, config, _ in checkpoint.list_checkpoints(folder):
+        figures = checkpoint.load_eval(path) if config else None
+        if figures:
+            rows.append((path.name, config, figures))
+    rows.sort(key=lambda row: (row[1]["training"]["preset"] or row[1]["recipe"], row[0]))
+    columns = "L0 | FVU | KL score | CE score, repeated tokens | dead | worst head's FVU"
+    print(f"| checkpoint | {columns} | FVU of heads 3, 4, 5 |\n|{'---|' * 8}")
+    for name, _, f in rows:
+        worst = int(np.argmax(f["FVU_per_head"]))
+        induction = ", ".join(f"{f['FVU_per_head'][head]:.2f}" for head in (3, 4, 5))
+        print(
+            f"| {name} | {f['L0']:.1f} | {f['FVU']:.3f} | {score(f, 'KL_score')} | {score(f['induction'], 'CE_score')} "
+            f"| {f['dead_fraction']:.1%} | {f['FVU_per_head'][worst]:.3f} (head {worst}) | {induction} |"
+        )
+    print()
+    plain = [(c, f) for _, c, f in rows if c["block"] == "head" and not c["training"]["label"]]
+    frontier = [f for c, f in plain if c["recipe"] == "batchtopk"]
+    for name, config, f in rows:
+        if config["recipe"] == "april":
+            for metric in ("FVU", "KL_score"):
+                print(f"{name}: {needed(frontier, f, metric)}")
+
+
+def score(figures: dict[str, Any], key: str) -> str:
+    """A score with its standard error."""
+    return "not measurable" if figures[key] is None else f"{figures[key]:.3f} ± {figures[f'{key}_se']:.3f}"
+
+
+def needed(frontier: list[dict[str, Any]], figures: dict[str, Any], metric: str) -> str:
+    """The L0 at which batchtopk has the same figure, between its points on a log scale of L0."""
+    points = sorted((each[metric], each["L0"]) for each in frontier)
+    values = [value for value, _ in points]
+    if not values or not values[0] <= figures[metric] <= values[-1]:
+        return f"{metric} {figures[metric]:.3f} at L0 {figures['L0']:.0f} lies beyond the batchtopk points"
+    l0 = float(np.exp(np.interp(figures[metric], values, np.log([l0 for _, l0 in points]))))
+    return (
+        f"{metric} {figures[metric]:.3f} at L0 {figures['L0']:.0f}; batchtopk needs L0 {l0:.0f}, "
+        f"1/{figures['L0'] / l0:.1f} of it"
+    )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "checkpoints"))
