@@ -56,6 +56,7 @@ class Ours:
             pre = torch.einsum("bhd,hdf->hbf", x[:256], params["W_enc"]) + params["b_enc"][:, None]
             params["b_enc"] -= pre.flatten(1).kthvalue(int((1 - share) * pre[0].numel()), dim=1).values[:, None]
         self.stack = stack.Stack([sae], [params], input_scale(self.z, "per_head"), TrainingConfig(batch_size=batch))
+        self.stack.active_share.zero_()  # the path is chosen by `below`, from the first step on
 
     def __call__(self) -> None:
         before = stack.SPARSE_BELOW

@@ -1,6 +1,5 @@
 """Side-by-side timing: every candidate once a round, so that a noisy minute hits all of them."""
 
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -36,13 +35,14 @@ def _grow(build: Callable[..., Callable[[], Any]], arguments: tuple) -> float:
     import torch
 
     (torch.randn(256, 256) @ torch.randn(256, 256)).sum()  # what the first matmul sets up is not the candidate's
-    before = _resident_mb()
+    before = _status_mb("VmRSS")
     run = build(*arguments)
     for _ in range(3):
         run()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+    return _status_mb("VmHWM") - before
 
 
-def _resident_mb() -> float:
+def _status_mb(key: str) -> float:
+    """Of this process alone; `ru_maxrss` of a child begins at what its parent had."""
     with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith("VmRSS")) / 1024
+        return next(int(line.split()[1]) for line in status if line.startswith(key)) / 1024

@@ -1,5 +1,7 @@
 """Rows reach the trainer complete, shuffled and at the right step, from the disk as from the model."""
 
+from itertools import islice
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -198,3 +200,21 @@ def test_several_layers_share_one_forward_and_serve_the_same_rows(gpt2, corpus, 
     contexts = torch.stack(list(corpus.train()))[:8]
     live = LiveActivations(gpt2, [1, LAYER], corpus, 8, buffer_rows=120)
     assert torch.allclose(next(live.groups(0))[:, 0].float(), gpt2.hook_z(contexts, 1)[:, 1:].flatten(0, 1), atol=4e-3)
+
+
+def test_a_stream_that_is_too_short_is_refused_not_repeated(gpt2, corpus, cache_root):
+    source = LiveActivations(gpt2, [LAYER], corpus, 100_000, buffer_rows=480)
+    with pytest.raises(ValueError, match="too few for this run"):
+        for _ in source.groups(corpus.n_train_contexts // 32 - 1):
+            pass
+
+
+def test_a_shard_that_breaks_while_training_is_one_sentence(gpt2, corpus, cache_root):
+    source = cached(gpt2, corpus, 1000, buffer_rows=120)
+    fill(source, gpt2, corpus)
+    stream = batches(source, 100, seed=0)
+    next(stream)
+    for path in only_folder(source).glob("shard-*"):
+        path.write_bytes(b"broken")
+    with pytest.raises(ValueError, match="could not be read from the cache"):
+        list(islice(stream, 20))

@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer import losses, sparse
-from trainer.recipes import SAEConfig
 from trainer.revive import aux_k, resample
 
 HEADS, WIDTH, FEATURES, BATCH = 3, 5, 12, 40
@@ -252,10 +251,3 @@ def test_resampling_changes_only_dead_features_and_their_moments():
     alive = before["W_enc"][0][:, ~dead[0]].norm(dim=0).mean()
     assert torch.allclose(params["W_enc"][0, :, 2], 0.2 * alive * direction)
     assert params["b_enc"][0, 2] == 0
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_the_straight_through_and_other_losses_are_defined_for_every_recipe(recipe):
-    cfg = SAEConfig.resolve(recipe=recipe, hook_layer=0)
-    params, x, coefficient = problem(recipe)
-    assert losses.gradients(cfg, params, x, coefficient).grads.keys() == params.keys()

@@ -1,12 +1,16 @@
 """SAEs in training: stacked as alone, folded as trained, and a planted dictionary found by every recipe."""
 
+import dataclasses
+
 import pytest
 import torch
+from test_gradients import obvious_loss
 from torch.nn.functional import normalize
 
+from trainer import sparse
 from trainer.config import TrainingConfig
 from trainer.initialise import geometric_median, initial_params, input_scale
-from trainer.recipes import SAEConfig
+from trainer.recipes import SAEConfig, SweepConfig
 from trainer.stack import Stack, lr_factor
 
 HEADS, WIDTH = 3, 8
@@ -46,7 +50,8 @@ def test_a_batched_stack_equals_each_point_alone(recipe, scope):
     """All points in one matmul to float tolerance; taking turns, as on a CPU, to the bit."""
     rows = data()
     options = {"dead_after_tokens": 300}
-    saes = [config(recipe, each, k_scope=scope, resample_fraction=0.25) for each in SPARSITIES[recipe]]
+    revive = {"resample_fraction": 0.25} if recipe == "bricken" else {}
+    saes = [config(recipe, each, k_scope=scope, **revive) for each in SPARSITIES[recipe]]
     batched, turns = build(saes, rows, together=True, **options), build(saes, rows, **options)
     alone = [build([sae], rows, **options) for sae in saes]
     for z in rows[: 30 * 64].split(64):
@@ -130,7 +135,9 @@ def test_dead_features_come_back_by_aux_k_and_by_resampling():
     rows = data(8192)
     for recipe, options in (("topk", {}), ("bricken", {"resample_fraction": 0.25})):
         for revive in (True, False):
-            saes = [config(recipe, SPARSITIES[recipe][0], lr=1e-2, **options if revive else {"resample_fraction": 0.0})]
+            saes = [
+                config(recipe, SPARSITIES[recipe][0], lr=1e-2, **(options if revive else {"resample_fraction": 0.0}))
+            ]
             stack = build(saes, rows, total_training_steps=120, dead_after_tokens=256 if revive else 10**9)
             stack.params["b_enc"][:, :8] -= 2.0
             for z in rows[: 120 * 64].split(64):
@@ -207,18 +214,27 @@ def test_schedules():
     assert lr_factor(0, 100, 0.0, 0.0) == 1
 
 
-def test_the_reference_preset_is_what_the_reference_did():
-    sae = SAEConfig.resolve(preset="reference", hook_layer=4, l1_coefficient=2.0)
-    assert (sae.recipe, sae.block, sae.expansion_factor, sae.normalize) == ("april", "head", 32, "global")
-    assert (sae.init, sae.b_dec_init, sae.decoder_norm) == ("linear", "linear", "free")
-    assert (sae.lr, sae.beta2, sae.lr_warm_up_fraction, sae.lr_decay_fraction) == (5e-5, 0.999, 0.0, 0.0)
-    assert (sae.sparsity_warm_up_fraction, sae.max_grad_norm, sae.resample_fraction) == (0.05, 1.0, 0.0)
+PRESETS = {
+    "reference": {
+        "recipe": "april", "block": "head", "expansion_factor": 32, "l1_coefficient": 2.0, "normalize": "global",
+        "init": "linear", "b_dec_init": "linear", "decoder_norm": "free", "lr": 5e-5, "beta2": 0.999,
+        "lr_warm_up_fraction": 0.0, "lr_decay_fraction": 0.0, "sparsity_warm_up_fraction": 0.05, "max_grad_norm": 1.0,
+        "resample_fraction": 0.0,
+    },
+    "kissane": {
+        "recipe": "bricken", "block": "dense", "expansion_factor": 32, "l1_coefficient": 2.0, "normalize": "none",
+        "init": "transpose", "b_dec_init": "zeros", "decoder_norm": "unit", "lr": 1.2e-3, "beta2": 0.99,
+        "lr_warm_up_fraction": 0.0, "lr_decay_fraction": 0.2, "sparsity_warm_up_fraction": 0.05, "max_grad_norm": 0.0,
+        "resample_fraction": 0.125,
+    },
+}  # fmt: skip
 
 
-def test_the_kissane_preset_is_a_dense_bricken():
-    sae = SAEConfig.resolve(preset="kissane", hook_layer=5)
-    assert (sae.recipe, sae.block, sae.decoder_norm, sae.beta2, sae.lr) == ("bricken", "dense", "unit", 0.99, 1.2e-3)
-    assert sae.resample_fraction == 0.125 and sae.max_grad_norm == 0
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_presets_are_pinned(preset):
+    found = dataclasses.asdict(SAEConfig.resolve(preset=preset, hook_layer=4))
+    irrelevant = {"k": None, "k_scope": "layer", "label": None}
+    assert found == PRESETS[preset] | irrelevant | {"preset": preset, "hook_layer": 4}
 
 
 def test_a_preset_can_be_changed_one_switch_at_a_time():
@@ -226,3 +242,101 @@ def test_a_preset_can_be_changed_one_switch_at_a_time():
     assert (sae.normalize, sae.init, sae.lr) == ("per_head", "linear", 5e-5)
     other = SAEConfig.resolve(preset="reference", recipe="batchtopk", hook_layer=4)
     assert (other.recipe, other.k, other.l1_coefficient, other.normalize) == ("batchtopk", 32, None, "global")
+    assert other.decoder_norm == "unit", "what makes the recipe stays"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"recipe": "topk", "k": "a"}, "k has the wrong type: 'a'"),
+        ({"recipe": "topk", "k": 2.5}, "k has the wrong type: 2.5"),
+        ({"recipe": "topk", "k": True}, "k has the wrong type: True"),
+        ({"recipe": "topk", "lr": "fast"}, "lr has the wrong type: 'fast'"),
+        ({"recipe": "topk", "normalize": "perhead"}, "normalize must be one of per_head, global, none"),
+        ({"recipe": "topk", "block": "Dense"}, "block must be one of head, dense"),
+        ({"recipe": "topk", "label": [1]}, "label has the wrong type"),
+        ({"recipe": "bogus"}, "recipe must be one of april"),
+        ({"preset": "bogus"}, "preset must be one of reference, kissane"),
+        ({"recipe": "april", "l1_coefficients": []}, "name at least one"),
+        ({"recipe": "april", "resample_fraction": 0.1}, "april has no resample_fraction"),
+        ({"recipe": "bricken", "resample_fraction": 0.3}, "between 0 and 0.25"),
+        ({"preset": "reference", "k": 3}, "april has no k"),
+        ({"depth": 3}, "unknown option depth"),
+    ],
+)
+def test_a_wrong_point_of_a_sweep_is_one_sentence(options, message):
+    fields = [field.name for field in dataclasses.fields(SAEConfig)]
+    of_sae = dict.fromkeys(fields)
+    with pytest.raises(ValueError, match=message):
+        SweepConfig(points=[options]).expand(of_sae)
+    with pytest.raises(ValueError, match="points is empty"):
+        SweepConfig(points=[]).expand(of_sae)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "training", "split"),
+    [
+        ("bricken", {"resample_fraction": 0.25}, {"total_training_steps": 200, "dead_after_tokens": 300}, 52),
+        ("bricken", {"resample_fraction": 0.25}, {"total_training_steps": 200, "dead_after_tokens": 300}, 99),
+        ("topk", {}, {"total_training_steps": 60, "dead_after_tokens": 200}, 30),
+        ("batchtopk", {}, {"total_training_steps": 60, "dead_after_tokens": 200}, 30),
+        ("april", {}, {"total_training_steps": 40}, 20),
+        ("jumprelu", {}, {"total_training_steps": 40}, 20),
+        ("gated", {}, {"total_training_steps": 40}, 20),
+    ],
+)
+def test_the_saved_state_is_all_that_matters(recipe, options, training, split, monkeypatch):
+    """Stopped anywhere and built anew from its states, a stack ends with the same weights to the bit."""
+    monkeypatch.setattr("trainer.stack.SPARSE_BELOW", 0.5)  # april crosses it: the path depends on the state
+    rows = data(training["total_training_steps"] * 64)
+    saes = [config(recipe, each, lr=5e-3, **options) for each in SPARSITIES[recipe]]
+    whole, first = (build(saes, rows[:500], **training) for _ in range(2))
+    for stack in (whole, first):  # some features are silent, so that reviving them is part of it
+        stack.params["b_enc"][:, :4] -= 2.0
+    batches = rows.split(64)
+    for z in batches:
+        whole.update(z)
+    for z in batches[:split]:
+        first.update(z)
+    states = [{name: value.clone() for name, value in sorted(first.state(p).items())} for p in range(2)]
+    params = [{name: state[name] for name in reversed(state) if name in first.params} for state in states]
+    second = Stack(saes, params, states[0]["scale"], first.training)
+    second.load_states(split, states)
+    for z in batches[split:]:
+        second.update(z)
+    for name, value in whole.params.items():
+        assert torch.equal(second.params[name], value), name
+    assert torch.equal(second.unfired, whole.unfired) and torch.equal(second.threshold, whole.threshold)
+
+
+@pytest.mark.parametrize("recipe", ["april", "bricken"])
+def test_the_sparse_path_trains_the_same_sae(recipe, monkeypatch):
+    rows = data()
+    found, paths = [], []
+    monkeypatch.setattr(sparse, "l1", lambda *a, original=sparse.l1: paths.append("sparse") or original(*a))
+    for below in (0.0, 1.1):
+        monkeypatch.setattr("trainer.stack.SPARSE_BELOW", below)
+        stack = build([config(recipe, each, lr=5e-3) for each in SPARSITIES[recipe]], rows)
+        for z in rows[: 30 * 64].split(64):
+            stack.update(z)
+        found.append(stack.params)
+        assert len(paths) == (0 if below == 0 else 60)
+    for name, value in found[0].items():
+        assert torch.allclose(value, found[1][name], rtol=1e-3, atol=1e-4), name
+
+
+@pytest.mark.parametrize("recipe", ["april", "bricken", "gated", "jumprelu"])
+def test_the_logged_loss_is_the_loss(recipe):
+    """Halfway through the warm-up of the coefficient, in float64 by the obvious path."""
+    rows = data()
+    sae = config(recipe, SPARSITIES[recipe][1], sparsity_warm_up_fraction=1.0)
+    stack = build([sae], rows)
+    for z in rows[: 14 * 64].split(64):
+        stack.update(z)
+    params = {name: value.double() for name, value in stack.params.items()}
+    z = rows[-64:]
+    x = ((z * stack.scale).transpose(0, 1)).double()
+    coefficient = torch.full((HEADS,), sae.l1_coefficient * 14 / 30, dtype=torch.float64)
+    expected, _ = obvious_loss(recipe, params, x, coefficient)
+    figures, _ = stack.figures(0, stack.update(z))
+    assert figures["loss"] == pytest.approx(expected.item(), rel=1e-4)

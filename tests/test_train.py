@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from trainer import checkpoint
 from trainer.__main__ import main
-from trainer.recipes import SweepConfig
+from trainer.recipes import SAEConfig, SweepConfig
 from trainer.run import Run
 from trainer.stack import Stack
 
@@ -167,7 +167,7 @@ def test_float16_weights_are_what_is_evaluated(command):
 )
 def test_an_interrupted_run_resumes_to_the_same_weights(command, monkeypatch, options):
     arguments, out = command
-    arguments = [*arguments, *options, "--resample_fraction=0.25", "--eval_every=4"]
+    arguments = [*arguments, *options, "--eval_every=4"]
     assert main([*arguments, "--name=whole"]) == 0
     with interrupted_at(7, monkeypatch):
         assert main([*arguments, "--name=halves"]) == 130
@@ -204,6 +204,46 @@ def test_saves_of_different_steps_resume_from_the_last_common_one(command, monke
     assert main([*both, "--name=halves", "--resume=true"]) == 0
     for name in names:
         assert_same_weights(out / f"whole{name}", out / f"halves{name}")
+
+
+def test_a_kill_between_any_two_writes_leaves_something_to_go_on_with(command, monkeypatch, capsys):
+    """Before the first config.json, with half a state beside the states, and before the states are dropped."""
+    arguments, out = command
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_config", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert main(arguments) == 130
+    assert (out / "run").is_dir()
+    with interrupted_at(7, monkeypatch):
+        assert main(arguments) == 130
+    (out / "run" / "training_state" / ".step-0000010.safetensors.17.partial").write_bytes(b"half")
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "drop_states", lambda self, keep: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert main([*arguments, "--resume=true"]) == 130
+    assert main([*arguments, "--resume=true"]) == 0
+    assert not (out / "run" / "training_state").exists()
+    assert main([*arguments, "--resume=true"]) == 2 and "is complete" in capsys.readouterr().err
+
+
+def test_a_resumed_sweep_cannot_grow(command, monkeypatch, capsys):
+    arguments, out = command
+    with interrupted_at(7, monkeypatch):
+        assert main([*arguments, "--k=[4,8]"]) == 130
+    before = sorted(out.glob("*/training_state/*"))
+    assert main([*arguments, "--k=[4,8,16]", "--resume=true"]) == 2
+    assert "is not part of the interrupted run" in capsys.readouterr().err
+    assert sorted(out.glob("*/training_state/*")) == before != []
+
+
+def test_a_run_does_not_go_on_on_another_text(command, monkeypatch, capsys, tmp_path, text_file):
+    arguments, _ = command
+    text = tmp_path / "text.jsonl"
+    shutil.copy(text_file, text)
+    arguments = [f"--dataset={text}" if each.startswith("--dataset") else each for each in arguments]
+    with interrupted_at(7, monkeypatch):
+        assert main(arguments) == 130
+    text.write_text("".join(text.read_text().splitlines(keepends=True)[:-5]))
+    assert main([*arguments, "--resume=true"]) == 2
+    assert "was begun on another text" in capsys.readouterr().err
 
 
 def test_a_point_that_is_complete_is_left_alone_when_the_others_resume(command, monkeypatch):
@@ -252,6 +292,8 @@ def test_wandb_writes_an_offline_run(command):
         (["--k=[4,4]"], "names the same SAE twice"),
         (["--lr=0"], "lr must be positive"),
         (['--points=[{"recipe": "topk", "depth": 3}]'], "unknown option depth"),
+        (["--label=a/b"], "leave out slashes"),
+        (["--name=../b"], "leave out slashes"),
         (['--points=[{"k": 4}, {"k": 4, "lr": 0.1}]'], "tell them apart with a label"),
         (["--dataset=nowhere.txt"], "nowhere.txt does not exist"),
         (["--context_size=5000"], "exceeds the 256 positions"),
@@ -437,5 +479,5 @@ def test_the_frontier_sweep_names_at_least_ten_saes(capsys):
         main([f"--config={ROOT / 'sweeps' / 'frontier.yaml'}", "--print_config"])
     options = yaml.safe_load(capsys.readouterr().out)
     sweep = SweepConfig(**{field.name: options[field.name] for field in dataclasses.fields(SweepConfig)})
-    saes = sweep.expand({"expansion_factor": options["expansion_factor"]})
+    saes = sweep.expand({field.name: options.get(field.name) for field in dataclasses.fields(SAEConfig)})
     assert len(saes) >= 10 and {sae.recipe for sae in saes} >= {"april", "batchtopk", "topk", "jumprelu"}

@@ -9,10 +9,9 @@ from typing import Any
 import jsonargparse
 
 from trainer.config import ActivationsConfig, TrainingConfig
-from trainer.recipes import SAEConfig, SweepConfig
+from trainer.recipes import LISTED, SAEConfig, SweepConfig
 
 _GROUPS = (ActivationsConfig, SweepConfig, SAEConfig, TrainingConfig)
-_OF_SWEEP = {"recipe", "hook_layer", "l1_coefficient", "k"}  # fields of an SAE that a sweep lists
 
 
 def build_parser() -> jsonargparse.ArgumentParser:
@@ -25,7 +24,7 @@ def build_parser() -> jsonargparse.ArgumentParser:
     )
     parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
     for group in _GROUPS:
-        parser.add_class_arguments(group, skip=_OF_SWEEP if group is SAEConfig else set())
+        parser.add_class_arguments(group, skip=LISTED if group is SAEConfig else set())
     return parser
 
 
@@ -40,8 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         activations = _build(ActivationsConfig, options)
         sweep = _build(SweepConfig, options)
         training = _build(TrainingConfig, options)
-        of_sae = {f.name: options[f.name] for f in dataclasses.fields(SAEConfig) if f.name not in _OF_SWEEP}
-        saes = sweep.expand(of_sae)
+        saes = sweep.expand({field.name: options.get(field.name) for field in dataclasses.fields(SAEConfig)})
         # torch and transformer_lens take seconds to import: a wrong option should not wait for them.
         from trainer.train import Interrupted, train
     except ValueError as error:

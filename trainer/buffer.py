@@ -96,15 +96,18 @@ def batches(
         ValueError: a group does not hold one batch.
     """
     group = 0
-    while start >= (of_group := _batches_in(source, group, batch_size)):
+    while start >= (of_group := batches_in(source, group, batch_size)):
         start -= of_group
         group += 1
-    for index, rows in enumerate(source.groups(group), start=group):
+    groups = source.groups(group)
+    for index in count(group):
+        rows = next(groups)
         # On the device as a whole: there a shuffled batch is one gather.
         rows = rows.to(device)
         order = torch.from_numpy(np.random.default_rng([seed, index]).permutation(len(rows))).to(device)
-        for step in range(start, _batches_in(source, index, batch_size)):
+        for step in range(start, batches_in(source, index, batch_size)):
             yield rows[order[step * batch_size : (step + 1) * batch_size]].float()
+        del rows  # before the next group is asked for
         start = 0
 
 
@@ -119,7 +122,12 @@ def _read_ahead(items: Iterator[Tensor]) -> Iterator[Tensor]:
             del item
 
 
-def _batches_in(source: Source, group: int, batch_size: int) -> int:
+def batches_in(source: Source, group: int, batch_size: int) -> int:
+    """Batches of one group.
+
+    Raises:
+        ValueError: there is not even one.
+    """
     rows = source.rows(group)
     if rows < batch_size:
         raise ValueError(
@@ -229,7 +237,10 @@ class CachedActivations:
 
     def _read(self, group: int) -> Float[Tensor, "row layer head d_head"]:
         shards = self._shards_of(group)
-        layers = [torch.cat([load_file(_shard(folder, index))["z"] for index in shards]) for folder in self.keys]
+        try:
+            layers = [torch.cat([load_file(_shard(folder, index))["z"] for index in shards]) for folder in self.keys]
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"activations could not be read from the cache: {error}") from error
         return layers[0][:, None] if len(layers) == 1 else torch.stack(layers, dim=1)
 
     def _shards_of(self, group: int) -> list[int]:
@@ -277,13 +288,14 @@ class LiveActivations:
 
     def _endless(self, start: int) -> Iterator[Int[Tensor, " pos"]]:
         while True:
-            found = False
+            found = start
             for context in islice(self._corpus.train(start), self._pass - start):
-                found = True
+                found += 1
                 yield context
-            if not found:
+            if found < self._pass:  # a streamed data set that is shorter than the run
                 raise ValueError(
-                    f"{self._corpus.name} ends before context {start:,} of {self._corpus.context_size} tokens"
+                    f"{self._corpus.name} ends after {found:,} contexts of {self._corpus.context_size} tokens, "
+                    "too few for this run: lower total_training_steps or set distinct_tokens"
                 )
             start = 0
 

@@ -80,11 +80,11 @@ class TrainingConfig:
     out: str = "checkpoints"
     """Folder in which each SAE gets its checkpoint directory."""
     name: str | None = None
-    """Prefix of the checkpoint names; default the model's name."""
+    """Name of the checkpoint, or where there are several the beginning of their names; default the model's name."""
     resume: bool = False
     """Go on with an interrupted run of the same configuration."""
     dead_after_tokens: int = 500_000
-    """A feature that has not fired on this many training tokens counts as dead in the metrics."""
+    """A feature that has not fired on this many training tokens counts as dead, and AuxK revives it (topk, batchtopk)."""
     weights_dtype: Literal["float32", "float16"] = "float32"
     """Precision in which the weights for use are saved (and evaluated); training is always float32."""
     keep_training_state: bool = False

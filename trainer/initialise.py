@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from trainer.losses import Params
-from trainer.recipes import SAEConfig
+from trainer.recipes import CENTRED, TOP_K, SAEConfig
 
 _JUMP_AT_START, _SHARE_ACTIVE_AT_START = 0.1, 0.1
 
@@ -59,13 +59,13 @@ def initial_params(
             W_dec = torch.nn.functional.normalize(W_dec, dim=-1)
     else:
         rows = torch.nn.functional.normalize(torch.randn(n_blocks, n_features, width, generator=generator), dim=-1)
-        selects = cfg.recipe in ("topk", "batchtopk")
+        selects = cfg.recipe in TOP_K
         gain = 1.0 if selects else min(1.0, 2 * width / n_features)
         unit = selects or cfg.decoder_norm == "unit"
         W_dec = rows * (1.0 if unit else gain**0.5)
         W_enc = (rows * (gain if unit else gain**0.5)).mT.contiguous()
         b_enc = torch.zeros(n_blocks, n_features)
-        if not is_centred(cfg):
+        if cfg.recipe not in CENTRED:
             b_enc = -(b_dec[:, None] @ W_enc)[:, 0]
     params = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}
     if cfg.recipe == "gated":
@@ -73,15 +73,10 @@ def initial_params(
     if cfg.recipe == "jumprelu":
         params["log_threshold"] = torch.full_like(b_enc, math.log(_JUMP_AT_START))
         if cfg.init == "transpose":  # each feature fires on the same share of the data
-            pre = torch.bmm(x.transpose(0, 1), W_enc)
             rank = max(1, int(_SHARE_ACTIVE_AT_START * len(x)))
-            params["b_enc"] = _JUMP_AT_START - pre.topk(rank, dim=1).values[:, -1]
+            limits = [(x[:, block] @ W_enc[block]).topk(rank, dim=0).values[-1] for block in range(n_blocks)]
+            params["b_enc"] = _JUMP_AT_START - torch.stack(limits)
     return params
-
-
-def is_centred(cfg: SAEConfig) -> bool:
-    """Whether the recipe subtracts b_dec from the input of the encoder."""
-    return cfg.recipe in ("bricken", "gated")
 
 
 def geometric_median(x: Float[Tensor, "row block width"], steps: int = 50) -> Float[Tensor, "block width"]:

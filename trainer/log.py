@@ -32,16 +32,21 @@ class MetricsLog:
 
             if mode is None:
                 mode = "online" if wandb.login(prompt=False) else "offline"
-            self._run = wandb.init(
-                project=project,
-                group=group,
-                name=path.name,
-                config=config,
-                dir=path,
-                mode=mode,
-                reinit="create_new",  # several SAEs of one process, each with a run of its own
-                settings=wandb.Settings(silent=True, console="off"),
-            )
+            try:
+                self._run = wandb.init(
+                    project=project,
+                    group=group,
+                    name=path.name,
+                    id=config["wandb_id"],
+                    resume="allow",
+                    config=config,
+                    dir=path,
+                    mode=mode,
+                    reinit="create_new",  # several SAEs of one process, each with a run of its own
+                    settings=wandb.Settings(silent=True, console="off"),
+                )
+            except wandb.Error as error:
+                raise ValueError(f"W&B cannot be used ({error}): try --wandb=offline") from error
 
     def write(self, line: dict[str, Any], histograms: dict[str, Tensor]) -> None:
         """Append one line; lists (one figure per head) reach W&B as `key/head_0`, `key/head_1`, ...

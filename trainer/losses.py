@@ -9,14 +9,12 @@ Shapes: `block` is (point, head), blocks of one point together; x is shared by a
 means over the batch of B tokens of the sums below, |.| is the Euclidean norm, d_i a decoder row.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-
-from trainer.recipes import SAEConfig
 
 Params = dict[str, Tensor]
 
@@ -201,9 +199,9 @@ def _into_b_dec(out: Outcome, params: Params, centred: bool) -> None:
         out.grads["b_dec"].sub_((params["W_enc"] @ out.grads["b_enc"][..., None])[..., 0])
 
 
-GRADIENTS = {"april": april, "bricken": bricken, "jumprelu": jumprelu, "gated": gated}
-
-
-def gradients(cfg: SAEConfig, params: Params, x: Tensor, coefficient: Tensor) -> Outcome:
-    """The loss of `cfg.recipe` and its gradients; see there."""
-    return GRADIENTS[cfg.recipe](params, x, coefficient)
+GRADIENTS: dict[str, Callable[[Params, Tensor, Tensor], Outcome]] = {
+    "april": april,
+    "bricken": bricken,
+    "jumprelu": jumprelu,
+    "gated": gated,
+}

@@ -3,13 +3,17 @@
 import math
 from dataclasses import dataclass, fields
 from itertools import product
-from typing import Any, Literal
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from trainer.config import require
 
 Recipe = Literal["april", "bricken", "gated", "jumprelu", "topk", "batchtopk"]
 Preset = Literal["reference", "kissane"]
 TOP_K = ("topk", "batchtopk")  # recipes whose sparsity is a number of features; the others have a coefficient
+LISTED = {"recipe", "hook_layer", "l1_coefficient", "k"}  # fields of an SAE of which a sweep has lists
+CENTRED = ("bricken", "gated")  # recipes that subtract b_dec from the input of the encoder
+_OF_RECIPE = {"recipe", "l1_coefficient", "decoder_norm", "beta2", "resample_fraction"}  # not kept with another recipe
 
 # What a recipe sets where neither a preset nor the user does. Sources: README, "Recipes".
 _COMMON = {
@@ -103,9 +107,11 @@ class SAEConfig:
     max_grad_norm: float | None = None
     """Gradient norm of the whole SAE at which its gradient is clipped; 0 never clips."""
     resample_fraction: float | None = None
-    """Dead features are resampled at 1, 2, 3 and 4 times this share of the steps; 0 never."""
+    """Of bricken: dead features are resampled at 1, 2, 3 and 4 times this share of the steps; 0 never."""
 
     def __post_init__(self) -> None:
+        for name, hint in get_type_hints(SAEConfig).items():
+            _check_type(name, getattr(self, name), hint)
         require(self.hook_layer >= 0, f"hook_layer must be 0 or more, got {self.hook_layer}")
         require(self.expansion_factor >= 1, f"expansion_factor must be at least 1, got {self.expansion_factor}")
         if self.recipe in TOP_K:
@@ -130,6 +136,7 @@ class SAEConfig:
             0 <= self.resample_fraction <= 0.25,
             f"resample_fraction must lie between 0 and 0.25, got {self.resample_fraction}",
         )
+        require(self.recipe == "bricken" or self.resample_fraction == 0, f"{self.recipe} has no resample_fraction")
 
     @classmethod
     def resolve(cls, **given: Any) -> "SAEConfig":
@@ -138,7 +145,7 @@ class SAEConfig:
         preset = _PRESETS.get(chosen.get("preset", ""), {})
         recipe = chosen.get("recipe") or preset["recipe"]
         if recipe != preset.get("recipe", recipe):
-            preset = {key: value for key, value in preset.items() if key not in ("recipe", "l1_coefficient")}
+            preset = {key: value for key, value in preset.items() if key not in _OF_RECIPE}
         return cls(**(_COMMON | _RECIPES[recipe] | preset | {"recipe": recipe} | chosen))
 
     def all_but_sparsity(self) -> tuple:
@@ -177,7 +184,9 @@ class SweepConfig:
             ValueError: an unknown option, a wrong value, or two SAEs that are the same.
         """
         own = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "points"}
+        options = {key: value for key, value in options.items() if key not in LISTED}
         known = {*own, *options}
+        require(self.points != [], "points is empty: name at least one")
         saes = []
         for entry in self.points or [{}]:
             unknown = sorted(set(entry) - known)
@@ -190,9 +199,13 @@ class SweepConfig:
 def _combine(options: dict[str, Any]) -> list[SAEConfig]:
     """The product of the lists in one set of options."""
     lists = {key: _as_list(options.pop(key)) for key in ("l1_coefficients", "k", "hook_layer", "recipe")}
+    preset = options.get("preset")
+    require(preset is None or preset in _PRESETS, f"preset must be one of {', '.join(_PRESETS)}, got {preset!r}")
+    for recipe in lists["recipe"]:
+        require(recipe is None or recipe in _RECIPES, f"recipe must be one of {', '.join(_RECIPES)}, got {recipe!r}")
     if lists["recipe"] == [None]:
         by_sparsity = "batchtopk" if lists["l1_coefficients"] == [None] else "april"
-        lists["recipe"] = [_PRESETS[options["preset"]]["recipe"] if options.get("preset") else by_sparsity]
+        lists["recipe"] = [_PRESETS[preset]["recipe"] if preset else by_sparsity]
     saes = []
     for layer, recipe in product(lists["hook_layer"], lists["recipe"]):
         given, other = ("k", "l1_coefficients") if recipe in TOP_K else ("l1_coefficients", "k")
@@ -201,6 +214,18 @@ def _combine(options: dict[str, Any]) -> list[SAEConfig]:
             sparsity = {given.removesuffix("s"): value}
             saes.append(SAEConfig.resolve(**options, recipe=recipe, hook_layer=layer, **sparsity))
     return saes
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+    """Refuse what a YAML file can hold and the hint, made of None, str, int, float and Literal, does not allow."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
+    if choices:
+        allowed = value in choices or (value is None and NoneType in kinds)
+        require(allowed, f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        return
+    numeric = (float in kinds and isinstance(value, int)) or isinstance(value, kinds)
+    require(numeric and not isinstance(value, bool), f"{name} has the wrong type: {value!r}")
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -1,5 +1,7 @@
 """One SAE of a run: its checkpoint directory, its log and its saved states."""
 
+import shutil
+import uuid
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,12 @@ class Run:
         }
         self.log: MetricsLog | None = None
         self.latest: dict[str, Any] = {}
+        self._begun: dict[str, Any] | None = None  # config.json of the run that is continued
+
+    @property
+    def is_new(self) -> bool:
+        """Whether there is nothing to continue."""
+        return self._begun is None
 
     def check(self, resume: bool) -> bool:
         """Whether there is anything to do.
@@ -51,7 +59,7 @@ class Run:
         Raises:
             ValueError: the directory exists and may not be continued.
         """
-        if not self.path.exists():
+        if not (self.path / "config.json").exists() and not (self.path / "sae.safetensors").exists():
             return True
         if not resume:
             raise ValueError(
@@ -64,11 +72,26 @@ class Run:
                 raise ValueError(
                     f"{self.path} was begun with {key}={before}, not {value}: resume it with the same configuration"
                 )
+        self._begun = config
+        if config["status"] == "complete" and not self.training.keep_training_state:
+            self.drop_states(keep=None)  # it was killed between its last two writes
         return config["status"] != "complete"
+
+    def describe(self, data: dict[str, Any]) -> None:
+        """Add what config.json says about the model and the text.
+
+        Raises:
+            ValueError: the run was begun on others.
+        """
+        for key, value in data.items():
+            if self._begun is not None and self._begun.get(key) != value:
+                raise ValueError(f"{self.path} was begun on another {key} than it would go on with: train anew")
+        self.description |= data
 
     def begin(self, step: int, sae: BlockDiagSAE) -> None:
         """Open the log at `step`; the app shows the run from now on."""
         self.path.mkdir(parents=True, exist_ok=True)
+        self.description["wandb_id"] = (self._begun or {}).get("wandb_id") or uuid.uuid4().hex[:8]
         checkpoint.save_config(self.path, sae, self._config("training", step))
         self.log = MetricsLog(
             self.path, step, self.training.wandb, self.training.wandb_project, self.group, self.description
@@ -107,10 +130,10 @@ class Run:
 
     def drop_states(self, keep: int | None) -> None:
         """Delete saved states but that of step `keep`."""
+        if keep is None:
+            shutil.rmtree(self._folder, ignore_errors=True)
         for step in self.saved_steps() - {keep}:
             self._state(step).unlink()
-        if keep is None and self._folder.exists():
-            self._folder.rmdir()
 
     @property
     def _folder(self) -> Path:
@@ -138,12 +161,18 @@ def plan(activations: ActivationsConfig, saes: list[SAEConfig], training: Traini
         name = training.name if training.name and len(saes) == 1 else f"{base}-L{sae.hook_layer}-{what}"
         runs.append(Run(Path(training.out) / name, sae, activations, training, base))
     names = [run.path.name for run in runs]
+    for part in (training.name, *(sae.label for sae in saes)):
+        if part is not None and (part != Path(part).name or part.startswith(".")):
+            raise ValueError(f"{part!r} cannot be part of a checkpoint's name: leave out slashes and a leading dot")
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"two SAEs would both be called {twice[0]}: tell them apart with a label")
     left = [run for run in runs if run.check(training.resume)]
     if not left:
         raise ValueError(f"{runs[0].path} is complete: there is nothing to resume")
+    new = [run for run in left if run.is_new]
+    if new and any(run.saved_steps() for run in left):
+        raise ValueError(f"{new[0].path} is not part of the interrupted run: resume that one, then train the new one")
     try:
         Path(training.out).mkdir(parents=True, exist_ok=True)
         probe = Path(training.out) / ".write-probe"

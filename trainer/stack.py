@@ -1,6 +1,6 @@
 """SAEs that differ only in their sparsity, in training as one batched matmul [points * heads]."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -9,14 +9,21 @@ from torch import Tensor
 from trainer import losses, sparse
 from trainer.block_diag import BlockDiagSAE
 from trainer.config import TrainingConfig
-from trainer.initialise import is_centred
 from trainer.losses import Outcome, Params
-from trainer.recipes import TOP_K, SAEConfig
+from trainer.recipes import CENTRED, TOP_K, SAEConfig
 from trainer.revive import aux_k, resample
 
 # Below this share of active features the sparse gradients are faster (benchmarks/README.md).
 SPARSE_BELOW = 0.05
 _REWARM_FRACTION = 0.02  # share of the steps over which the learning rate recovers from a resampling
+
+
+class Batch(NamedTuple):
+    """The last batch of a stack, for its figures."""
+
+    z: Float[Tensor, "batch head d_head"]
+    out: Outcome
+    grad_norm: Float[Tensor, " point"]
 
 
 class Stack:
@@ -43,7 +50,8 @@ class Stack:
     ) -> None:
         self.cfg, self.cfgs, self.training, self.scale = cfgs[0], cfgs, training, scale
         self.n_points, self.n_heads = len(cfgs), len(scale)
-        self.params = {name: torch.cat([each[name] for each in params]).to(scale.device) for name in params[0]}
+        # In a fixed order: the gradient norm is a sum over it, and a resumed run has to round as the whole one did.
+        self.params = {name: torch.cat([each[name] for each in params]).to(scale.device) for name in sorted(params[0])}
         self.optimizer = torch.optim.Adam(
             list(self.params.values()), lr=self.cfg.lr, betas=(0.9, self.cfg.beta2), fused=scale.device.type != "mps"
         )
@@ -62,7 +70,7 @@ class Stack:
         return self.n_points * (1 if self.cfg.k_scope == "layer" else self.n_heads)
 
     @torch.no_grad()
-    def update(self, z: Float[Tensor, "batch head d_head"]) -> "Batch":
+    def update(self, z: Float[Tensor, "batch head d_head"]) -> Batch:
         """One optimizer step of every point on raw activations."""
         x = (z.reshape(len(z), *self.scale.shape) * self.scale).transpose(0, 1).contiguous()
         out = _join([self._gradients(points, x) for points in self._passes])
@@ -86,10 +94,10 @@ class Stack:
         if self.cfg.recipe in TOP_K:
             return sparse.gradients(params, x, self._select(points, params, x))
         coefficient = torch.tensor([cfg.l1_coefficient for cfg in self.cfgs[points]], device=x.device)
-        coefficient = (coefficient * self._sparsity_factor()).repeat_interleave(self.n_heads)
+        coefficient = (coefficient * self._sparsity_factor(self.step)).repeat_interleave(self.n_heads)
         if self.cfg.recipe in ("april", "bricken") and self.active_share[points].max() < SPARSE_BELOW:
             return sparse.l1(self.cfg.recipe, params, x, coefficient)
-        return losses.gradients(self.cfg, params, x, coefficient)
+        return losses.GRADIENTS[self.cfg.recipe](params, x, coefficient)
 
     def _select(self, points: slice, params: Params, x: Tensor) -> sparse.Active:
         k = torch.tensor([cfg.k for cfg in self.cfgs[points]], device=x.device)
@@ -159,11 +167,11 @@ class Stack:
         self.unfired[dead] = 0
         self.resampled_at = self.step
 
-    def _sparsity_factor(self) -> float:
+    def _sparsity_factor(self, step: int) -> float:
         warm_up = self.cfg.sparsity_warm_up_fraction * self.training.total_training_steps
-        return min(1.0, self.step / warm_up) if warm_up else 1.0
+        return min(1.0, step / warm_up) if warm_up else 1.0
 
-    def figures(self, point: int, batch: "Batch") -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def figures(self, point: int, batch: Batch) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What is logged of one point, in raw units, so that curves and eval.json can share an axis.
 
         Returns:
@@ -203,9 +211,7 @@ class Stack:
 
     def _weighted(self, terms: dict[str, float], point: int) -> float:
         """The loss terms beside the squared error, with their coefficients (those of the step just taken)."""
-        coefficient = self.cfgs[point].l1_coefficient or 0.0
-        warm_up = self.cfg.sparsity_warm_up_fraction * self.training.total_training_steps
-        coefficient *= min(1.0, (self.step - 1) / warm_up) if warm_up else 1.0
+        coefficient = (self.cfgs[point].l1_coefficient or 0.0) * self._sparsity_factor(self.step - 1)
         weights = {"pre_activation": losses.PRE_ACTIVATION_COEFFICIENT, "aux_k": 1.0, "auxiliary": 1.0}
         return sum(weights.get(name, coefficient) * term for name, term in terms.items())
 
@@ -216,7 +222,7 @@ class Stack:
         p = {name: value[blocks].detach().clone() for name, value in self.params.items()}
         cfg, (_, width, n_features) = self.cfgs[point], p["W_enc"].shape
         jump: Tensor | None = None
-        if is_centred(cfg):
+        if cfg.recipe in CENTRED:
             p["b_enc"] = p["b_enc"] - (p["b_dec"][:, None] @ p["W_enc"])[:, 0]
         if cfg.recipe == "gated":  # gate > 0 exactly where e^r s + b_mag > b_mag - e^r b_gate
             gain, offset = p["r_mag"].exp(), p["b_enc"] - self.params["b_enc"][blocks]
@@ -277,13 +283,6 @@ class Stack:
                 "exp_avg": joined(f"adam.exp_avg.{name}"),
                 "exp_avg_sq": joined(f"adam.exp_avg_sq.{name}"),
             }
-
-
-class Batch:
-    """The last batch of a stack, for its figures."""
-
-    def __init__(self, z: Tensor, out: Outcome, grad_norm: Tensor) -> None:
-        self.z, self.out, self.grad_norm = z, out, grad_norm
 
 
 def lr_factor(step: int, total: int, warm_up_fraction: float, decay_fraction: float) -> float:

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
 from trainer import checkpoint, embedded
-from trainer.buffer import CachedActivations, batches, open_source
+from trainer.buffer import CachedActivations, Source, batches, batches_in, open_source
 from trainer.config import ActivationsConfig, TrainingConfig
 from trainer.evaluate import evaluate, evaluate_tokens
 from trainer.initialise import initial_params, input_scale
@@ -57,29 +58,38 @@ def train(activations: ActivationsConfig, saes: list[SAEConfig], cfg: TrainingCo
     print(f"Text: {corpus.describe()}", flush=True)
     held_out = corpus.held_out(-(-cfg.eval_tokens // (corpus.context_size - 1)))  # refuse before hours of work
 
-    source = open_source(lm, activations, layers, corpus, n_tokens, cfg.buffer_tokens, cfg.seed)
-    distinct = source.distinct_tokens
-    print(f"The run reads {n_tokens:,} tokens: {distinct:,} distinct ones, {n_tokens / distinct:.1f} times", flush=True)
-    if isinstance(source, CachedActivations):
-        _fill(source, lm, corpus)
-    data = _describe_data(lm, activations, corpus)
-    for run in runs:
-        run.description |= data(run.sae.hook_layer)
+    _check_k(runs, lm)
 
+    source = open_source(lm, activations, layers, corpus, n_tokens, cfg.buffer_tokens, cfg.seed)
+    batches_in(source, 0, cfg.batch_size)
+    data = _describe_data(lm, activations, corpus, source)
+    for run in runs:
+        run.describe(data(run.sae.hook_layer))
     step = max(set.intersection(*(run.saved_steps() for run in runs)), default=0)
+    if step < cfg.total_training_steps:
+        distinct = source.distinct_tokens
+        times = f"{distinct:,} distinct ones, {n_tokens / distinct:.1f} times"
+        print(f"The run reads {n_tokens:,} tokens: {times}", flush=True)
+        if isinstance(source, CachedActivations):
+            _fill(source, lm, corpus)
     stream = batches(source, cfg.batch_size, cfg.seed, step, device)
-    first = []  # the first batches are also the data from which the SAEs start
-    while len(first) * cfg.batch_size < _STATISTICS_ROWS and len(first) < max(1, cfg.total_training_steps - step):
-        first.append(next(stream))
-    rows = torch.cat(first)[:_STATISTICS_ROWS].cpu()
-    stacks = _build(runs, layers, rows, cfg, device)
-    for stack, of_stack in stacks:
-        if step:
-            stack.load_states(step, [run.load_state(step) for run in of_stack])
-        for point, run in enumerate(of_stack):
+    if step:
+        stacks = [(_continued(group, step, cfg, device), group) for group in _groups(runs)]
+    else:  # the first batches are also the data from which the SAEs start
+        n_first = min(-(-_STATISTICS_ROWS // cfg.batch_size), cfg.total_training_steps)
+        first = [next(stream) for _ in range(n_first)]
+        rows = torch.cat(first)[:_STATISTICS_ROWS].cpu()
+        stacks = [
+            (_fresh(group, rows[:, layers.index(group[0].sae.hook_layer)], cfg, device), group)
+            for group in _groups(runs)
+        ]
+        stream = chain(first, stream)
+        del first, rows
+    for stack, group in stacks:
+        for point, run in enumerate(group):
             run.begin(step, stack.finished(point))
-    _loop(stacks, layers, chain(first, stream), step, cfg, lm, held_out)
-    del stream, first, rows
+    _loop(stacks, layers, stream, step, cfg, lm, held_out)
+    del stream
 
     print(f"Evaluating on {cfg.eval_tokens:,} held-out tokens and as many repeated random tokens", flush=True)
     for layer in layers:
@@ -96,31 +106,42 @@ def train(activations: ActivationsConfig, saes: list[SAEConfig], cfg: TrainingCo
     return [run.path for run in runs]
 
 
-def _build(
-    runs: list[Run], layers: list[int], rows: Tensor, cfg: TrainingConfig, device: str
-) -> list[tuple[Stack, list[Run]]]:
-    """Stacks of the runs that differ only in their sparsity, with fresh parameters."""
+def _groups(runs: list[Run]) -> list[list[Run]]:
+    """Runs that differ only in their sparsity are trained as one stack."""
     groups: dict[tuple, list[Run]] = {}
     for run in runs:
         groups.setdefault(run.sae.all_but_sparsity(), []).append(run)
-    stacks = []
-    for of_stack in groups.values():
-        sae = of_stack[0].sae
-        z = rows[:, layers.index(sae.hook_layer)]
-        scale = input_scale(z, sae.normalize)
-        if sae.block == "dense":
-            scale = scale.view(1, -1)
-        n_features = scale.shape[1] * sae.expansion_factor
-        available = n_features * (len(scale) if sae.k_scope == "layer" else 1)
-        for run in of_stack:
-            if run.sae.k and run.sae.k > available:
-                raise ValueError(
-                    f"k must lie between 1 and {available:,}, the features to choose from; got {run.sae.k}"
-                )
-        x = z.reshape(len(z), *scale.shape) * scale
-        params = [initial_params(run.sae, x, n_features, torch.Generator().manual_seed(cfg.seed)) for run in of_stack]
-        stacks.append((Stack([run.sae for run in of_stack], params, scale.to(device), cfg), of_stack))
-    return stacks
+    return list(groups.values())
+
+
+def _fresh(runs: list[Run], z: Float[Tensor, "row head d_head"], cfg: TrainingConfig, device: str) -> Stack:
+    """A stack before its first step."""
+    sae = runs[0].sae
+    scale = input_scale(z, sae.normalize)
+    if sae.block == "dense":
+        scale = scale.view(1, -1)
+    n_features = scale.shape[1] * sae.expansion_factor
+    x = z.reshape(len(z), *scale.shape) * scale
+    # The points start equal: their sparsity is no part of the initialisation.
+    params = initial_params(sae, x, n_features, torch.Generator().manual_seed(cfg.seed))
+    return Stack([run.sae for run in runs], [params] * len(runs), scale.to(device), cfg)
+
+
+def _continued(runs: list[Run], step: int, cfg: TrainingConfig, device: str) -> Stack:
+    """A stack as it was saved after `step` steps."""
+    states = [run.load_state(step) for run in runs]
+    params = [{name: state[name] for name in state if f"adam.exp_avg.{name}" in state} for state in states]
+    stack = Stack([run.sae for run in runs], params, states[0]["scale"].to(device), cfg)
+    stack.load_states(step, states)
+    return stack
+
+
+def _check_k(runs: list[Run], lm: LanguageModel) -> None:
+    for run in runs:
+        per_head = lm.d_head * run.sae.expansion_factor
+        available = per_head * (1 if run.sae.block == "head" and run.sae.k_scope == "head" else lm.n_heads)
+        if run.sae.k and run.sae.k > available:
+            raise ValueError(f"k must lie between 1 and {available:,}, the features to choose from; got {run.sae.k}")
 
 
 def _loop(
@@ -134,7 +155,7 @@ def _loop(
 ) -> None:
     total = cfg.total_training_steps
     bar = tqdm(total=total, initial=first, unit="step", desc="Training", dynamic_ncols=True)
-    since, waited = time.perf_counter(), 0.0
+    since, waited, logged = time.perf_counter(), 0.0, first
     with bar, _deferred_interrupts() as asked_to_stop:
         for step in range(first + 1, total + 1):
             asked = time.perf_counter()
@@ -145,8 +166,10 @@ def _loop(
             evaluates = cfg.eval_every and step % cfg.eval_every == 0 and step < total
             if step % cfg.log_every == 0 or step == total or evaluates:
                 elapsed = time.perf_counter() - since
-                steps = (step - 1) % cfg.log_every + 1
-                speed = {"tokens_per_second": steps * len(z) / elapsed, "activations_share": waited / elapsed}
+                speed = {
+                    "tokens_per_second": (step - logged) * len(z) / elapsed,
+                    "activations_share": waited / elapsed,
+                }
                 held = _short_evaluation(lm, stacks, held_out) if evaluates else {}
                 for (stack, runs), batch in zip(stacks, done, strict=True):
                     for point, run in enumerate(runs):
@@ -155,11 +178,12 @@ def _loop(
                             raise ValueError(f"the loss of {run.path.name} is not finite at step {step}: lower lr")
                         run.record(step, figures | speed | held.get(run.path, {}), histograms)
                 bar.set_postfix_str(_progress([run.latest for _, runs in stacks for run in runs]), refresh=False)
-                since, waited = time.perf_counter(), 0.0
+                since, waited, logged = time.perf_counter(), 0.0, step
             # Saved after the last step too: the evaluation may yet be interrupted.
-            if step % cfg.save_every == 0 or step == total or asked_to_stop():
+            stopping = asked_to_stop()
+            if step % cfg.save_every == 0 or step == total or stopping:
                 _save(stacks, step, cfg)
-            if asked_to_stop():
+            if stopping:
                 raise Interrupted(f"stopped at step {step:,}; the same command with --resume=true goes on")
 
 
@@ -265,9 +289,9 @@ def _fill(source: CachedActivations, lm: LanguageModel, corpus: Corpus) -> None:
 
 
 def _describe_data(
-    lm: LanguageModel, activations: ActivationsConfig, corpus: Corpus
+    lm: LanguageModel, activations: ActivationsConfig, corpus: Corpus, source: Source
 ) -> Callable[[int], dict[str, Any]]:
-    """What config.json says about the model and the text, for a layer."""
+    """What config.json says about the model, the text and the order in which it is read, for a layer."""
     model = {
         "name": lm.name,
         "fingerprint": lm.fingerprint(),
@@ -286,4 +310,5 @@ def _describe_data(
     return lambda layer: {
         "model": {**model, "hook_name": f"blocks.{layer}.attn.hook_z", "hook_layer": layer},
         "text": text,
+        "activations": "cached" if isinstance(source, CachedActivations) else "live",
     }
