@@ -66,12 +66,13 @@ def tradeoff(frame: pd.DataFrame, metric: str, log: bool) -> alt.LayerChart:
 
 def training_curves(frame: pd.DataFrame, figure: str) -> alt.Chart:
     """One logged figure over training tokens, a line per checkpoint."""
+    on = "" if figure.startswith("held_out") else " (training batch)"
     return (
         alt.Chart(frame)
         .mark_line(interpolate="monotone")
         .encode(
             x=alt.X("tokens:Q", title="Training tokens", axis=alt.Axis(format="~s")),
-            y=alt.Y(f"{figure}:Q", title=f"{figure} (training batch)", scale=alt.Scale(zero=False)),
+            y=alt.Y(f"{figure}:Q", title=f"{figure}{on}", scale=alt.Scale(zero=False)),
             color=_CHECKPOINT,
             tooltip=["name", "step", figure],
         )

@@ -52,11 +52,11 @@ def draw() -> None:
     names = left.multiselect(
         "Checkpoints", list(frame["name"]), default=list(frame["name"])[:4], key="runs", bind="query-params"
     )
-    figures = ["loss", "L0", "FVU", "MSE", "dead_fraction", "grad_norm", "lr", "tokens_per_second"]
-    figure = right.selectbox("Figure", figures, key="curve", bind="query-params")
     curves = tables.curves([common.folder() / name for name in names])
+    figures = [name for name in curves.columns if name not in ("name", "step", "tokens")] or ["loss"]
+    figure = right.selectbox("Figure", figures, key="curve", bind="query-params")
     if len(curves):
-        st.altair_chart(charts.training_curves(curves, figure), width="stretch")
+        st.altair_chart(charts.training_curves(curves.dropna(subset=[figure]), figure), width="stretch")
     else:
         st.caption("Pick checkpoints to draw their training curves.")
 

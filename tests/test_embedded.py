@@ -13,7 +13,7 @@ from trainer.evaluate import evaluate_tokens, repeated_tokens
 from trainer.lm import LanguageModel
 from trainer.text import Corpus
 
-SHIPPED = ROOT / "checkpoints" / "smollm2-135m-L17-april-x16-l1_4"
+SHIPPED = ROOT / "checkpoints" / "smollm2-135m-L17-batchtopk-x8-k32"
 LAYER = 17
 INDUCTION_HEADS = [3, 4, 5]
 
