@@ -36,7 +36,7 @@ def a_stack(rows: torch.Tensor, recipe: str, sparsities: list[float], expansion_
 
 
 def harvesting(lm: LanguageModel, corpus: Corpus, folder: Path) -> None:
-    contexts = torch.stack([context for context, _ in zip(corpus.train(), range(256), strict=False)])
+    contexts = torch.stack([context for context, _ in zip(corpus.train(), range(64), strict=False)])
     key = CacheKey("m", "f", "float32", f"blocks.{LAYER}.attn.hook_z", "t", "f", 128, lm.n_heads, lm.d_head)
 
     def bare() -> None:

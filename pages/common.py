@@ -19,8 +19,7 @@ from trainer.block_diag import BlockDiagSAE
 
 ROOT = Path(__file__).parents[1]
 FIRST_COMMAND = (
-    "python -m trainer --distinct_tokens=130000 --total_training_steps=300 "
-    "--batch_size=2048 --eval_tokens=1024"
+    "python -m trainer --distinct_tokens=130000 --total_training_steps=300 --batch_size=2048 --eval_tokens=1024"
 )
 EXAMPLES = {
     "Repetition": "The cat sat on the mat. The dog ran to the park. The cat sat on the",
