@@ -76,7 +76,8 @@ def evaluate_tokens(
     the next token is known.
 
     Args:
-        per_head: also measure CE and KL with one head replaced at a time, on the first batches that hold 2,048 scored tokens.
+        per_head: also measure CE and KL with one head replaced at a time, on the first batches that hold 2,048
+            scored tokens.
     """
     saes = [sae.to(lm.device) for sae in saes]
     chunks = tokens.to(lm.device).split(max(1, _BATCH_TOKENS // tokens.shape[1]))

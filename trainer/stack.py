@@ -13,7 +13,8 @@ from trainer.losses import Outcome, Params
 from trainer.recipes import CENTRED, TOP_K, SAEConfig
 from trainer.revive import aux_k, resample
 
-# Below this share of active features the sparse gradients are faster; at 0.05 both cost the same (benchmarks/README.md).
+# Below this share of active features the sparse gradients are faster; at 0.05 both cost the same
+# (benchmarks/README.md).
 SPARSE_BELOW = 0.03
 _REWARM_FRACTION = 0.02  # share of the steps over which the learning rate recovers from a resampling
 
