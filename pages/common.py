@@ -73,12 +73,16 @@ def pick_checkpoint(listed: list[checkpoint.Listed], label: str, key: str, index
 
 
 def _default(listed: list[checkpoint.Listed]) -> checkpoint.Listed:
-    """Of the block-diagonal checkpoints that one can read (L0 up to 40), the one that keeps most; else the sparsest."""
+    """The plain block-diagonal checkpoint with L0 up to 40 (which one can read) that keeps most; else the sparsest.
+
+    Plain: neither a baseline nor labelled as a variant.
+    """
 
     def rank(each: checkpoint.Listed) -> tuple[bool, bool, float]:
         figures = checkpoint.load_eval(each.path) or {"L0": math.inf, "FVU": math.inf}
+        variant = each.config["block"] == "dense" or each.config["training"].get("label") is not None
         readable = figures["L0"] <= 40
-        return each.config["block"] == "dense", not readable, figures["FVU"] if readable else figures["L0"]
+        return variant, not readable, figures["FVU"] if readable else figures["L0"]
 
     return min(listed, key=rank)
 

@@ -36,8 +36,9 @@ def draw() -> None:
         bind="query-params",
         format_func=lambda key: key.replace("_", " "),
     )
-    log = right.toggle("Log axes", key="log", bind="query-params")
     frame = frame[frame["site"] == site].drop(columns="site")
+    wide = frame["L0"].max() > 10 * frame["L0"].min()
+    log = right.toggle("Log axes", value=bool(wide), key="log", bind="query-params")
 
     shown = frame.dropna(subset=["L0", metric])
     hidden = sorted(set(frame["name"]) - set(shown["name"]))
