@@ -32,7 +32,36 @@ def reads(
     W_enc: Float[Tensor, "head d_head feature"],
 ) -> Float[Tensor, "head source feature"]:
     """(v[s] - b_V) . w: what a feature would read at each source if its head looked only there."""
-    return torch.einsum("shd,hdf->hsf", v - b_V, W_enc)
+    return reads_by_feature(v[None], b_V, W_enc)[0].mT
+
+
+def reads_by_feature(
+    v: Float[Tensor, "context source head d_head"],
+    b_V: Float[Tensor, "head d_head"],
+    W_enc: Float[Tensor, "head d_head feature"],
+) -> Float[Tensor, "context head feature source"]:
+    """`reads` of several contexts, with the sources of one feature side by side in memory."""
+    return W_enc.mT @ (v - b_V).permute(0, 2, 3, 1)
+
+
+def firing_sources(
+    pattern: Float[Tensor, "context head query source"],
+    reads: Float[Tensor, "context head feature source"],
+    context: Int[Tensor, " firing"],
+    query: Int[Tensor, " firing"],
+    feature: Int[Tensor, " firing"],
+    dense: bool,
+) -> Float[Tensor, "firing head source"]:
+    """A[q, s] (v[s] - b_V) . w of single firings: of the feature's own head, or of all heads of a dense SAE.
+
+    Args:
+        reads: of `reads_by_feature`.
+        feature: global feature id.
+    """
+    if dense:
+        return pattern[context, :, query] * reads[context, :, feature]
+    head, index = feature // reads.shape[2], feature % reads.shape[2]
+    return (pattern[context, head, query] * reads[context, head, index])[:, None]
 
 
 def constants(
@@ -69,16 +98,19 @@ def source_slots(tokens: Int[Tensor, " pos"]) -> Int[Tensor, "query source"]:
 def mass_per_slot(
     weights: Float[Tensor, "head query source"], slots: Int[Tensor, "query source"], first_query: int = 1
 ) -> Float[Tensor, "head slot"]:
-    """Share of non-negative weights (attention, or positive DFA) that falls on each slot.
+    """Sum of weights (attention, or positive DFA) on each slot over queries from `first_query` on.
 
-    Summed over queries from `first_query` on (0 is BOS, which sees only itself); a head without any
-    weight there gets zeros.
+    Position 0 is BOS, which sees only itself.
     """
     flat = slots[first_query:].flatten().to(weights.device)
     valid = flat >= 0
     mass = torch.zeros(len(weights), len(SLOTS), device=weights.device)
-    mass.index_add_(1, flat[valid], weights[:, first_query:].flatten(1)[:, valid])
-    return mass / mass.sum(1, keepdim=True).clamp_min(torch.finfo(mass.dtype).tiny)
+    return mass.index_add_(1, flat[valid], weights[:, first_query:].flatten(1)[:, valid])
+
+
+def shares(mass: Float[Tensor, "*rows slot"]) -> Float[Tensor, "*rows slot"]:
+    """Mass as shares of its sum; zeros where there is none."""
+    return mass / mass.sum(-1, keepdim=True).clamp_min(torch.finfo(mass.dtype).tiny)
 
 
 def positive_mass(

@@ -145,8 +145,8 @@ def roles(run: PromptRun) -> pd.DataFrame:
     active = (run.f > 0).float()
     if run.dense:
         active = active.expand(-1, len(run.pattern), -1)
-    attention = dfa.mass_per_slot(run.pattern, run.slots)
-    attribution = dfa.mass_per_slot(dfa.positive_mass(run.pattern, run.reads, active), run.slots)
+    attention = dfa.shares(dfa.mass_per_slot(run.pattern, run.slots))
+    attribution = dfa.shares(dfa.mass_per_slot(dfa.positive_mass(run.pattern, run.reads, active), run.slots))
     rows = [
         (head, slot, float(attention[head, i]), float(attribution[head, i]))
         for head in range(len(attention))

@@ -14,6 +14,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).parents[1]
+OTHERS = {"bricken": "--l1_coefficients=0.3", "gated": "--l1_coefficients=2", "jumprelu": "--l1_coefficients=2",
+          "topk": "--k=9", "batchtopk": "--k=9"}  # fmt: skip
 torch.set_num_threads(1)  # the models are tiny and pytest runs two workers: more threads only wait for each other
 
 
@@ -105,3 +107,26 @@ def llama(llama_folder):
     from trainer.lm import LanguageModel
 
     return LanguageModel.load(str(llama_folder))
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, gpt2_folder, text_file):
+    """Two block-diagonal checkpoints, a dense one, and one of each other activation on the tiny GPT-2."""
+    from trainer.__main__ import main
+
+    folder = tmp_path_factory.mktemp("trained")
+    arguments = [
+        f"--model={gpt2_folder}", f"--dataset={text_file}", f"--out={folder}", "--hook_layer=1", "--expansion_factor=4",
+        "--total_training_steps=20", "--batch_size=128", "--buffer_tokens=1024", "--context_size=32", "--lr=1e-3",
+        "--eval_tokens=200", "--log_every=5", "--wandb=disabled", "--device=cpu",
+    ]  # fmt: skip
+    os.environ["ATTN_SAES_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    try:
+        for l1 in (1, 4):
+            assert main([*arguments, f"--l1_coefficients={l1}", f"--name=block-l1_{l1}"]) == 0
+        assert main([*arguments, "--block=dense", "--l1_coefficients=2", "--name=dense"]) == 0
+        for recipe, sparsity in OTHERS.items():
+            assert main([*arguments, f"--recipe={recipe}", sparsity, f"--name={recipe}"]) == 0
+    finally:
+        del os.environ["ATTN_SAES_CACHE"]
+    return folder

@@ -163,6 +163,6 @@ def test_hand_built_heads_come_out_as_what_they_are(layer, role):
     assert table.loc[0, "by DFA"] == role
     assert table.loc[0, "agree"]
     assert table.loc[1, "by attention"] != role, "the uniform head has no such role"
-    late = dfa.mass_per_slot(run.pattern, run.slots, first_query=8)  # from the first repeat on
+    late = dfa.shares(dfa.mass_per_slot(run.pattern, run.slots, first_query=8))  # from the first repeat on
     if role == "induction":
         assert late[0, dfa.SLOTS.index(role)] > 0.99

@@ -37,7 +37,7 @@ def test_layer_17_heads_3_4_5_are_induction_heads(lm):
     tokens = repeated_tokens(lm, 4, half, seed=0)
     mass = torch.stack(
         [
-            dfa.mass_per_slot(lm.attention(row[None], LAYER).pattern[0], dfa.source_slots(row), first_query=1 + half)
+            dfa.shares(dfa.mass_per_slot(lm.attention(row[None], LAYER).pattern[0], dfa.source_slots(row), 1 + half))
             for row in tokens
         ]
     ).mean(0)

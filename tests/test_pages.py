@@ -1,40 +1,15 @@
 """Every page through AppTest, on folders with zero, one, several, broken, dense and running checkpoints."""
 
 import json
-import os
 import shutil
 
 import pytest
-from conftest import ROOT
+from conftest import OTHERS, ROOT
 from streamlit.testing.v1 import AppTest
 
 from trainer import checkpoint
-from trainer.__main__ import main
 
-OTHERS = {"bricken": "--l1_coefficients=0.3", "gated": "--l1_coefficients=2", "jumprelu": "--l1_coefficients=2",
-          "topk": "--k=9", "batchtopk": "--k=9"}  # fmt: skip
 PAGES = ["pages/tradeoffs.py", "pages/heads.py", "pages/prompt.py", "pages/compare.py"]
-
-
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory, gpt2_folder, text_file):
-    """Two block-diagonal checkpoints, a dense one, and one of each other activation on the tiny GPT-2."""
-    folder = tmp_path_factory.mktemp("trained")
-    arguments = [
-        f"--model={gpt2_folder}", f"--dataset={text_file}", f"--out={folder}", "--hook_layer=1", "--expansion_factor=4",
-        "--total_training_steps=20", "--batch_size=128", "--buffer_tokens=1024", "--context_size=32", "--lr=1e-3",
-        "--eval_tokens=200", "--log_every=5", "--wandb=disabled", "--device=cpu",
-    ]  # fmt: skip
-    os.environ["ATTN_SAES_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-    try:
-        for l1 in (1, 4):
-            assert main([*arguments, f"--l1_coefficients={l1}", f"--name=block-l1_{l1}"]) == 0
-        assert main([*arguments, "--block=dense", "--l1_coefficients=2", "--name=dense"]) == 0
-        for recipe, sparsity in OTHERS.items():
-            assert main([*arguments, f"--recipe={recipe}", sparsity, f"--name={recipe}"]) == 0
-    finally:
-        del os.environ["ATTN_SAES_CACHE"]
-    return folder
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from typing import Any
 import jsonargparse
 
 from trainer.config import ActivationsConfig, TrainingConfig
+from trainer.interrupts import Interrupted
 from trainer.recipes import LISTED, SAEConfig, SweepConfig
 
 _GROUPS = (ActivationsConfig, SweepConfig, SAEConfig, TrainingConfig)
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         training = _build(TrainingConfig, options)
         saes = sweep.expand({field.name: options.get(field.name) for field in dataclasses.fields(SAEConfig)})
         # torch and transformer_lens take seconds to import: a wrong option should not wait for them.
-        from trainer.train import Interrupted, train
+        from trainer.train import train
     except ValueError as error:
         return _refuse(error)
     try:

@@ -72,7 +72,7 @@ def save(path: Path, sae: BlockDiagSAE, config: dict[str, Any]) -> None:
 def save_config(path: Path, sae: BlockDiagSAE, config: dict[str, Any]) -> None:
     """Write `config.json` alone, with the SAE's sizes and the package versions added."""
     shape = {key: getattr(sae, key) for key in _SHAPE}
-    full = {"schema_version": SCHEMA_VERSION, "sae": shape, **config, "versions": _versions()}
+    full = {"schema_version": SCHEMA_VERSION, "sae": shape, **config, "versions": versions()}
     write_json(path / "config.json", full)
 
 
@@ -172,7 +172,8 @@ def _read_json(file: Path) -> Any:
         raise CheckpointError(f"{file} is damaged: {error}") from error
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Versions of the packages that numbers depend on."""
     found = {}
     for name in _PACKAGES:
         try:

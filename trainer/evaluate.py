@@ -3,8 +3,13 @@
 Every metric leaves the BOS position out: it is not reconstructed, not replaced and not scored.
 Definitions are those of the README; several SAEs of one layer share every forward that does not
 depend on them, so they are evaluated on the same tokens by construction.
+
+    python -m trainer.evaluate checkpoints/<name> ... [--tokens N]     writes eval.json anew
 """
 
+import argparse
+import sys
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -13,8 +18,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from trainer import checkpoint
 from trainer.block_diag import BlockDiagSAE
-from trainer.lm import LanguageModel
+from trainer.lm import LanguageModel, pick_device
+from trainer.origin import load_by_origin, open_model, open_text
 
 _PER_HEAD_TOKENS = 2048  # replacing one head at a time is 2 n_heads forwards a batch, so fewer tokens have to do
 _BATCH_TOKENS = 1024  # of one forward to the logits: 200 MB of them with 49,152 tokens in the vocabulary
@@ -48,6 +55,27 @@ def evaluate(
     on_text = evaluate_tokens(lm, layer, saes, held_out, 1, progress=progress)
     on_repeats = evaluate_tokens(lm, layer, saes, repeated, 1 + half, progress=progress)
     return [{**text, "induction": induction} for text, induction in zip(on_text, on_repeats, strict=True)]
+
+
+def evaluate_checkpoints(paths: list[Path], tokens: int | None = None, device: str = "auto") -> None:
+    """Write eval.json of finished checkpoints anew, on the held-out documents of the text they were trained on.
+
+    Args:
+        tokens: held-out tokens; default as many as when each was trained.
+
+    Raises:
+        ValueError: a checkpoint, its model or its text cannot be used.
+    """
+    for group in load_by_origin(paths):
+        first = group[0].config
+        lm = open_model(first, pick_device(device))
+        corpus = open_text(first["text"], lm.tokenizer)
+        n_tokens = tokens or min(each.config["training"]["eval_tokens"] for each in group)
+        held_out = corpus.held_out(-(-n_tokens // (corpus.context_size - 1)))
+        layer, seed = first["model"]["hook_layer"], first["seed"]
+        results = evaluate(lm, layer, [each.sae for each in group], held_out, seed, progress=True)
+        for each, result in zip(group, results, strict=True):
+            checkpoint.write_json(each.path / "eval.json", result)
 
 
 def repeated_tokens(lm: LanguageModel, n: int, half: int, seed: int) -> Int[Tensor, "n pos"]:
@@ -183,6 +211,8 @@ def _prediction(effects: dict[tuple, Effect], index: int, heads: list[int]) -> d
         pairs = [(effects[("sae", index, "head", head)], effects[("zero", "head", head)]) for head in heads]
         ce_clean = clean.ce[: len(pairs[0][0].ce)]
         figures["n_tokens_per_head"] = len(ce_clean)
+        figures["KL_sae_per_head"] = [s.kl.double().mean().item() for s, _ in pairs]
+        figures["KL_zero_per_head"] = [z.kl.double().mean().item() for _, z in pairs]
         ce = [_score(s.ce - ce_clean, z.ce - ce_clean) for s, z in pairs]
         kl = [_score(s.kl, z.kl) for s, z in pairs]
         for name, scores in (("CE", ce), ("KL", kl)):
@@ -206,3 +236,22 @@ def _score(damage: Float[Tensor, " token"], ablation: Float[Tensor, " token"]) -
 
 def _standard_error(values: Float[Tensor, " token"]) -> float:
     return (values.double().std() / len(values) ** 0.5).item()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; every foreseeable failure is one sentence. Returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m trainer.evaluate", description="Write eval.json anew.")
+    parser.add_argument("checkpoints", nargs="+", type=Path, help="checkpoint directories")
+    parser.add_argument("--tokens", type=int, help="held-out tokens; default as many as when they were trained")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto")
+    options = parser.parse_args(argv)
+    try:
+        evaluate_checkpoints(options.checkpoints, options.tokens, options.device)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -34,6 +34,21 @@ PROCESSING = {
 MAX_CONTEXT = 2048
 
 
+def pick_device(name: str) -> str:
+    """`auto` is the best device that is there.
+
+    Raises:
+        ValueError: torch cannot use the device.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # torch raises either, by backend
+        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return name
+
+
 class Attention(NamedTuple):
     """What one attention layer did with a batch of tokens."""
 
@@ -174,6 +189,34 @@ class LanguageModel:
         """b_V per query head; zero where loading folded it into the output bias."""
         return self.model.blocks[layer].attn.b_V.detach()
 
+    def W_O(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
+        """What each head writes to the residual stream per unit of z.
+
+        Raises:
+            ValueError: the model normalises the attention output again, so that it is no linear map.
+        """
+        if getattr(self.model.cfg, "use_normalization_before_and_after", False):
+            raise ValueError(f"{self.name} normalises attention outputs again: direct effects of heads are not defined")
+        return self.model.blocks[layer].attn.W_O.detach()
+
+    def unembed(self, resid: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_vocab"]:
+        """What an addition to the final residual stream adds to the logits, times the scale of the final norm.
+
+        Linear: centred where the norm is a LayerNorm, times its weight unless loading folded that, times W_U.
+        """
+        norm = getattr(self.model, "ln_final", None)
+        if (self.model.cfg.normalization_type or "").startswith("LN"):
+            resid = resid - resid.mean(-1, keepdim=True)
+        if hasattr(norm, "w"):
+            resid = resid * norm.w.detach()
+        return resid @ self.model.W_U.detach()
+
+    def final_scale(self, resid_pre: Float[Tensor, "batch pos d_model"], layer: int) -> Float[Tensor, "batch pos 1"]:
+        """What the final norm divides by, in a run from `layer` on; 1 in a model without norms."""
+        if self.model.cfg.normalization_type is None:
+            return torch.ones_like(resid_pre[..., :1])
+        return self._capture(resid_pre, ["ln_final.hook_scale"], layer)["ln_final.hook_scale"]
+
     def logits(
         self,
         resid_pre: Float[Tensor, "batch pos d_model"],
@@ -190,8 +233,8 @@ class LanguageModel:
         with self._lock, torch.no_grad(), self.model.hooks(fwd_hooks=hooks):
             yield
 
-    def _capture(self, tokens: Tensor, names: list[str]) -> dict[str, Tensor]:
-        """Values of some hooks; `names` in the order in which they fire."""
+    def _capture(self, inputs: Tensor, names: list[str], start_at_layer: int | None = None) -> dict[str, Tensor]:
+        """Values of some hooks, run from tokens or from a layer's residual stream; `names` in the order they fire."""
         got: dict[str, Tensor] = {}
 
         def keep(value: Tensor, hook: Any) -> None:
@@ -200,7 +243,7 @@ class LanguageModel:
                 raise _StopForward
 
         with self._hooked([(name, keep) for name in names]), suppress(_StopForward):
-            self.model(tokens.to(self.device), return_type=None)
+            self.model(inputs.to(self.device), return_type=None, start_at_layer=start_at_layer)
         return got
 
 

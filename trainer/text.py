@@ -40,6 +40,7 @@ class Corpus:
         self._tokenizer = tokenizer
         self._fraction = held_out_fraction
         self._column = text_column
+        self._eos = tokenizer.eos_token_id
         self._train: Int[Tensor, "context pos"] | None = None
         if _is_finite(dataset):
             self._train, self._held_out = self._load()
@@ -56,6 +57,11 @@ class Corpus:
     def n_train_contexts(self) -> int | None:
         """Training contexts in one pass, or None for a streamed data set."""
         return len(self._train) if self.finite else None
+
+    @property
+    def n_held_out_contexts(self) -> int | None:
+        """Held-out contexts, or None for a streamed data set."""
+        return len(self._held_out) if self.finite else None
 
     def describe(self) -> str:
         """One sentence: how many tokens there are to train on and to evaluate on."""
@@ -93,6 +99,18 @@ class Corpus:
             )
         return torch.stack(list(found))
 
+    def held_out_documents(self, n_contexts: int) -> Int[Tensor, "context pos"]:
+        """Which document each token of `held_out(n_contexts)` belongs to.
+
+        A number counts the documents of a finite text, or the held-out ones of a streamed data set, from 0.
+        """
+        contexts = self.held_out(n_contexts)
+        first = self._first_documents[:n_contexts] if self.finite else _first_documents(contexts, self._eos)
+        ends = contexts[:, :-1] == self._eos
+        ends[:, 0] = False  # BOS, which may be the same token
+        ordinal = first[:, None] + torch.nn.functional.pad(ends.cumsum(1), (1, 0))
+        return self._held_out_ids[ordinal] if self.finite else ordinal
+
     def _load(self) -> tuple[Int[Tensor, "context pos"], Int[Tensor, "context pos"]]:
         texts = [text for text in _read(self.name, self._column) if text.strip()]
         if not texts:
@@ -100,8 +118,12 @@ class Corpus:
         # A text of few documents may have none below the fraction: the lowest one stands in.
         bound = max(self._fraction, min(map(_hash_fraction, texts)) + 2**-53)
         parts = ([t for t in texts if _hash_fraction(t) >= bound], [t for t in texts if _hash_fraction(t) < bound])
+        self._held_out_ids = torch.tensor([i for i, text in enumerate(texts) if _hash_fraction(text) < bound])
         packed = []
         for texts, what in zip(parts, ("training", "held-out"), strict=True):
+            if what == "training" and self._fraction == 1:  # a text that is only to be read
+                packed.append(torch.empty(0, self.context_size, dtype=torch.int64))
+                continue
             contexts = list(self._pack(texts))
             if not contexts:
                 raise ValueError(
@@ -111,13 +133,14 @@ class Corpus:
             # One fixed permutation: neighbouring contexts come from different documents and eras.
             order = np.random.default_rng(0).permutation(len(contexts))
             packed.append(torch.stack(contexts)[torch.from_numpy(order)])
+        self._first_documents = _first_documents(torch.stack(contexts), self._eos)[torch.from_numpy(order)]
         return packed[0], packed[1]
 
     def _is_held_out(self, text: str) -> bool:
         return _hash_fraction(text) < self._fraction
 
     def _pack(self, texts: Iterable[str]) -> Iterator[Int[Tensor, " pos"]]:
-        bos, eos = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
+        bos, eos = self._tokenizer.bos_token_id, self._eos
         width = self.context_size - 1
         pending: list[int] = []
         for text in texts:
@@ -139,6 +162,12 @@ class Corpus:
                 yield record[self._column]
         except (OSError, ConnectionError) as error:
             raise ValueError(f"data set {self.name!r} could not be read: {str(error).splitlines()[0]}") from error
+
+
+def _first_documents(contexts: Int[Tensor, "context pos"], eos: int) -> Int[Tensor, " context"]:
+    """How many documents ended before each of consecutive contexts: every document ends with EOS."""
+    ended = (contexts[:, 1:] == eos).sum(1)
+    return ended.cumsum(0) - ended
 
 
 def _hash_fraction(text: str) -> float:

@@ -1,10 +1,7 @@
 """The training loop: one stream of activations, any number of SAEs."""
 
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,8 @@ from trainer.buffer import CachedActivations, Source, batches, batches_in, open_
 from trainer.config import ActivationsConfig, TrainingConfig
 from trainer.evaluate import evaluate, evaluate_tokens
 from trainer.initialise import initial_params, input_scale
-from trainer.lm import PROCESSING, LanguageModel
+from trainer.interrupts import Interrupted, deferred_interrupts
+from trainer.lm import PROCESSING, LanguageModel, pick_device
 from trainer.recipes import SAEConfig
 from trainer.run import Run, plan
 from trainer.stack import Stack
@@ -29,10 +27,6 @@ _STATISTICS_ROWS = 32_768  # rows from which the input scale and the biases are 
 _SHORT_EVAL_TOKENS = 2048
 
 
-class Interrupted(Exception):
-    """The run was stopped; everything needed to resume it is saved."""
-
-
 def train(activations: ActivationsConfig, saes: list[SAEConfig], cfg: TrainingConfig) -> list[Path]:
     """Train SAEs on one stream of activations and evaluate them; returns their checkpoint directories.
 
@@ -40,7 +34,7 @@ def train(activations: ActivationsConfig, saes: list[SAEConfig], cfg: TrainingCo
         ValueError: the model, layer, text or an existing directory does not allow the run.
         Interrupted: Ctrl-C or SIGTERM; the state is saved.
     """
-    device = _device(cfg.device)
+    device = pick_device(cfg.device)
     runs = plan(activations, saes, cfg)
     layers = sorted({run.sae.hook_layer for run in runs})
     print(f"Loading {activations.model} on {device}", flush=True)
@@ -156,7 +150,7 @@ def _loop(
     total = cfg.total_training_steps
     bar = tqdm(total=total, initial=first, unit="step", desc="Training", dynamic_ncols=True)
     since, waited, logged = time.perf_counter(), 0.0, first
-    with bar, _deferred_interrupts() as asked_to_stop:
+    with bar, deferred_interrupts() as asked_to_stop:
         for step in range(first + 1, total + 1):
             asked = time.perf_counter()
             z = next(stream)
@@ -221,30 +215,6 @@ def _short_evaluation(
     return found
 
 
-@contextmanager
-def _deferred_interrupts() -> Iterator[Callable[[], bool]]:
-    """Inside, Ctrl-C and SIGTERM wait for the end of the step: a save never holds half of one.
-
-    Yields a function that says whether one came. A second one does not wait.
-    """
-    asked: list[int] = []
-
-    def note(signum: int, frame: Any) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(signum)
-
-    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread only
-        yield lambda: False
-        return
-    previous = {each: signal.signal(each, note) for each in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for each, handler in previous.items():
-            signal.signal(each, handler)
-
-
 def _progress(lines: list[dict[str, Any]]) -> str:
     """The end of the progress bar: all SAEs, or as many as fit on a line."""
     shown = " | ".join(f"L0 {line['L0']:.1f} FVU {line['FVU']:.3f}" for line in lines[:4])
@@ -263,16 +233,6 @@ def _context_size(activations: ActivationsConfig, lm: LanguageModel) -> int:
     if size > lm.n_ctx:
         raise ValueError(f"context_size {size} exceeds the {lm.n_ctx} positions of {lm.name}")
     return size
-
-
-def _device(name: str) -> str:
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # torch raises either, by backend
-        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
-    return name
 
 
 def _fill(source: CachedActivations, lm: LanguageModel, corpus: Corpus) -> None:
