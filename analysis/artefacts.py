@@ -90,28 +90,40 @@ class Analysis:
     def features(self) -> pd.DataFrame:
         """Every feature, without the columns that hold lists; the index is the feature id."""
         scalar = [f.name for f in pq.read_schema(self._file("features")) if not pa.types.is_list(f.type)]
-        return self._read("features", columns=scalar).set_index("feature", drop=False)
+        return self.table("features", columns=scalar).set_index("feature", drop=False)
 
     @cached_property
     def heads(self) -> pd.DataFrame:
         """One row per head."""
-        return self._read("heads")
+        return self.table("heads")
 
     @cached_property
     def copying(self) -> pd.DataFrame:
         """The pairs behind the copying scores: head, context, query, source, attention, rank."""
-        return self._read("copying")
+        return self.table("copying")
 
     @cached_property
     def merging(self) -> pd.DataFrame:
         """criterion, threshold, L0, clusters, largest."""
-        return self._read("merging")
+        return self.table("merging")
 
     @cached_property
     def strings(self) -> dict[int, str]:
         """Text of token ids."""
-        table = self._read("tokens")
+        table = self.table("tokens")
         return dict(zip(table["id"], table["text"], strict=True))
+
+    def table(self, name: str, **options: Any) -> pd.DataFrame:
+        """One of the files whole, or in part by options of `pyarrow.parquet.read_table`.
+
+        Raises:
+            CheckpointError: it is missing or damaged.
+        """
+        file = self._file(name)
+        try:
+            return pq.read_table(file, **options).to_pandas()
+        except (pa.ArrowInvalid, OSError) as error:
+            raise CheckpointError(f"{file} is damaged: {error}") from error
 
     def feature(self, feature: int) -> pd.Series:
         """One feature with its lists.
@@ -139,7 +151,7 @@ class Analysis:
         """Token ids of contexts, BOS first."""
         if not ids:
             return {}
-        found = self._read("contexts", filters=[("context", "in", ids)])
+        found = self.table("contexts", filters=[("context", "in", ids)])
         return dict(zip(found["context"], found["token_ids"], strict=True))
 
     def neighbours(self, feature: int) -> pd.DataFrame:
@@ -206,13 +218,6 @@ class Analysis:
             groups = [file.metadata.row_group(i).column(column).statistics for i in range(file.num_row_groups)]
             found[name] = file, np.array([g.min for g in groups]), np.array([g.max for g in groups])
         return found
-
-    def _read(self, name: str, **options: Any) -> pd.DataFrame:
-        file = self._file(name)
-        try:
-            return pq.read_table(file, **options).to_pandas()
-        except (pa.ArrowInvalid, OSError) as error:
-            raise CheckpointError(f"{file} is damaged: {error}") from error
 
 
 def _dense(length: int, positions: np.ndarray, values: np.ndarray) -> np.ndarray:

@@ -282,3 +282,25 @@ def test_half_precision_and_long_strips_survive_parquet(analysed):
     assert n == [len(row) for row in table["dfa"].to_pylist()] == [len(row) for row in table["attention"].to_pylist()]
     assert min(n) > 0
     assert torch.tensor(table["head"].to_pylist()).max() < 4
+
+
+def test_csv(analysed, tmp_path, capsys):
+    from analysis import csv
+
+    assert csv.main([str(analysed / "block-l1_1"), str(tmp_path / "out")]) == 0
+    written = [line.rsplit("/", 1)[1] for line in capsys.readouterr().out.split()]
+    assert written == [f"{name}.csv" for name in (
+        "checkpoint", "evaluation", "features", "heads", "copying", "pairs", "merging")]  # fmt: skip
+    analysis = Analysis(analysed / "block-l1_1")
+    features = pd.read_csv(tmp_path / "out" / "features.csv")
+    row = features.loc[features["firings"].idxmax()]
+    expected = analysis.feature(int(row["feature"]))
+    assert json.loads(row["fires_on_ids"]) == [analysis.strings[int(i)] for i in expected["fires_on_ids"] if i >= 0]
+    assert json.loads(row["histogram"]) == expected["histogram"].tolist()
+    heads = pd.read_csv(tmp_path / "out" / "heads.csv")
+    assert [json.loads(cell) for cell in heads["mono_deviants"]] == [
+        d.tolist() for d in analysis.heads["mono_deviants"]
+    ]
+    assert len(pd.read_csv(tmp_path / "out" / "evaluation.csv")) == 4
+    assert csv.main([str(tmp_path), str(tmp_path / "out")]) == 2
+    assert "config.json is missing" in capsys.readouterr().err
