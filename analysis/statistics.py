@@ -191,7 +191,7 @@ class Largest:
 class Tally:
     """Counts of (feature, token) pairs: exact up to `capacity` distinct ones, then too low by at most `floor`.
 
-    When they overflow, every count is lowered until half of the pairs are left (Misra and Gries 1982).
+    When they overflow, the half with the lowest counts is dropped (after Manku and Motwani's lossy counting, 2002).
     """
 
     def __init__(self, d_vocab: int, capacity: int = 8_000_000) -> None:
@@ -216,7 +216,7 @@ class Tally:
             lower = self.counts.kthvalue(len(self.counts) - self._capacity // 2).values
             self.floor += lower
             kept = self.counts > lower
-            self.keys, self.counts = self.keys[kept], self.counts[kept] - lower
+            self.keys, self.counts = self.keys[kept], self.counts[kept]
 
     def top(self, n_features: int, n: int) -> tuple[Int[Tensor, "feature n"], Int[Tensor, "feature n"]]:
         """The most counted tokens of each feature and their counts; -1 and 0 where there are fewer."""

@@ -8,9 +8,10 @@ from test_dfa import previous_token_and_induction_model
 from analysis import dfa
 from analysis.directions import head_of_features, logit_effects, written
 from analysis.heads import copying, feature_roles, head_table, monosemanticity, wilson
-from analysis.passes import chunks, first_pass
+from analysis.passes import chunks, first_pass, sources_on_repeats
 from analysis.statistics import FeatureStatistics, Sources
 from trainer.block_diag import BlockDiagSAE
+from trainer.evaluate import repeated_tokens
 
 VOCABULARY, LENGTH = 12, 32
 
@@ -91,14 +92,14 @@ def test_copying_and_copy_suppression(lm, seen):
 
 
 def test_repeats_judge_the_second_half_only(lm):
-    from analysis.passes import sources_on_repeats
-
     lm.tokenizer = type("Tokens", (), {"bos_token_id": 0, "all_special_ids": [0]})()
     sae = token_features(lm)
     (sources,) = sources_on_repeats(lm, 1, [sae], 16, 11, seed=0)  # five random tokens, twice
     attention = dfa.shares(sources.head_attention)[0]
     assert attention[dfa.SLOTS.index("induction")] > 0.95
     assert int(sources.head_tokens) == 16 * 5
+    f = sae.encode(lm.hook_z(repeated_tokens(lm, 16, 5, 0), 1))
+    assert sources.firings.tolist() == (f[:, 6:] > 0).sum((0, 1)).flatten().tolist(), "of the second half"
     assert dfa.SLOTS[int(sources.head_dfa[0].argmax())] == "induction"
 
 

@@ -81,16 +81,24 @@ def test_top_examples(seen):
 def test_the_sample_is_of_real_firings_and_uniform(seen):
     _, _, _, statistics, _, f = seen
     flat = f.flatten(0, 1)
-    places = []
+    ranks = []
     for feature in range(f.shape[-1]):
         fired = flat[:, feature].nonzero()[:, 0]
         at = statistics.sample.at[feature]
         at = at[at >= 0]
         assert len(at) == min(64, len(fired)) == len(at.unique())
         assert torch.equal(statistics.sample.value[feature, : len(at)], flat[at, feature])
-        places += torch.searchsorted(fired, at).div(max(1, len(fired))).tolist() if len(fired) > 128 else []
-    if places:
-        assert np.mean(places) == pytest.approx(0.5, abs=4 / np.sqrt(12 * len(places)))
+        if len(fired) > 128:
+            values = flat[fired, feature].sort().values
+            ranks.append(
+                [
+                    (torch.searchsorted(fired, at) / len(fired)),
+                    torch.searchsorted(values, flat[at, feature]) / len(fired),
+                ]
+            )
+    by_place, by_value = (torch.cat(each) for each in zip(*ranks, strict=True))
+    for each in (by_place, by_value):
+        assert each.mean().item() == pytest.approx(0.5, abs=4 / np.sqrt(12 * len(each)))
 
 
 def test_tokens_that_features_fire_on_and_read(seen):

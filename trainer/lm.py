@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trainer import embedded
 
-# What both ways of loading do to the weights. An SAE is valid only for the z it was trained on, and
-# `fold_value_biases` changes z, so the checkpoint records it.
+# What loading does to the weights. An SAE is valid only for the z it was trained on, and `fold_value_biases`
+# changes z, so the checkpoint records it.
 PROCESSING = {
     "fold_ln": True,
     "center_writing_weights": True,
@@ -67,9 +67,12 @@ class LanguageModel:
     Hooks live on the model, so every forward holds a lock: sessions of the app can share it.
     """
 
-    def __init__(self, model: HookedTransformer, name: str) -> None:
+    def __init__(
+        self, model: HookedTransformer, name: str, folded_b_V: list[Float[Tensor, "head d_head"]] | None = None
+    ) -> None:
         model.eval().requires_grad_(False)
         self.model = model
+        self._folded_b_V = folded_b_V
         self.name = name
         self.tokenizer = model.tokenizer
         self._lock = threading.RLock()
@@ -87,7 +90,10 @@ class LanguageModel:
             model = _load_folder(Path(name), device, dtype)
         else:
             model = _load_named(name, device, dtype)
-        return cls(model, name)
+        # Both ways load value biases as they are: folded into the output bias they could not be told any more.
+        b_V = [block.attn.b_V.detach().clone() for block in model.blocks]
+        model.load_state_dict(model.fold_value_biases(model.state_dict()), strict=False)
+        return cls(model, name, b_V)
 
     @property
     def n_layers(self) -> int:
@@ -189,6 +195,12 @@ class LanguageModel:
         """b_V per query head; zero where loading folded it into the output bias."""
         return self.model.blocks[layer].attn.b_V.detach()
 
+    def folded_value_bias(self, layer: int) -> Float[Tensor, "head d_head"]:
+        """What z would have more if loading had not folded b_V into the output bias (attention rows sum to 1)."""
+        if self._folded_b_V is None:
+            return torch.zeros_like(self.value_bias(layer))
+        return self._folded_b_V[layer].to(self.device)
+
     def W_O(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
         """What each head writes to the residual stream per unit of z.
 
@@ -256,7 +268,8 @@ def _load_named(name: str, device: str, dtype: str) -> HookedTransformer:
             "or a name that TransformerLens knows (gpt2-small, gelu-2l, pythia-70m, ...)"
         ) from None
     try:
-        return HookedTransformer.from_pretrained(name, device=device, dtype=dtype, **PROCESSING)
+        unfolded = {**PROCESSING, "fold_value_biases": False}
+        return HookedTransformer.from_pretrained(name, device=device, dtype=dtype, **unfolded)
     except OSError as error:  # transformers and huggingface_hub raise OSError for files they cannot get
         raise ValueError(f"model {name!r} could not be loaded: {str(error).splitlines()[0]}") from error
 
@@ -293,8 +306,7 @@ def _load_folder(path: Path, device: str, dtype: str) -> HookedTransformer:
     state = model.fold_layer_norm(state, fold_biases=layer_norm, center_weights=layer_norm)
     if layer_norm:
         state = model.center_writing_weights(state)
-    state = model.fold_value_biases(model.center_unembed(state))
-    model.load_state_dict(state, strict=False)
+    model.load_state_dict(model.center_unembed(state), strict=False)
     model.move_model_modules_to_device()
     _check_same_model(model, hf_model.to(device), path)
     return model

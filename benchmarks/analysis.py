@@ -1,0 +1,138 @@
+"""The analysis against the bare forward, against sae-vis, and its memory; on the embedded model.
+
+python -m benchmarks.analysis [checkpoint]
+"""
+
+import shutil
+import sys
+import tempfile
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+import torch
+
+from analysis.artefacts import Analysis
+from analysis.passes import first_pass
+from analysis.run import AnalysisConfig, analyse
+from analysis.statistics import FeatureStatistics
+from benchmarks.data import report
+from benchmarks.timing import peak_mb, rounds
+from trainer import checkpoint
+from trainer.block_diag import BlockDiagSAE
+from trainer.lm import LanguageModel
+from trainer.origin import open_model, open_text
+
+DEFAULT = "checkpoints/smollm2-135m-L17-batchtopk-x8-k32"
+TOKENS, ROUNDS = 8_192, 4
+WIDE, WIDE_L0 = 24_576, 60
+
+
+def wide_sae(sae: BlockDiagSAE, z: torch.Tensor) -> BlockDiagSAE:
+    """A random SAE of about 24,576 features of which about 60 fire on a token."""
+    torch.manual_seed(0)
+    wide = BlockDiagSAE(sae.n_heads, sae.d_head, -(-WIDE // sae.n_heads), "jumprelu").requires_grad_(False)
+    pre = wide.pre_activations(z[:512].float()).transpose(0, 1).flatten(0, 1)  # one threshold for all
+    wide.threshold.fill_(pre.flatten().kthvalue(int(pre.numel() * (1 - WIDE_L0 / wide.d_sae))).values.item())
+    return wide
+
+
+def against_the_forward(lm: LanguageModel, layer: int, saes: dict[str, BlockDiagSAE], contexts: torch.Tensor) -> None:
+    n = contexts[:, 1:].numel()
+    for name, sae in saes.items():
+
+        def bare(sae: BlockDiagSAE = sae) -> None:
+            for chunk in contexts.split(4096 // contexts.shape[1]):
+                for z in lm.hook_z(chunk, layer).split(1024 // contexts.shape[1]):
+                    sae.encode(z)
+
+        def full(sae: BlockDiagSAE = sae) -> None:
+            statistics = FeatureStatistics(sae, lm.value_bias(layer), lm.d_vocab, 20)
+            first_pass(lm, layer, contexts, 0, [statistics], lambda done: None)
+
+        seconds = rounds({"truncated forward and encode": bare, "first pass": full}, ROUNDS)
+        report(f"First pass, {n:,} tokens, {name}", seconds, "truncated forward and encode", n)
+
+
+def against_sae_vis(lm: LanguageModel, path: Path, contexts: torch.Tensor, per_head: int) -> None:
+    """Dashboards a second: all live features here, the first of each head there; both from the loaded model on."""
+    from sae_vis.data_config_classes import SaeVisConfig
+    from sae_vis.data_storing_fns import SaeVisData
+
+    from trainer.saelens import to_saelens
+
+    sae, config = checkpoint.load(path)
+    features = [h * sae.features_per_head + i for h in range(sae.n_heads) for i in range(per_head)]
+    dense = to_saelens(sae, config)
+    dense.cfg.hook_name, dense.cfg.hook_layer = config["model"]["hook_name"], config["model"]["hook_layer"]
+    started = time.perf_counter()
+    with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+        SaeVisData.create(sae=dense, model=lm.model, tokens=contexts, cfg=SaeVisConfig(features=features))
+    theirs = time.perf_counter() - started
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "checkpoint"
+        shutil.copytree(path, copy, ignore=shutil.ignore_patterns("analysis"))
+        started = time.perf_counter()
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            analyse([copy], AnalysisConfig(tokens=contexts[:, 1:].numel()))
+        ours = time.perf_counter() - started
+        analysis = Analysis(copy)
+        live = analysis.search()["feature"]
+        reading = []
+        for feature in live[:: max(1, len(live) // 100)]:
+            fresh = time.perf_counter()
+            analysis.feature(feature), analysis.examples(feature), analysis.neighbours(feature)
+            reading.append(time.perf_counter() - fresh)
+    reading.sort()
+    print(f"Dashboards, {contexts[:, 1:].numel():,} tokens\n\n| | features | s | dashboards/s |\n|---|---|---|---|")
+    print(f"| sae-vis | {len(features)} | {theirs:.0f} | {len(features) / theirs:.2f} |")
+    print(f"| python -m analysis, loading included | {len(live)} live | {ours:.0f} | {len(live) / ours:.1f} |")
+    print(
+        f"\nRatio {len(live) / ours / (len(features) / theirs):.0f}. Reading one feature's dashboard: median ", end=""
+    )
+    print(f"{reading[len(reading) // 2] * 1e3:.1f} ms, slowest of {len(reading)} {reading[-1] * 1e3:.1f} ms.\n")
+
+
+class Memory:
+    """The analysis of a wide SAE, in a process of its own."""
+
+    def __init__(self, folder: str, tokens: int) -> None:
+        self.path, self.tokens, self.ran = Path(folder), tokens, False
+
+    def __call__(self) -> None:
+        if not self.ran:  # `peak_mb` calls three times
+            analyse([self.path], AnalysisConfig(tokens=self.tokens))
+        self.ran = True
+
+
+def memory(wide: BlockDiagSAE, config: dict, tokens: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint.save(Path(folder), wide, {key: value for key, value in config.items() if key != "sae"})
+        started = time.perf_counter()
+        peak = peak_mb(Memory, folder, tokens)
+        size = sum(file.stat().st_size for file in (Path(folder) / "analysis").iterdir()) / 1e6
+        analysis = Analysis(Path(folder))
+        print(
+            f"{wide.d_sae:,} features, {tokens:,} tokens, L0 {analysis.meta['L0']:.0f}: peak {peak:,.0f} MB, model ",
+            end="",
+        )
+        print(f"included; {time.perf_counter() - started:.0f} s; artefacts {size:.0f} MB")
+
+
+def main(path: Path) -> None:
+    sae, config = checkpoint.load(path)
+    lm = open_model(config)
+    corpus = open_text(config["text"], lm.tokenizer)
+    layer = config["model"]["hook_layer"]
+    contexts = corpus.held_out(TOKENS // (corpus.context_size - 1))
+    wide = wide_sae(sae, lm.hook_z(contexts[:8], layer)[:, 1:].flatten(0, 1))
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {path.name}\n")
+    saes = {f"{sae.d_sae:,} features": sae, f"{wide.d_sae:,} features, L0 about {WIDE_L0}": wide}
+    against_the_forward(lm, layer, saes, contexts)
+    against_sae_vis(lm, path, contexts, per_head=2)
+    memory(wide, config, 100_000)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else DEFAULT))
