@@ -311,7 +311,7 @@ REFUSED = {
     "unknown model": (lambda folder: _wrong(folder, "model_name", "gpt-none"), "unknown model 'gpt-none'"),
     "no text": (lambda folder: _wrong(folder, "dataset_path", None), "--dataset"),
     "missing text": (lambda folder: _wrong(folder, "dataset_path", "none.txt"), "text file none.txt does not exist"),
-    "too little text": (lambda folder: None, "lower eval_tokens"),
+    "too little text": (lambda folder: None, "ask for fewer"),
 }
 
 

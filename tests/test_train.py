@@ -301,7 +301,7 @@ def test_wandb_writes_an_offline_run(command):
         (["--buffer_tokens=10"], "must hold at least one batch"),
         (["--device=gpu"], "device 'gpu' cannot be used"),
         (["--out=/proc/nowhere"], "cannot be written to /proc/nowhere"),
-        (["--eval_tokens=100000000"], "lower eval_tokens"),
+        (["--eval_tokens=100000000"], "ask for fewer"),
         (["--batch_size=100000", "--buffer_tokens=100000"], "fewer than one batch"),
     ],
 )

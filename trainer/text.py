@@ -94,8 +94,8 @@ class Corpus:
         if len(found) < n_contexts:
             per_context = self.context_size - 1
             raise ValueError(
-                f"{self.name} has {len(found) * per_context:,} held-out tokens, but eval_tokens asks for "
-                f"{n_contexts * per_context:,}: lower eval_tokens or raise held_out_fraction"
+                f"{self.name} has {len(found) * per_context:,} held-out tokens, but {n_contexts * per_context:,} are "
+                "asked for: ask for fewer (--eval_tokens, --tokens) or raise held_out_fraction"
             )
         return torch.stack(list(found))
 

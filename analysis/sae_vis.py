@@ -1,0 +1,321 @@
+"""The dashboard of the reference as one HTML file that works offline, drawn by sae-vis 0.3.7.
+
+    python -m analysis.sae_vis checkpoints/<name> OUT.html [--features_per_head 10] [--tokens 20000]
+
+sae-vis picks the examples and draws the page. What it does badly is done here: the language model runs once for all
+features; activations are those of our SAE at every position but BOS; sources are our exact DFA (its own takes
+another feature's encoder); loss effects go through the model's own final norm and unembedding (its own divides by
+the variance); features that do not fire and examples without activation are left out; its scripts come from
+installed packages and not from a CDN. Its view of a prompt, whose labels are off by one, is not offered.
+"""
+
+import argparse
+import html
+import re
+import sys
+import warnings
+from ast import literal_eval
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import copy
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from sae_vis import data_fetching_fns
+from sae_vis.data_config_classes import SaeVisConfig, SaeVisLayoutConfig, SeqMultiGroupConfig
+from sae_vis.data_storing_fns import SaeVisData, SeqMultiGroupData
+from sae_vis.utils_fns import RollingCorrCoef
+from torch import Tensor
+from tqdm import tqdm
+
+from analysis import dfa
+from analysis.prompt import visible
+from trainer import checkpoint
+from trainer.block_diag import BlockDiagSAE
+from trainer.config import require
+from trainer.lm import LanguageModel, pick_device
+from trainer.origin import open_model, open_text
+
+_BATCH_TOKENS = 2048  # of one forward pass
+_SCRIPTS = (("mpld3", "mpld3/js/d3.v5.min.js"), ("plotly", "plotly/package_data/plotly.min.js"))
+# The page is written for d3 6, which gives listeners the event; d3 5 gives them the datum. And it puts tokens into
+# HTML as they are, where <s> would be a tag.
+_ADAPTER = """d3.selection.prototype.on = function (type, listener) {
+    return this.each(function () { this.addEventListener(type, event => listener.call(this, event)); });
+};
+function escaped(token) {
+    return token.replace(/&/g, '&amp;').replace(/</g, '&lt;').replace(/ /g, '&nbsp;');
+}"""
+_ESCAPED = {
+    "<code>${tok.replace(/ /g, '&nbsp;')}</code>": "<code>${escaped(tok)}</code>",
+    "<code>${tok}</code>": "<code>${escaped(tok)}</code>",
+    "`|${tok}|": "`|${escaped(tok)}|",
+}
+_STYLE = """<style>
+.dfa-seq-group { min-width: max-content; margin-right: 15px; padding-top: 5px; }
+.note { font-family: system-ui; margin: 30px 10px 0; max-width: 1200px; }
+</style>"""  # long sources would run into the examples on their right
+
+
+class Harvest(NamedTuple):
+    """What one pass of the language model leaves for the first features of every block; position 0 is BOS.
+
+    `resid` is the residual stream before the final norm; `reads` is (v[s] - b_V) . w of the first
+    features of a block, as each head is read; `correlations` are with all features of the SAE.
+    """
+
+    tokens: Int[Tensor, "context pos"]
+    features: Int[Tensor, " feature"]
+    f: Float[Tensor, "context pos feature"]
+    resid: Float[Tensor, "context pos d_model"]
+    pattern: Float[Tensor, "context head query source"]
+    reads: Float[Tensor, "context head index source"]
+    correlations: RollingCorrCoef
+
+
+@torch.no_grad()
+def harvest(
+    lm: LanguageModel, sae: BlockDiagSAE, layer: int, tokens: Int[Tensor, "context pos"], features_per_head: int
+) -> Harvest:
+    """Run the language model once over the contexts.
+
+    Args:
+        sae: for raw hook_z of `layer`.
+        tokens: contexts beginning with BOS.
+        features_per_head: the first so many of each block (of all features, where the SAE is dense).
+
+    Raises:
+        ValueError: a block has fewer features, or the model has other sizes.
+    """
+    n = features_per_head
+    require(1 <= n <= sae.features_per_head, f"features_per_head must lie between 1 and {sae.features_per_head}")
+    require(sae.d_in == lm.n_heads * lm.d_head, f"the SAE reads {sae.d_in} dimensions, which {lm.name} does not have")
+    lm.check_layer(layer)
+    sae = sae.to(lm.device)
+    features = (torch.arange(sae.n_heads)[:, None] * sae.features_per_head + torch.arange(n)).flatten()
+    W_enc, b_V = dfa.head_encoders(sae, lm.n_heads, lm.d_head)[..., :n], lm.value_bias(layer).float()
+    names = [f"blocks.{layer}.attn.{name}" for name in ("hook_v", "hook_pattern", "hook_z")]
+    names.append(f"blocks.{lm.n_layers - 1}.hook_resid_post")
+    correlations = RollingCorrCoef(indices=features.tolist(), with_self=True)
+    parts = []
+    for batch in tqdm(tokens.split(max(1, _BATCH_TOKENS // tokens.shape[1])), "Language model", disable=None):
+        _, cache = lm.model.run_with_cache(batch.to(lm.device), return_type=None, names_filter=names)
+        v, pattern, z, resid = (cache[name].float() for name in names)
+        v = v.repeat_interleave(lm.n_heads // v.shape[2], dim=2)  # grouped-query attention
+        f = sae.encode(z).flatten(-2).cpu()
+        correlations.update(f[:, 1:, features], f[:, 1:])  # BOS is not part of what the SAE is for
+        parts.append((f[..., features], resid.cpu(), pattern.cpu(), dfa.reads_by_feature(v, b_V, W_enc).cpu()))
+    return Harvest(tokens.cpu(), features, *map(torch.cat, zip(*parts, strict=True)), correlations)
+
+
+@torch.no_grad()
+def vis_data(lm: LanguageModel, sae: BlockDiagSAE, layer: int, found: Harvest) -> SaeVisData:
+    """sae-vis's data of the features that fire, with our DFA as the sources of every example.
+
+    An example is a token on which a feature fires with the 5 tokens before and after it, never BOS; its sources
+    are the 11 tokens around the one with the largest DFA. Positions count from BOS, which is 0.
+
+    Raises:
+        ValueError: no feature fires, or there are too few tokens to choose examples from.
+    """
+    layout = SaeVisLayoutConfig.default_feature_centric_layout()
+    layout.seq_cfg.dfa_for_attn_saes = False
+    before, after = layout.seq_cfg.buffer
+    # sae-vis is not shown BOS and wants one more token before an example. Of one context it takes examples that lie
+    # more than before + 1 positions apart, and it crashes when they run out.
+    choices = found.tokens.shape[1] - 1 - (before + 1) - after
+    distinct = len(found.tokens) * -(-choices // (2 * before + 3))
+    require(
+        choices > 0 and distinct >= layout.seq_cfg.top_acts_group_size,
+        f"{len(found.tokens)} contexts of {found.tokens.shape[1]} tokens are too few to choose examples from: raise "
+        "--tokens (and contexts must have at least 13)",
+    )
+    alive = (found.f[:, before + 2 : -after] > 0).flatten(0, 1).any(0)
+    require(bool(alive.any()), "none of these features fires on these tokens: raise --tokens or --features_per_head")
+    features, f, correlations = found.features[alive], found.f[..., alive], copy(found.correlations)
+    correlations.indices = features.tolist()
+    for name in ("x_sum", "x2_sum", "xy_sum"):
+        setattr(correlations, name, getattr(correlations, name)[alive])
+
+    block, index = features // sae.features_per_head, features % sae.features_per_head
+    W_dec = torch.zeros(len(features), sae.n_heads, sae.d_head)
+    W_dec[torch.arange(len(features)), block] = sae.W_dec.cpu()[block, index]
+    W_dec = W_dec.flatten(1)
+    to_resid = W_dec.to(lm.device) @ lm.W_O(layer).flatten(0, 1).float()
+    hook_name, last = f"blocks.{layer}.attn.hook_z", f"blocks.{lm.n_layers - 1}.hook_resid_post"
+    strings = lm.token_strings(range(min(lm.d_vocab, len(lm.tokenizer))))
+    strings = dict(enumerate(text if text.isprintable() else visible(text) for text in strings))
+    with _own_unembedding(lm), tqdm(desc="Features", total=len(features), disable=None) as bar:
+        data, _ = data_fetching_fns.parse_feature_data(
+            model=SimpleNamespace(cfg=lm.model.cfg, W_U=lm.model.W_U.float()),
+            cfg=SaeVisConfig(feature_centric_layout=layout),
+            sae=SimpleNamespace(cfg=SimpleNamespace(hook_name=hook_name, hook_layer=layer)),
+            sae_B=None,
+            tokens=found.tokens[:, 1:],
+            feature_indices=features.tolist(),
+            feature_resid_dir=to_resid,
+            feature_resid_dir_input=to_resid,  # for probes, which there are none of
+            feature_out_dir=W_dec,
+            cache={f"{hook_name}.hook_sae_acts_post": f[:, 1:], last: found.resid[:, 1:]},
+            corrcoef_sae=correlations,
+            vocab_dict=dict.fromkeys(("embed", "unembed", "probes"), strings),
+            progress=[None, bar],
+        )
+    rows, dense = alive.nonzero()[:, 0].tolist(), sae.n_heads != lm.n_heads
+    for row, parts in zip(rows, data.feature_data_dict.values(), strict=True):
+        for histogram in ("actsHistogram", "logitsHistogram"):  # 100,000 ticks where values are small, nearly all 0
+            parts[histogram].tick_vals = list(dict.fromkeys(parts[histogram].tick_vals))
+        _fill_sources(parts["seqMultiGroup"], layout.seq_cfg, found, row, dense)
+    return data
+
+
+def _fill_sources(groups: SeqMultiGroupData, cfg: SeqMultiGroupConfig, found: Harvest, row: int, dense: bool) -> None:
+    """Set the sources of every example of a feature, `row` of those in `found`, and drop those without activation."""
+    for group in groups.seq_group_data:
+        examples, group.seq_data = group.seq_data, []
+        for example in examples:
+            positions = [literal_eval(each) for each in example.token_posns]
+            context, q = positions[cfg.buffer[0]][0], positions[cfg.buffer[0]][1] + 1
+            if found.f[context, q, row] <= 0:
+                continue
+            at = (torch.tensor([each]) for each in (context, q, row))
+            values = dfa.firing_sources(found.pattern, found.reads, *at, dense)[0].sum(0)
+            width = len(example.token_ids)  # sae-vis wants as many sources
+            begin = min(max(int(values.argmax()) - cfg.dfa_buffer[0], 0), len(values) - width)
+            example.dfa_token_ids = found.tokens[context, begin : begin + width].tolist()
+            example.dfa_values = [round(value, 4) for value in values[begin : begin + width].tolist()]
+            example.dfa_token_posns = [f"({context}, {s})" for s in range(begin, begin + width)]
+            example.token_posns = [f"({context}, {s + 1})" for _, s in positions]
+            group.seq_data.append(example)
+    # To sae-vis the largest activation of an empty interval is 1, which would fade the colours of the others.
+    groups.seq_group_data = [group for group in groups.seq_group_data if group.seq_data]
+    top = groups.seq_group_data[0]
+    top.title = top.title.replace("TOP ACTIVATIONS", "TOP ACTIVATIONS (right) & DFA (left)")
+
+
+@contextmanager
+def _own_unembedding(lm: LanguageModel) -> Iterator[None]:
+    """Let sae-vis compute where the model is, turn residual streams into logits as it does, and draw repeatably."""
+
+    def to_logits(resid: Float[Tensor, "example pos d_model"], model: Any) -> Float[Tensor, "example pos d_vocab"]:
+        return lm.logits(resid.to(lm.model.W_U.dtype), lm.n_layers).float()
+
+    patches = {"resid_final_pre_layernorm_to_logits": to_logits, "device": lm.device}
+    originals = {name: getattr(data_fetching_fns, name) for name in patches}
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="eindex")
+        torch.manual_seed(0)
+        try:
+            vars(data_fetching_fns).update(patches)
+            yield
+        finally:
+            vars(data_fetching_fns).update(originals)
+
+
+def save(path: Path, data: SaeVisData, title: str, note: str) -> None:
+    """Write the page, in one step: one file that asks no other machine for anything.
+
+    Args:
+        title: of the browser's window.
+        note: plain text below the selector.
+
+    Raises:
+        ValueError: a package that carries a script is missing, or sae-vis writes another page than 0.3.7.
+    """
+    d3, plotly = _scripts()
+
+    def write(partial: Path) -> None:
+        data.save_feature_centric_vis(str(partial))
+        page, values = partial.read_text().split("function defineData()", 1)
+        values, end = values.rsplit("</script>", 1)
+        values = values.replace("<", "\\u003c")  # a token must not end the script
+        for text, escaped in _ESCAPED.items():
+            require(text in page, "sae-vis writes another page than 0.3.7, whose faults are known")
+            page = page.replace(text, escaped)
+        inline = iter((f"{d3}\n{_ADAPTER}", plotly))
+        page, n = re.subn(r'<script src="[^"]*"></script>', lambda _: f"<script>\n{next(inline)}\n</script>", page)
+        require(n == len(_SCRIPTS), f"sae-vis asks for {n} scripts, 0.3.7 for {len(_SCRIPTS)}")
+        grid = "<div class='grid-container'>"
+        page = page.replace(grid, f"<p class='note'>{html.escape(note)}</p>\n{grid}", 1)
+        head = f'<!doctype html>\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n{_STYLE}\n'
+        partial.write_text(f"{head}{page}function defineData(){values}</script>{end}", encoding="utf-8")
+
+    checkpoint.write_atomically(path, write)
+
+
+def _scripts() -> list[str]:
+    """d3 and plotly, from the packages that carry them."""
+    found = []
+    for package, file in _SCRIPTS:
+        try:
+            found.append(Path(str(distribution(package).locate_file(file))).read_text(encoding="utf-8"))
+        except (PackageNotFoundError, OSError):
+            raise ValueError(f"{package} with {file} is not installed: pip install -r requirements.txt") from None
+    return found
+
+
+def export(path: Path, out: Path, features_per_head: int = 10, tokens: int = 20_000) -> None:
+    """Write the dashboard of a checkpoint, on the held-out documents of the text it was trained on.
+
+    Args:
+        path: the checkpoint directory.
+        features_per_head: the first so many of each head (of all features, where the SAE is dense).
+        tokens: held-out tokens, in whole contexts.
+
+    Raises:
+        ValueError: the checkpoint, its model or text, or a number cannot be used.
+    """
+    require(tokens >= 1, f"tokens must be at least 1, got {tokens}")
+    require(not out.is_dir(), f"{out} is a folder: name the file to write")
+    require(out.parent.is_dir(), f"the folder {out.parent} does not exist")
+    _scripts()  # refuse before minutes of work
+    sae, config = checkpoint.load(path)
+    layer = config["model"]["hook_layer"]
+    lm = open_model(config, pick_device("auto"))
+    corpus = open_text(config["text"], lm.tokenizer)
+    contexts = corpus.held_out(-(-tokens // (corpus.context_size - 1)))
+    found = harvest(lm, sae, layer, contexts, features_per_head)
+    data = vis_data(lm, sae, layer, found)
+    total = len(found.features)
+    silent = f"{total - len(data.feature_data_dict)} of {total} do not fire there"
+    seen = f"{contexts[:, 1:].numel():,} held-out tokens; {silent}"
+    of = f"each of {lm.n_heads} heads (feature id = head * {sae.features_per_head} + index)"
+    of = of if sae.n_heads == lm.n_heads else "the dense SAE"
+    note = (
+        f"{path.name}: layer {layer} of {lm.name}, the first {features_per_head} features of {of} on {seen} and are "
+        "left out. Orange: activation. Underlined: direct effect on the loss of this token; blue lowers it, red raises "
+        "it. Green: exact direct feature attribution, the sources that the bold token's activation reads from. "
+        "Positions are (context, position)."
+    )
+    save(out, data, path.name, note)
+    print(f"{out}: {len(data.feature_data_dict)} features on {seen}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; every foreseeable failure is one sentence. Returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m analysis.sae_vis",
+        description="Write the first features of each head as one HTML file that works offline, drawn by sae-vis.",
+        epilog="Cost: one forward pass over the tokens, then 2 s of one core for every feature that fires; with the "
+        "embedded model 18 features on 4,000 tokens take a minute and 2.7 GB. Attention patterns are kept: 4 bytes * "
+        "tokens * heads * context.",
+    )
+    parser.add_argument("checkpoint", type=Path, help="checkpoint directory")
+    parser.add_argument("out", type=Path, metavar="OUT.html", help="file to write")
+    parser.add_argument("--features_per_head", type=int, default=10, help="the first so many of each head; default 10")
+    parser.add_argument("--tokens", type=int, default=20_000, help="held-out tokens to choose examples from")
+    options = parser.parse_args(argv)
+    try:
+        export(options.checkpoint, options.out, options.features_per_head, options.tokens)
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
