@@ -11,6 +11,7 @@ page = st.navigation(
     [
         st.Page("pages/tradeoffs.py", title="Tradeoffs", default=True),
         st.Page("pages/heads.py", title="Heads"),
+        st.Page("pages/features.py", title="Features"),
         st.Page("pages/prompt.py", title="Prompt"),
         st.Page("pages/compare.py", title="Compare"),
     ]

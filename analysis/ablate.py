@@ -5,7 +5,7 @@ the unembedding, with everything else frozen, the norm's scale too. Full: the re
 what later layers make of the change, at this position and at earlier ones.
 """
 
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import pandas as pd
 import torch
@@ -14,9 +14,11 @@ from torch import Tensor
 
 from analysis.directions import head_of_features
 from trainer.block_diag import BlockDiagSAE
-from trainer.lm import LanguageModel
 
-Kind = Literal["feature", "features of head", "head by reconstruction"]
+if TYPE_CHECKING:  # it imports transformer_lens, for which pages that run no prompt should not wait
+    from trainer.lm import LanguageModel
+
+Kind = Literal["feature", "features of head", "head by reconstruction", "layer by reconstruction"]
 
 
 class Ablation(NamedTuple):
@@ -45,7 +47,7 @@ class Ablation(NamedTuple):
 
 @torch.no_grad()
 def ablate(
-    lm: LanguageModel,
+    lm: "LanguageModel",
     sae: BlockDiagSAE,
     layer: int,
     tokens: Int[Tensor, "1 pos"],
@@ -58,8 +60,9 @@ def ablate(
 
     Args:
         kind: `feature`: its contribution f W_dec is taken out of z, what the SAE leaves unexplained stays;
-            `features of head`: those of all features of a head; `head by reconstruction`: a head's z becomes the SAE's.
-        which: global feature id, or head.
+            `features of head`: those of all features of a head; `head by reconstruction`: a head's z becomes the
+            SAE's; `layer by reconstruction`: that of all heads does, which is the model with the SAE spliced in.
+        which: global feature id, or head; of no meaning for the layer.
         only_at: the one position at which z is changed; default all but BOS.
 
     Raises:
@@ -84,16 +87,17 @@ def ablate(
 
 
 def _change(
-    lm: LanguageModel, sae: BlockDiagSAE, z: Float[Tensor, "pos head d_head"], kind: Kind, which: int
+    lm: "LanguageModel", sae: BlockDiagSAE, z: Float[Tensor, "pos head d_head"], kind: Kind, which: int
 ) -> Float[Tensor, "pos head d_head"]:
     """What the ablation adds to z."""
     n = sae.d_sae if kind == "feature" else lm.n_heads
     if not 0 <= which < n:
         raise ValueError(f"there is no {'feature' if kind == 'feature' else 'head'} {which}: ids run from 0 to {n - 1}")
     f = sae.encode(z)
-    if kind == "head by reconstruction":
+    if kind.endswith("reconstruction"):
         delta = sae.decode(f).reshape(z.shape) - z
-        return torch.where((torch.arange(lm.n_heads, device=z.device) == which)[:, None], delta, 0.0)
+        replaced = (torch.arange(lm.n_heads, device=z.device) == which) | (kind == "layer by reconstruction")
+        return torch.where(replaced[:, None], delta, 0.0)
     of_feature = torch.arange(sae.d_sae) if kind == "feature" else head_of_features(sae, lm.n_heads)[0]
     gone = (of_feature == which).view(sae.n_heads, sae.features_per_head).to(z.device)
     return (sae.b_dec - sae.decode(torch.where(gone, f, 0.0))).reshape(z.shape)

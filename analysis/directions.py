@@ -1,13 +1,15 @@
 """What features write: the residual stream, and through the final norm and the unembedding the logits."""
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from trainer.block_diag import BlockDiagSAE
-from trainer.lm import LanguageModel
+
+if TYPE_CHECKING:  # it imports transformer_lens, for which pages that run no prompt should not wait
+    from trainer.lm import LanguageModel
 
 N_LOGITS = 10  # tokens kept at either end
 BINS = 40  # of the histogram of a feature's effects on all logits
@@ -46,7 +48,7 @@ def written(sae: BlockDiagSAE, W_O: Float[Tensor, "head d_head d_model"]) -> Flo
 
 @torch.no_grad()
 def logit_effects(
-    lm: LanguageModel, directions: Float[Tensor, "feature d_model"], inverse_scale: float
+    lm: "LanguageModel", directions: Float[Tensor, "feature d_model"], inverse_scale: float
 ) -> LogitEffects:
     """Direct effects of directions of the residual stream on the logits.
 
@@ -66,7 +68,7 @@ def logit_effects(
     return LogitEffects(*(torch.cat(each).cpu() for each in zip(*parts, strict=True)))
 
 
-def inverse_final_scale(lm: LanguageModel, layer: int, contexts: Int[Tensor, "context pos"]) -> float:
+def inverse_final_scale(lm: "LanguageModel", layer: int, contexts: Int[Tensor, "context pos"]) -> float:
     """Mean over tokens but BOS of one over what the final norm divides by."""
     resid, _ = lm.prefix(contexts, layer)
     return (1 / lm.final_scale(resid, layer)[:, 1:].double()).mean().item()

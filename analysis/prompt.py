@@ -1,6 +1,7 @@
 """One prompt through one checkpoint: which features fire, and from where their heads read."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -10,7 +11,9 @@ from torch import Tensor
 
 from analysis import dfa
 from trainer.block_diag import BlockDiagSAE
-from trainer.lm import LanguageModel
+
+if TYPE_CHECKING:  # it imports transformer_lens, for which pages that run no prompt should not wait
+    from trainer.lm import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class PromptRun:
 
 
 @torch.no_grad()
-def run_prompt(lm: LanguageModel, sae: BlockDiagSAE, layer: int, prompt: str) -> PromptRun:
+def run_prompt(lm: "LanguageModel", sae: BlockDiagSAE, layer: int, prompt: str) -> PromptRun:
     """Run a prompt up to hook_z of `layer` and encode it.
 
     Raises:
@@ -75,21 +78,41 @@ def firing_map(run: PromptRun) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["head", "position", "token", "active", "activation"])
 
 
-def active_features(run: PromptRun, head: int | None, position: int | None, limit: int = 500) -> pd.DataFrame:
-    """Features that fire in a head (or dense block) and at a position (None: any), strongest first.
+def active_features(
+    run: PromptRun,
+    head: int | None = None,
+    span: tuple[int, int] | None = None,
+    limit: int = 500,
+    source: int | None = None,
+    effect: Float[Tensor, "pos block feature"] | None = None,
+) -> pd.DataFrame:
+    """Features that fire in a head (or dense block) and in a span of positions (None: any), strongest first.
 
     One row per feature and position, at most `limit`. `share` is the activation's part of everything
     that fires in that head at that position; `reads from` is the source with the largest DFA (summed
     over heads in a dense SAE), `source share` its part of the feature's positive DFA.
+
+    Args:
+        span: first and last position.
+        source: rank by the DFA from this position instead, in a column `from source`.
+        effect: rank by the size of this value of each firing instead (`direct_effects`), in a column `effect`.
     """
     f = run.f.clone()
     f[0] = 0  # BOS is not part of what the SAE is for
     if head is not None:
         f[:, torch.arange(f.shape[1]) != head] = 0
-    if position is not None:
-        f[torch.arange(len(f)) != position] = 0
-    found = min(limit, int((f > 0).sum()))
-    activation, flat = f.flatten().topk(found)
+    if span is not None:
+        f[: span[0]] = f[span[1] + 1 :] = 0
+    rank, ranked_by = f, None
+    if source is not None:
+        rank = torch.where(f > 0, _from_source(run, source), 0.0)
+        ranked_by = "from source"
+    elif effect is not None:
+        rank = torch.where(f > 0, effect, 0.0)
+        ranked_by = "effect"
+    size = rank.abs() if effect is not None else rank
+    flat = size.flatten().topk(min(limit, int((size > 0).sum()))).indices
+    activation, ranking = f.flatten()[flat], rank.flatten()[flat]
     q, block, index = (torch.from_numpy(part) for part in np.unravel_index(flat.numpy(), f.shape))
     if run.dense:
         attribution = torch.einsum("hns,hsn->ns", run.pattern[:, q], run.reads[:, :, index])
@@ -103,6 +126,7 @@ def active_features(run: PromptRun, head: int | None, position: int | None, limi
             "head": block.numpy(),
             "position": q.numpy(),
             "token": [run.label(i) for i in q.tolist()],
+            **({ranked_by: ranking.numpy()} if ranked_by else {}),
             "activation": activation.numpy(),
             "share": (activation / run.f.sum(-1)[q, block]).numpy(),
             "reads from": [run.label(i) for i in source.tolist()],
@@ -110,6 +134,26 @@ def active_features(run: PromptRun, head: int | None, position: int | None, limi
             "source share": (best.relu() / positive.clamp_min(1e-12)).numpy(),
         }
     )
+
+
+def _from_source(run: PromptRun, source: int) -> Float[Tensor, "pos block feature"]:
+    """DFA from one source position, of every feature at every destination."""
+    attribution = torch.einsum("hq,hf->hqf", run.pattern[:, :, source], run.reads[:, source])
+    return attribution.sum(0)[:, None] if run.dense else attribution.transpose(0, 1)
+
+
+@torch.no_grad()
+def direct_effects(
+    lm: "LanguageModel", sae: BlockDiagSAE, layer: int, run: PromptRun, token: int
+) -> Float[Tensor, "pos block feature"]:
+    """What each firing adds to the logit of a next token at its own position, by the direct path.
+
+    f (W_dec W_O) . direction of the token / scale of the final norm; everything else frozen.
+    """
+    W_O = lm.W_O(layer).float().reshape(sae.n_heads, sae.d_head, -1)
+    per_unit = (sae.W_dec @ (W_O @ lm.logit_direction(token).float())[..., None])[..., 0]
+    resid, _ = lm.prefix(run.tokens[None], layer)
+    return run.f * (per_unit / lm.final_scale(resid, layer)[0, :, :, None].float()).cpu()
 
 
 def source_attribution(run: PromptRun, block: int, index: int, position: int) -> pd.DataFrame:

@@ -90,7 +90,6 @@ class FeatureStatistics:
         f[:, 0] = 0
         n = chunk.tokens[:, 1:].numel()
         self.n_tokens += n
-        self.l0 += (f > 0).sum((0, 1)).sum(-1).double().cpu()
         z, z_hat = z[:, 1:], self._sae.decode(f[:, 1:]).reshape(z[:, 1:].shape)
         self.error += (z - z_hat).pow(2).sum(-1).double().sum((0, 1)).cpu()
         self.z_sum += z.double().sum((0, 1)).cpu()
@@ -126,6 +125,7 @@ class FeatureStatistics:
             self.histogram
         )
         self.firings += count
+        self.l0 += count.view(len(self.l0), -1).sum(1)
 
     def _widen(self, largest: Float[Tensor, " feature"]) -> None:
         """Double the range of histograms, merging their bins in pairs, until it holds the largest activation."""

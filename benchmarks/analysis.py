@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from contextlib import redirect_stderr, redirect_stdout
+from copy import copy
 from io import StringIO
 from pathlib import Path
 
@@ -57,6 +58,7 @@ def against_the_forward(lm: LanguageModel, layer: int, saes: dict[str, BlockDiag
 
 def against_sae_vis(lm: LanguageModel, path: Path, contexts: torch.Tensor, per_head: int) -> None:
     """Dashboards a second: all live features here, the first of each head there; both from the loaded model on."""
+    from sae_lens.analysis.hooked_sae_transformer import HookedSAETransformer
     from sae_vis.data_config_classes import SaeVisConfig
     from sae_vis.data_storing_fns import SaeVisData
 
@@ -66,18 +68,21 @@ def against_sae_vis(lm: LanguageModel, path: Path, contexts: torch.Tensor, per_h
     features = [h * sae.features_per_head + i for h in range(sae.n_heads) for i in range(per_head)]
     dense = to_saelens(sae, config)
     dense.cfg.hook_name, dense.cfg.hook_layer = config["model"]["hook_name"], config["model"]["hook_layer"]
+    model = HookedSAETransformer(copy(lm.model.cfg), lm.tokenizer, move_to_device=False)
+    model.load_state_dict(lm.model.state_dict(), strict=False)
+    model.set_ungroup_grouped_query_attention(True)  # sae-vis wants as many values as heads
     started = time.perf_counter()
     with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-        SaeVisData.create(sae=dense, model=lm.model, tokens=contexts, cfg=SaeVisConfig(features=features))
+        SaeVisData.create(sae=dense, model=model, tokens=contexts, cfg=SaeVisConfig(features=features))
     theirs = time.perf_counter() - started
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "checkpoint"
-        shutil.copytree(path, copy, ignore=shutil.ignore_patterns("analysis"))
+        beside = Path(folder) / "checkpoint"
+        shutil.copytree(path, beside, ignore=shutil.ignore_patterns("analysis"))
         started = time.perf_counter()
         with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-            analyse([copy], AnalysisConfig(tokens=contexts[:, 1:].numel()))
+            analyse([beside], AnalysisConfig(tokens=contexts[:, 1:].numel()))
         ours = time.perf_counter() - started
-        analysis = Analysis(copy)
+        analysis = Analysis(beside)
         live = analysis.search()["feature"]
         reading = []
         for feature in live[:: max(1, len(live) // 100)]:

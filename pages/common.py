@@ -1,7 +1,7 @@
-"""What every page needs of Streamlit: caches, and the widgets that pages share.
+"""What every page needs of Streamlit: its top, the checkpoint folder, and what is read from it.
 
-Models and SAEs are shared by all sessions; the model holds its own lock around hooks. Everything a
-widget chooses is in the URL (`bind="query-params"`), so an address is a permalink.
+Everything a widget chooses is in the URL (`bind="query-params"`), so an address is a permalink. SAEs and analyses
+are read once for all sessions, which must not change them.
 """
 
 import math
@@ -9,25 +9,32 @@ import os
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import streamlit as st
 from streamlit.runtime.pages_manager import PagesManager
 
-from analysis.prompt import PromptRun, role_table, run_prompt
-from trainer import checkpoint, embedded
+from analysis.artefacts import Analysis
+from trainer import checkpoint
 from trainer.block_diag import BlockDiagSAE
 
 ROOT = Path(__file__).parents[1]
 FIRST_COMMAND = (
     "python -m trainer --distinct_tokens=130000 --total_training_steps=300 --batch_size=2048 --eval_tokens=1024"
 )
-EXAMPLES = {
-    "Repetition": "The cat sat on the mat. The dog ran to the park. The cat sat on the",
-    "Names": "When John and Mary went to the store, John gave a drink to",
-    "Speech": "Fellow citizens of the Senate and of the House of Representatives: I congratulate you on the "
-    "favorable state of our public affairs. The Senate and the House of",
-    "Code": "def add(first, second):\n    return first + second\n\ndef subtract(first, second):\n    return",
-}
+_copy_link = st.components.v2.component(
+    "copy_link",
+    html="<button type='button'>Copy link</button>",
+    css="""button { font: inherit; font-size: .85rem; padding: .25rem .6rem; border-radius: .5rem; cursor: pointer;
+    color: var(--st-text-color); background: var(--st-background-color); border: 1px solid var(--st-border-color); }
+    button:focus-visible { outline: 2px solid var(--st-primary-color); }""",
+    js="""export default function ({ parentElement }) {
+    const button = parentElement.querySelector("button");
+    button.onclick = async () => {
+        try { await navigator.clipboard.writeText(window.location.href); button.textContent = "Copied"; }
+        catch { button.textContent = "Copy it from the address bar"; }  // without https there is no clipboard
+        setTimeout(() => { button.textContent = "Copy link"; }, 2000);
+    };
+}""",
+)
 
 
 def begin(title: str, what: str) -> None:
@@ -39,7 +46,10 @@ def begin(title: str, what: str) -> None:
     if PagesManager.uses_pages_directory:
         PagesManager.uses_pages_directory = False
         st.rerun()
-    st.title(title)
+    left, right = st.columns([6, 1], vertical_alignment="bottom")
+    left.title(title)
+    with right:
+        _copy_link(key="copy_link")
     st.caption(what)
 
 
@@ -109,74 +119,51 @@ def _sae(path: str, modified: float) -> tuple[BlockDiagSAE, dict[str, Any]]:
     return checkpoint.load(path)
 
 
-@st.cache_resource(max_entries=2, show_spinner="Loading the language model")
-def _language_model(name: str, dtype: str) -> tuple[Any, str]:
-    """The model and its fingerprint, which is worth computing once."""
-    from trainer.lm import LanguageModel  # transformer_lens takes seconds to import: only pages with prompts pay
+def load_sae(path: Path) -> tuple[BlockDiagSAE, dict[str, Any]]:
+    """An SAE and its config, read once for all sessions.
 
-    lm = LanguageModel.load(name, dtype=dtype)
-    return lm, lm.fingerprint()
-
-
-@st.cache_resource(max_entries=6, show_spinner="Running the prompt")
-def _prompt_run(path: str, modified: float, prompt: str) -> PromptRun:
-    sae, config = _sae(path, modified)
-    model = config["model"]
-    lm, _ = _language_model(model["name"], model["dtype"])
-    return run_prompt(lm, sae, model["hook_layer"], prompt)
+    Raises:
+        CheckpointError: it cannot be used.
+    """
+    return _sae(str(path), modified(path / "sae.safetensors"))
 
 
-def prompt_run(listed: checkpoint.Listed, prompt: str) -> PromptRun:
-    """Run a prompt, fetching the embedded model first if it is not there; errors end the page with a sentence."""
-    model = listed.config["model"]
-    name = model["name"]
+@st.cache_resource(max_entries=6, show_spinner=False)
+def _analysis(path: str, changed: tuple[float, float]) -> Analysis:
+    return Analysis(path)
+
+
+def load_analysis(path: Path) -> Analysis:
+    """The analysis of a checkpoint, read once for all sessions, which must not change its frames.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be used.
+    """
+    return _analysis(str(path), (modified(path / "analysis" / "meta.json"), modified(path / "sae.safetensors")))
+
+
+def analysis_or_hint(listed: checkpoint.Listed) -> Analysis | None:
+    """The analysis of a checkpoint, or None with a sentence and the command that makes it."""
     try:
-        if name == embedded.NAME and not embedded.is_ready():
-            with st.empty():
-                bar = st.progress(0.0, "The embedded model is fetched once")
-                embedded.ensure(lambda fraction, message: bar.progress(fraction, message))
-                st.empty()
-        run = _prompt_run(str(listed.path), _modified(listed.path), prompt)
-        _, fingerprint = _language_model(name, model["dtype"])
-        if fingerprint != model["fingerprint"]:
-            st.warning(f"{name} has other weights here than when {listed.path.name} was trained.")
-        return run
-    except (ValueError, RuntimeError, OSError) as error:
-        st.error(str(error))
-        st.stop()
+        return load_analysis(listed.path)
+    except checkpoint.CheckpointError as error:
+        st.info(f"{str(error).split(': run')[0]}. This command writes one; --tokens=20000 is quicker:")
+        st.code(f"python -m analysis {shown_path(listed.path)}", language="bash")
+        return None
 
 
-def prompt_box() -> str:
-    """The prompt and its examples; the prompt is in the URL."""
-    st.session_state.setdefault("prompt", EXAMPLES["Repetition"])
-    prompt = st.text_area("Prompt", key="prompt", bind="query-params", height=90)
-    with st.container(horizontal=True):
-        for name, text in EXAMPLES.items():
-            st.button(name, key=f"example_{name}", on_click=_set_prompt, args=(text,), help=text)
-    return prompt
+def feature_link(column: Any, listed: checkpoint.Listed, feature: int) -> None:
+    """A link to a feature's dashboard, where there is an analysis."""
+    if (listed.path / "analysis" / "meta.json").exists():
+        query = {"checkpoint": listed.path.name, "feature": str(feature)}
+        column.page_link("pages/features.py", label="Its dashboard", query_params=query)
 
 
-def show_role_table(shares: pd.DataFrame) -> None:
-    """The largest slot of each head by attention and by DFA."""
-    st.dataframe(
-        role_table(shares),
-        hide_index=True,
-        width="content",
-        column_config={
-            "head": st.column_config.NumberColumn(width=50),
-            "by attention": st.column_config.TextColumn(width=90),
-            "attention share": st.column_config.NumberColumn("share", format="percent", width=70),
-            "by DFA": st.column_config.TextColumn(width=90),
-            "DFA share": st.column_config.NumberColumn("share of DFA", format="percent", width=90),
-            "agree": st.column_config.CheckboxColumn(width=60),
-        },
-    )
+def shown_path(path: Path) -> str:
+    """A path as one types it beside app.py."""
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
 
-def _set_prompt(text: str) -> None:
-    st.session_state["prompt"] = text
-
-
-def _modified(path: Path) -> float:
-    file = path / "sae.safetensors"
+def modified(file: Path) -> float:
+    """When a file was changed, 0 where there is none: the key of what is cached of it."""
     return file.stat().st_mtime if file.exists() else 0.0

@@ -1,13 +1,28 @@
-"""One checkpoint, head by head: sparsity, error, effect on the model, dead features."""
+"""One checkpoint, head by head: sparsity, error, effect on the model; and what each head does."""
 
 import streamlit as st
 
 from analysis import tables
-from pages import charts, common
+from pages import charts, common, roles
 
-common.begin("Heads", "How many features each head needs per token, and how much of the head its features keep.")
+SECTIONS = {
+    "Roles": roles.cards,
+    "Monosemanticity": roles.monosemanticity,
+    "Redundancy across heads": roles.redundancy,
+}
+
+common.begin("Heads", "What each head costs, how much of it its features keep, and what it does.")
 
 listed = common.pick_checkpoint(common.readable(), "Checkpoint", "checkpoint")
+section = st.segmented_control(
+    "Show", ["Figures", *SECTIONS], default="Figures", required=True, key="show", bind="query-params"
+)
+if section in SECTIONS:
+    analysis = common.analysis_or_hint(listed)
+    if analysis is not None:
+        SECTIONS[section](listed, analysis)
+    st.stop()
+
 figures = common.evaluation(listed)
 if figures is None:
     st.stop()

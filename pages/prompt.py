@@ -1,23 +1,27 @@
-"""A prompt through one checkpoint: which features of which head fire, and where they read from."""
+"""A prompt through one checkpoint: what fires, where it reads from, and what happens without it."""
 
 from functools import partial
 
 import streamlit as st
 
 from analysis import prompt as analysis
-from pages import charts, common
+from pages import charts, common, live
 
 ALL = "all"
+RANKS = ("activation", "direct effect on a next token", "DFA from a source")
+WIDEST = 96  # tokens of the map that can be read side by side
 
 common.begin(
     "Prompt",
     "Type a prompt: the map counts the features that fire in each head at each token. Pick a head or a token, then a "
-    "feature, to see which earlier tokens it reads from (direct feature attribution, exact for one head).",
+    "feature, to see which earlier tokens it reads from and what changes without it.",
 )
 
 listed = common.pick_checkpoint(common.readable(), "Checkpoint", "checkpoint")
-run = common.prompt_run(listed, common.prompt_box())
-n_blocks = run.f.shape[1]
+prompt = live.prompt_box()
+run = live.prompt_run(listed, prompt)
+n_blocks, length = run.f.shape[1], len(run.strings)
+tokens = [run.label(position) for position in range(1, length)]
 
 
 def pick_cell() -> None:
@@ -34,19 +38,37 @@ def pick_row(names: list[str]) -> None:
         st.session_state["feature"] = names[rows[0]]
 
 
-st.subheader("Features that fire")
-st.altair_chart(
-    charts.firing_map(analysis.firing_map(run)), width="stretch", key="map", on_select=pick_cell, selection_mode="cell"
-)
-left, right = st.columns(2)
-heads = [ALL, *map(str, range(n_blocks))]
-tokens = [ALL, *(run.label(position) for position in range(1, len(run.strings)))]
-head = left.selectbox("Head", heads, key="head", bind="query-params")
-token = right.selectbox("Token", tokens, key="token", bind="query-params")
+st.subheader("Features that fire", anchor=False)
+counts = analysis.firing_map(run)
+if length > WIDEST:
+    first = st.slider("Tokens shown, from", 1, length - WIDEST, length - WIDEST, key="from", bind="query-params")
+    counts = counts[counts["position"].between(first, first + WIDEST)]
+st.altair_chart(charts.firing_map(counts), width="stretch", key="map", on_select=pick_cell, selection_mode="cell")
+left, middle, right = st.columns(3)
+head = left.selectbox("Head", [ALL, *map(str, range(n_blocks))], key="head", bind="query-params")
+token = middle.selectbox("Token", [ALL, *tokens], key="token", bind="query-params")
+position = None if token == ALL else 1 + tokens.index(token)
+span = None
+if position is not None:
+    until = right.selectbox("to token", tokens[position - 1 :], key="until", bind="query-params")
+    span = (position, 1 + tokens.index(until))
 
+left, right = st.columns([2, 2], vertical_alignment="bottom")
+rank = left.selectbox("Rank by", RANKS, key="rank", bind="query-params")
 block = None if head == ALL else int(head)
-position = None if token == ALL else tokens.index(token)
-features = analysis.active_features(run, block, position)
+choice: dict = {}
+if rank == RANKS[2]:
+    source = right.selectbox("Source", [run.label(0), *tokens], key="source", bind="query-params")
+    choice = {"source": [run.label(0), *tokens].index(source)}
+elif rank == RANKS[1]:
+    predicted = live.predictions(listed, prompt, (span[1] if span else length - 1))
+    names = [f"{row.token} ({row.id})" for row in predicted.itertuples()]
+    wanted = right.selectbox("Next token", names, key="next", bind="query-params")
+    choice = {"effect": live.direct_effects_on(listed, prompt, int(predicted["id"].iloc[names.index(wanted)]))}
+    st.caption("What each firing adds to that token's logit at its own position, by the direct path alone.")
+
+features = analysis.active_features(run, block, span, **choice)
+chosen = None
 if features.empty:
     st.info("No feature fires here. Pick another head or token, or a checkpoint with a higher L0.")
 else:
@@ -63,11 +85,15 @@ else:
             "share": st.column_config.ProgressColumn("share of the head", format="percent", min_value=0, max_value=1),
             "source share": st.column_config.NumberColumn("share of its DFA", format="percent"),
             "activation": st.column_config.NumberColumn(format="%.3f"),
+            "effect": st.column_config.NumberColumn("effect on the logit", format="%.4f"),
+            "from source": st.column_config.NumberColumn("DFA from it", format="%.3f"),
         },
     )
-    st.subheader("Where a feature reads from")
-    chosen = st.selectbox("Feature @ position", names, key="feature", bind="query-params")
+    st.subheader("Where a feature reads from", anchor=False)
+    left, right = st.columns([3, 1], vertical_alignment="bottom")
+    chosen = left.selectbox("Feature @ position", names, key="feature", bind="query-params")
     row = features.iloc[names.index(chosen)]
+    common.feature_link(right, listed, int(row["feature"]))
     sources = analysis.source_attribution(
         run, int(row["head"]), int(row["feature"]) % run.features_per_block, int(row["position"])
     )
@@ -82,7 +108,43 @@ else:
     )
     st.altair_chart(charts.source_strips(sources))
 
-st.subheader("What each head does on this prompt")
+st.subheader("What changes without it", anchor=False)
+n_heads = len(run.pattern)
+wheres = {
+    "the feature chosen above": ("feature", None),
+    "all features of a head": ("features of head", n_heads),
+    "a head, by its reconstruction": ("head by reconstruction", n_heads),
+    "the whole layer, by its reconstruction": ("layer by reconstruction", None),
+}
+left, middle, right = st.columns(3)
+what = left.selectbox("Take away or replace", list(wheres), key="ablate", bind="query-params")
+kind, numbers = wheres[what]
+which = 0
+if numbers:
+    which = middle.selectbox("Which head", list(range(numbers)), key="which", bind="query-params")
+at = right.selectbox("Predict after token", tokens, index=len(tokens) - 1, key="predict", bind="query-params")
+if kind == "feature" and chosen is None:
+    st.caption("Pick a feature above first.")
+else:
+    if kind == "feature":
+        which = int(row["feature"])
+    st.caption(
+        "At every position but BOS. Direct: everything else frozen, the final norm's scale too. Full: the rest of the "
+        "model run again. Changes are of the logit and of the log-probability (nats)."
+    )
+    changed = live.ablation(listed, prompt, kind, which, 1 + tokens.index(at))
+    st.dataframe(
+        changed,
+        hide_index=True,
+        height=320,
+        column_config={
+            "id": None,
+            **{c: st.column_config.NumberColumn(format="percent") for c in changed if c.endswith("probability")},
+            **{c: st.column_config.NumberColumn(format="%+.4f") for c in changed if c.endswith("change")},
+        },
+    )
+
+st.subheader("What each head does on this prompt", anchor=False)
 st.caption(
     "Shares over all destinations but BOS. Attention: where the head looks. DFA: what the features that fire read. "
     "Slots are exclusive; the first that applies counts: bos, self, induction (after an earlier copy of this token), "
@@ -90,4 +152,4 @@ st.caption(
 )
 shares = analysis.roles(run)
 st.altair_chart(charts.roles(shares))
-common.show_role_table(shares)
+live.show_role_table(shares)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from analysis.ablate import ablate
+from analysis.prompt import active_features, direct_effects, run_prompt, source_attribution
 from trainer.block_diag import BlockDiagSAE
 
 LAYER = 1
@@ -30,8 +31,9 @@ def ablated_z(lm, sae, z, kind, which):
     z = z.clone()
     f = sae.encode(z)
     for q in range(1, len(z)):
-        if kind == "head by reconstruction":
-            z[q, which] = sae(z)[q, which]
+        if kind.endswith("reconstruction"):
+            heads = [which] if kind.startswith("head") else list(range(lm.n_heads))
+            z[q, heads] = sae(z)[q, heads]
             continue
         for block in range(sae.n_heads):
             for index in range(sae.features_per_head):
@@ -49,7 +51,7 @@ def ablated_z(lm, sae, z, kind, which):
     return z
 
 
-@pytest.mark.parametrize("kind", ["feature", "features of head", "head by reconstruction"])
+@pytest.mark.parametrize("kind", ["feature", "features of head", "head by reconstruction", "layer by reconstruction"])
 def test_direct_and_full(lm, sae, kind):
     tokens = lm.to_tokens("the head reads the head")
     _, cache = lm.model.run_with_cache(tokens)
@@ -104,3 +106,34 @@ def test_what_is_not_there(lm, sae):
         ablate(lm, sae, LAYER, tokens, "features of head", -1)
     with pytest.raises(ValueError, match="only_at 99 is out of range"):
         ablate(lm, sae, LAYER, tokens, "feature", 0, only_at=99)
+
+
+def test_direct_effects_of_firings_are_what_their_ablation_takes_away(lm, sae):
+    prompt = "the head reads the head"
+    run = run_prompt(lm, sae, LAYER, prompt)
+    token = 40
+    effect = direct_effects(lm, sae, LAYER, run, token)
+    last = len(run.tokens) - 1
+    table = active_features(run, span=(last, last), effect=effect)
+    assert table["effect"].abs().is_monotonic_decreasing and len(table) == int((run.f[last] > 0).sum())
+    for row in table.head(4).itertuples():
+        found = ablate(lm, sae, LAYER, run.tokens[None], "feature", row.feature)
+        assert row.effect == pytest.approx(float(found.clean[token] - found.direct[token]), abs=1e-4)
+
+
+def test_ranking_by_one_source(lm, sae):
+    run = run_prompt(lm, sae, LAYER, "the head reads the head")
+    table = active_features(run, source=2)
+    assert table["from source"].is_monotonic_decreasing and (table["from source"] > 0).all()
+    assert len(table) > 3
+    for row in table.head(5).itertuples():
+        block, index = divmod(row.feature, run.features_per_block)
+        sources = source_attribution(run, block, index, row.position)
+        assert row._5 == pytest.approx(sources.loc[sources["source"] == 2, "dfa"].sum(), abs=1e-5)  # "from source"
+
+
+def test_a_span_of_positions(lm, sae):
+    run = run_prompt(lm, sae, LAYER, "the head reads the head")
+    assert set(active_features(run, span=(3, 5))["position"]) <= {3, 4, 5}
+    everything = active_features(run)
+    assert len(active_features(run, span=(3, 5))) == everything["position"].between(3, 5).sum() > 0

@@ -85,7 +85,7 @@ def test_bad_text_is_refused_with_a_sentence(gpt2, tmp_path, content, message):
 
 
 def test_too_few_held_out_tokens_and_missing_files_are_refused(gpt2, text_file):
-    with pytest.raises(ValueError, match="held-out tokens, but .* are asked for"):
+    with pytest.raises(ValueError, match=r"held-out tokens, but .* are asked for"):
         Corpus(str(text_file), gpt2.tokenizer, 32).held_out(100_000)
     with pytest.raises(ValueError, match="does not exist"):
         Corpus("nowhere.jsonl", gpt2.tokenizer, 32)

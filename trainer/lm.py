@@ -223,6 +223,16 @@ class LanguageModel:
             resid = resid * norm.w.detach()
         return resid @ self.model.W_U.detach()
 
+    def logit_direction(self, token: int) -> Float[Tensor, " d_model"]:
+        """The vector whose product with an addition to the final residual stream is `unembed` of it at `token`."""
+        direction = self.model.W_U.detach()[:, token]
+        norm = getattr(self.model, "ln_final", None)
+        if hasattr(norm, "w"):
+            direction = direction * norm.w.detach()
+        if (self.model.cfg.normalization_type or "").startswith("LN"):
+            direction = direction - direction.mean()
+        return direction
+
     def final_scale(self, resid_pre: Float[Tensor, "batch pos d_model"], layer: int) -> Float[Tensor, "batch pos 1"]:
         """What the final norm divides by, in a run from `layer` on; 1 in a model without norms."""
         if self.model.cfg.normalization_type is None:

@@ -1,0 +1,206 @@
+"""The dashboard of one feature."""
+
+import pandas as pd
+import streamlit as st
+
+from analysis.artefacts import Analysis
+from analysis.labels import Labels
+from analysis.prompt import visible
+from pages import feature_charts, strips
+from trainer import checkpoint
+
+
+def show(listed: checkpoint.Listed, analysis: Analysis, labels: Labels, order: list[int]) -> None:
+    """Draw the feature that the address names, with steps to its neighbours in `order`."""
+    _navigation(analysis, order)
+    feature = int(st.session_state["feature"])
+    row = analysis.feature(feature)
+    st.subheader(f"Feature {feature} of head {row['head']}", anchor=False)
+    if row["head_share"] < 1:
+        st.caption(
+            f"A dense SAE's feature belongs to no one head; {row['head_share']:.0%} of its squared decoder norm is in "
+            f"head {row['head']}."
+        )
+    st.text(row["description"])
+    if not row["firings"]:
+        st.info("It does not fire on the tokens analysed, so there is nothing to show. Pick another one above.")
+        return
+    with st.container(horizontal=True):
+        st.metric("Density", f"{row['density']:.3%}", border=True, help=f"{row['firings']:,} firings")
+        st.metric("Mean activation", f"{row['mean_activation']:.2f}", border=True, help="where it fires")
+        st.metric("Largest", f"{row['max_activation']:.2f}", border=True)
+        share = "not judged" if pd.isna(row["role_share"]) else f"{row['role_share']:.0%} {row['role']}"
+        st.metric("Reads from", share, border=True, help=f"largest slot of its DFA over {row['dfa_firings']:,} firings")
+
+    left, middle, right = st.columns(3)
+    with left:
+        st.markdown("**Activations**")
+        st.altair_chart(feature_charts.histogram(row["histogram"], 0, row["histogram_end"], "Activation", "Tokens"))
+        st.markdown("**Where it reads from**")
+        st.altair_chart(feature_charts.slots(row))
+    with middle:
+        st.markdown("**Direct effect on logits**, per unit of activation")
+        low, high = row["bottom_logits"][0], row["top_logits"][0]
+        st.altair_chart(feature_charts.histogram(row["logit_histogram"], low, high, "Logit effect", "Vocabulary"))
+        st.dataframe(_logits(row, analysis.strings), hide_index=True, height=240)
+    with right:
+        st.markdown("**Tokens**")
+        st.dataframe(
+            _tokens(row, analysis.strings),
+            hide_index=True,
+            height=240,
+            column_config={
+                "fires_on": st.column_config.TextColumn("fires on", width=75),
+                "reads": st.column_config.TextColumn("reads", width=75, help="the source with the largest DFA"),
+                **{
+                    f"{name}_share": st.column_config.NumberColumn("share", format="percent", width=60)
+                    for name in ("fires_on", "reads")
+                },
+            },
+        )
+        _label_form(labels, feature)
+
+    _examples(analysis, row)
+    _neighbours(analysis, feature)
+
+
+def _navigation(analysis: Analysis, order: list[int]) -> None:
+    d_sae = len(analysis.features)
+    if st.session_state.get("feature") is None:
+        st.session_state["feature"] = order[0] if order else 0
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        st.number_input("Feature id", 0, d_sae - 1, key="feature", bind="query-params", width=160)
+        feature = int(st.session_state["feature"])
+        head = analysis.features["head"]
+        place = order.index(feature) if feature in order else None
+        steps = {"Previous": -1, "Next": 1}
+        for name, step in steps.items():
+            at = None if place is None else place + step
+            target = order[at] if at is not None and 0 <= at < len(order) else None
+            _go(name, target, "of the features above, in their order")
+        for name, step in steps.items():
+            of_head = head[(head == head[feature] + step) & (analysis.features["firings"] > 0)]
+            _go(f"{name} head", int(of_head.index[0]) if len(of_head) else None, "its first feature that fires")
+
+
+def _go(name: str, target: int | None, what: str) -> None:
+    st.button(
+        name, key=f"go_{name}", disabled=target is None, help=what, on_click=_choose, args=(target,)
+    )  # fmt: skip
+
+
+def _choose(feature: int) -> None:
+    st.session_state["feature"] = feature
+
+
+def _logits(row: pd.Series, strings: dict[int, str]) -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "promotes": [visible(strings[int(i)]) for i in row["top_logit_ids"]],
+            "effect": row["top_logits"],
+            "suppresses": [visible(strings[int(i)]) for i in row["bottom_logit_ids"]],
+            "effect ": row["bottom_logits"],
+        }
+    )
+
+
+def _tokens(row: pd.Series, strings: dict[int, str]) -> pd.DataFrame:
+    columns: dict[str, list] = {}
+    for name, total in (("fires_on", row["firings"]), ("reads", row["dfa_firings"])):
+        ids, counts = row[f"{name}_ids"], row[f"{name}_counts"]
+        columns[name] = [visible(strings[int(i)]) if i >= 0 else "" for i in ids]
+        columns[f"{name}_share"] = [n / total if n else None for n in counts]
+    return pd.DataFrame(columns)
+
+
+def _label_form(labels: Labels, feature: int) -> None:
+    try:
+        now = labels.get(feature)
+    except ValueError as error:
+        st.error(str(error))
+        return
+    # Keys carry the feature: a text that was typed for one never lands on another.
+    with st.form(f"label_{feature}", border=True):
+        label = st.text_input("Your label", now.label, key=f"text_{feature}", max_chars=200)
+        note = st.text_area("Note", now.note, key=f"note_{feature}", height=80, max_chars=5000)
+        seen = st.session_state.setdefault(f"seen_{feature}", now.changed)
+        if st.form_submit_button("Save"):
+            try:
+                labels.put(feature, label, note, seen)
+            except ValueError as error:
+                st.error(f"{error}. Reload the page to see it.")
+            else:
+                st.session_state[f"seen_{feature}"] = labels.get(feature).changed
+                st.rerun()
+
+
+def _examples(analysis: Analysis, row: pd.Series) -> None:
+    examples = analysis.examples(int(row["feature"]))
+    st.markdown("**Examples**, strongest contexts first: activation of the feature, then what each source adds (DFA)")
+    left, middle, right = st.columns([3, 2, 2], vertical_alignment="bottom")
+    kinds = {"Strongest": "top", "Over quantiles": "quantile"}
+    kind = left.segmented_control(
+        "Which", list(kinds), default="Strongest", required=True, key="kind", bind="query-params"
+    )
+    attention = middle.toggle("Attention row", key="attention", bind="query-params", help="where the head looks")
+    whole = right.toggle("Whole contexts", key="whole", bind="query-params")
+    chosen = examples[examples["kind"] == kinds[kind]]
+    for example in chosen.itertuples():
+        texts = [analysis.strings[int(i)] for i in example.token_ids]
+        position = int(example.position)
+        span = None if whole else strips.around(position, len(texts))
+        parts = [
+            strips.strip(texts, example.activations, "activation", strips.ORANGE, position, span),
+            strips.strip(texts, example.dfa, "DFA", strips.GREEN, position, span),
+        ]
+        if attention:
+            parts.append(
+                strips.strip(texts, example.attention, f"attention of head {example.head}", strips.BLUE, position, span)
+            )
+        quantile = "" if pd.isna(example.quantile) else f" · quantile {example.quantile:.0%}"
+        with st.container(border=True):
+            st.caption(
+                f"activation {example.activation:.3f}{quantile} · document {example.document}, context "
+                f"{example.context}, position {position} · sources {example.dfa_sum:.3f}, "
+                f"constant {row['constant']:.3f}"
+            )
+            st.html("".join(parts))
+
+
+def _neighbours(analysis: Analysis, feature: int) -> None:
+    table = analysis.neighbours(feature)
+    table = table.join(analysis.features[["head", "description"]], on="other")
+    st.markdown("**Nearest features**, by how often they fire together and by what they write. A click goes there.")
+    for column, across in zip(st.columns(2), (False, True), strict=True):
+        with column:
+            st.caption("of other heads" if across else "of its own head")
+            part = table[table["across"] == across].sort_values("jaccard", ascending=False)
+            if part.empty:
+                st.caption("none: it fires on too few tokens to compare")
+                continue
+            ids = part["other"].tolist()
+            st.dataframe(
+                part[["other", "head", "jaccard", "correlation", "cosine", "description"]],
+                hide_index=True,
+                height=240,
+                key=f"near_{across}",
+                on_select=lambda ids=ids, across=across: _pick(ids, f"near_{across}"),
+                selection_mode="single-row",
+                column_config={
+                    "other": st.column_config.NumberColumn("feature", width=70),
+                    "head": st.column_config.NumberColumn(width=50),
+                    "jaccard": st.column_config.NumberColumn(
+                        format="%.2f", width=60, help="tokens on which both fire over tokens on which either does"
+                    ),
+                    "correlation": st.column_config.NumberColumn(format="%.2f", width=70, help="of activations"),
+                    "cosine": st.column_config.NumberColumn(
+                        format="%.2f", width=60, help="of what they add to the residual stream"
+                    ),
+                },
+            )
+
+
+def _pick(ids: list[int], key: str) -> None:
+    rows = st.session_state[key]["selection"]["rows"]
+    if rows:
+        _choose(ids[rows[0]])

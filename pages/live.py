@@ -1,0 +1,133 @@
+"""Prompts through the language model, for the pages that run one.
+
+The model is shared by all sessions and holds its own lock around hooks.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import streamlit as st
+
+from analysis.ablate import Kind, ablate
+from analysis.prompt import PromptRun, direct_effects, role_table, run_prompt, visible
+from pages import common
+from trainer import checkpoint, embedded
+
+EXAMPLES = {
+    "Repetition": "The cat sat on the mat. The dog ran to the park. The cat sat on the",
+    "Names": "When John and Mary went to the store, John gave a drink to",
+    "Speech": "Fellow citizens of the Senate and of the House of Representatives: I congratulate you on the "
+    "favorable state of our public affairs. The Senate and the House of",
+    "Code": "def add(first, second):\n    return first + second\n\ndef subtract(first, second):\n    return",
+}
+
+
+@st.cache_resource(max_entries=2, show_spinner="Loading the language model")
+def _language_model(name: str, dtype: str) -> tuple[Any, str]:
+    """The model and its fingerprint, which is worth computing once."""
+    from trainer.lm import LanguageModel  # transformer_lens takes seconds to import: only pages with prompts pay
+
+    lm = LanguageModel.load(name, dtype=dtype)
+    return lm, lm.fingerprint()
+
+
+@st.cache_resource(max_entries=6, show_spinner="Running the prompt")
+def _prompt_run(path: str, modified: float, prompt: str) -> PromptRun:
+    sae, config = common.load_sae(Path(path))
+    model = config["model"]
+    lm, _ = _language_model(model["name"], model["dtype"])
+    return run_prompt(lm, sae, model["hook_layer"], prompt)
+
+
+def prompt_run(listed: checkpoint.Listed, prompt: str) -> PromptRun:
+    """Run a prompt, fetching the embedded model first if it is not there; errors end the page with a sentence."""
+    model = listed.config["model"]
+    name = model["name"]
+    try:
+        if name == embedded.NAME and not embedded.is_ready():
+            with st.empty():
+                bar = st.progress(0.0, "The embedded model is fetched once")
+                embedded.ensure(lambda fraction, message: bar.progress(fraction, message))
+                st.empty()
+        run = _prompt_run(str(listed.path), _weights(listed), prompt)
+        _, fingerprint = _language_model(name, model["dtype"])
+        if fingerprint != model["fingerprint"]:
+            st.warning(f"{name} has other weights here than when {listed.path.name} was trained.")
+        return run
+    except (ValueError, RuntimeError, OSError) as error:
+        st.error(str(error))
+        st.stop()
+
+
+@st.cache_data(max_entries=64, show_spinner="Ablating")
+def _ablation(path: str, modified: float, prompt: str, kind: Kind, which: int, position: int) -> pd.DataFrame:
+    sae, config = common.load_sae(Path(path))
+    model = config["model"]
+    lm, _ = _language_model(model["name"], model["dtype"])
+    found = ablate(lm, sae, model["hook_layer"], lm.to_tokens(prompt), kind, which, position)
+    table = found.table(found.most_changed())
+    table.insert(0, "token", [visible(text) for text in lm.token_strings(table["id"].tolist())])
+    return table
+
+
+def ablation(listed: checkpoint.Listed, prompt: str, kind: Kind, which: int, position: int) -> pd.DataFrame:
+    """The likeliest and the most changed next tokens after `position`, with and without; errors are a sentence."""
+    try:
+        return _ablation(str(listed.path), _weights(listed), prompt, kind, which, position)
+    except (ValueError, RuntimeError) as error:
+        st.error(str(error))
+        st.stop()
+
+
+def predictions(listed: checkpoint.Listed, prompt: str, position: int) -> pd.DataFrame:
+    """The likeliest next tokens after `position`, as they are and with the SAE spliced in."""
+    return ablation(listed, prompt, "layer by reconstruction", 0, position)
+
+
+@st.cache_resource(max_entries=4, show_spinner=False)
+def _direct_effects(path: str, modified: float, prompt: str, token: int) -> Any:
+    sae, config = common.load_sae(Path(path))
+    model = config["model"]
+    lm, _ = _language_model(model["name"], model["dtype"])
+    return direct_effects(lm, sae, model["hook_layer"], _prompt_run(path, modified, prompt), token)
+
+
+def direct_effects_on(listed: checkpoint.Listed, prompt: str, token: int) -> Any:
+    """What each firing adds to the logit of a token, `[pos, block, feature]`."""
+    return _direct_effects(str(listed.path), _weights(listed), prompt, token)
+
+
+def _weights(listed: checkpoint.Listed) -> float:
+    return common.modified(listed.path / "sae.safetensors")
+
+
+def prompt_box() -> str:
+    """The prompt and its examples; the prompt is in the URL."""
+    st.session_state.setdefault("prompt", EXAMPLES["Repetition"])
+    prompt = st.text_area("Prompt", key="prompt", bind="query-params", height=90)
+    with st.container(horizontal=True):
+        for name, text in EXAMPLES.items():
+            st.button(name, key=f"example_{name}", on_click=_set_prompt, args=(text,), help=text)
+    return prompt
+
+
+def show_role_table(shares: pd.DataFrame) -> None:
+    """The largest slot of each head by attention and by DFA."""
+    st.dataframe(
+        role_table(shares),
+        hide_index=True,
+        width="content",
+        column_config={
+            "head": st.column_config.NumberColumn(width=50),
+            "by attention": st.column_config.TextColumn(width=90),
+            "attention share": st.column_config.NumberColumn("share", format="percent", width=70),
+            "by DFA": st.column_config.TextColumn(width=90),
+            "DFA share": st.column_config.NumberColumn("share of DFA", format="percent", width=90),
+            "agree": st.column_config.CheckboxColumn(width=60),
+        },
+    )
+
+
+def _set_prompt(text: str) -> None:
+    st.session_state["prompt"] = text
