@@ -64,7 +64,7 @@ _STYLE = """<style>
 class Harvest(NamedTuple):
     """What one pass of the language model leaves for the first features of every block; position 0 is BOS.
 
-    `resid` is the residual stream before the final norm; `reads` is (v[s] - b_V) . w of the first
+    `resid` is the residual stream before the final norm; `reads` is (v[s] - b_V) . w of the given
     features of a block, as each head is read; `correlations` are with all features of the SAE.
     """
 
@@ -73,31 +73,37 @@ class Harvest(NamedTuple):
     f: Float[Tensor, "context pos feature"]
     resid: Float[Tensor, "context pos d_model"]
     pattern: Float[Tensor, "context head query source"]
-    reads: Float[Tensor, "context head index source"]
+    heads: Int[Tensor, "feature read"]  # those that a feature reads: its own, or all of them
+    reads: Float[Tensor, "context feature read source"]
     correlations: RollingCorrCoef
 
 
 @torch.no_grad()
 def harvest(
-    lm: LanguageModel, sae: BlockDiagSAE, layer: int, tokens: Int[Tensor, "context pos"], features_per_head: int
+    lm: LanguageModel,
+    sae: BlockDiagSAE,
+    layer: int,
+    tokens: Int[Tensor, "context pos"],
+    features: Int[Tensor, " feature"],
 ) -> Harvest:
     """Run the language model once over the contexts.
 
     Args:
         sae: for raw hook_z of `layer`.
         tokens: contexts beginning with BOS.
-        features_per_head: the first so many of each block (of all features, where the SAE is dense).
+        features: global ids, ascending.
 
     Raises:
-        ValueError: a block has fewer features, or the model has other sizes.
+        ValueError: the model has other sizes.
     """
-    n = features_per_head
-    require(1 <= n <= sae.features_per_head, f"features_per_head must lie between 1 and {sae.features_per_head}")
     require(sae.d_in == lm.n_heads * lm.d_head, f"the SAE reads {sae.d_in} dimensions, which {lm.name} does not have")
     lm.check_layer(layer)
     sae = sae.to(lm.device)
-    features = (torch.arange(sae.n_heads)[:, None] * sae.features_per_head + torch.arange(n)).flatten()
-    W_enc, b_V = dfa.head_encoders(sae, lm.n_heads, lm.d_head)[..., :n], lm.value_bias(layer).float()
+    block, index = features // sae.features_per_head, features % sae.features_per_head
+    dense = sae.n_heads != lm.n_heads
+    heads = torch.arange(lm.n_heads).expand(len(features), -1) if dense else block[:, None]
+    b_V = lm.value_bias(layer).float()
+    w = dfa.head_encoders(sae, lm.n_heads, lm.d_head).mT[heads, index[:, None]]  # [feature, read, d_head]
     names = [f"blocks.{layer}.attn.{name}" for name in ("hook_v", "hook_pattern", "hook_z")]
     names.append(f"blocks.{lm.n_layers - 1}.hook_resid_post")
     correlations = RollingCorrCoef(indices=features.tolist(), with_self=True)
@@ -108,8 +114,16 @@ def harvest(
         v = v.repeat_interleave(lm.n_heads // v.shape[2], dim=2)  # grouped-query attention
         f = sae.encode(z).flatten(-2).cpu()
         correlations.update(f[:, 1:, features], f[:, 1:])  # BOS is not part of what the SAE is for
-        parts.append((f[..., features], resid.cpu(), pattern.cpu(), dfa.reads_by_feature(v, b_V, W_enc).cpu()))
-    return Harvest(tokens.cpu(), features, *map(torch.cat, zip(*parts, strict=True)), correlations)
+        parts.append(
+            (
+                f[..., features],
+                resid.cpu(),
+                pattern.cpu(),
+                torch.einsum("csfrd,frd->cfrs", (v - b_V)[:, :, heads], w).cpu(),
+            )
+        )
+    f, resid, pattern, reads = map(torch.cat, zip(*parts, strict=True))
+    return Harvest(tokens.cpu(), features, f, resid, pattern, heads, reads, correlations)
 
 
 @torch.no_grad()
@@ -165,15 +179,14 @@ def vis_data(lm: LanguageModel, sae: BlockDiagSAE, layer: int, found: Harvest) -
             vocab_dict=dict.fromkeys(("embed", "unembed", "probes"), strings),
             progress=[None, bar],
         )
-    rows, dense = alive.nonzero()[:, 0].tolist(), sae.n_heads != lm.n_heads
-    for row, parts in zip(rows, data.feature_data_dict.values(), strict=True):
+    for row, parts in zip(alive.nonzero()[:, 0].tolist(), data.feature_data_dict.values(), strict=True):
         for histogram in ("actsHistogram", "logitsHistogram"):  # 100,000 ticks where values are small, nearly all 0
             parts[histogram].tick_vals = list(dict.fromkeys(parts[histogram].tick_vals))
-        _fill_sources(parts["seqMultiGroup"], layout.seq_cfg, found, row, dense)
+        _fill_sources(parts["seqMultiGroup"], layout.seq_cfg, found, row)
     return data
 
 
-def _fill_sources(groups: SeqMultiGroupData, cfg: SeqMultiGroupConfig, found: Harvest, row: int, dense: bool) -> None:
+def _fill_sources(groups: SeqMultiGroupData, cfg: SeqMultiGroupConfig, found: Harvest, row: int) -> None:
     """Set the sources of every example of a feature, `row` of those in `found`, and drop those without activation."""
     for group in groups.seq_group_data:
         examples, group.seq_data = group.seq_data, []
@@ -182,8 +195,7 @@ def _fill_sources(groups: SeqMultiGroupData, cfg: SeqMultiGroupConfig, found: Ha
             context, q = positions[cfg.buffer[0]][0], positions[cfg.buffer[0]][1] + 1
             if found.f[context, q, row] <= 0:
                 continue
-            at = (torch.tensor([each]) for each in (context, q, row))
-            values = dfa.firing_sources(found.pattern, found.reads, *at, dense)[0].sum(0)
+            values = (found.pattern[context, found.heads[row], q] * found.reads[context, row]).sum(0)
             width = len(example.token_ids)  # sae-vis wants as many sources
             begin = min(max(int(values.argmax()) - cfg.dfa_buffer[0], 0), len(values) - width)
             example.dfa_token_ids = found.tokens[context, begin : begin + width].tolist()
@@ -258,13 +270,32 @@ def _scripts() -> list[str]:
     return found
 
 
-def export(path: Path, out: Path, features_per_head: int = 10, tokens: int = 20_000) -> None:
+def first_features(sae: BlockDiagSAE, n: int) -> Int[Tensor, " feature"]:
+    """The first n features of each block (of all features, where the SAE is dense).
+
+    Raises:
+        ValueError: a block has fewer.
+    """
+    require(1 <= n <= sae.features_per_head, f"features_per_head must lie between 1 and {sae.features_per_head}")
+    return (torch.arange(sae.n_heads)[:, None] * sae.features_per_head + torch.arange(n)).flatten()
+
+
+def export(
+    path: Path,
+    out: Path,
+    features_per_head: int = 10,
+    tokens: int = 20_000,
+    features: list[int] | None = None,
+    lm: LanguageModel | None = None,
+) -> None:
     """Write the dashboard of a checkpoint, on the held-out documents of the text it was trained on.
 
     Args:
         path: the checkpoint directory.
         features_per_head: the first so many of each head (of all features, where the SAE is dense).
         tokens: held-out tokens, in whole contexts.
+        features: these instead, by global id.
+        lm: the model of the checkpoint, where it is loaded already.
 
     Raises:
         ValueError: the checkpoint, its model or text, or a number cannot be used.
@@ -275,19 +306,20 @@ def export(path: Path, out: Path, features_per_head: int = 10, tokens: int = 20_
     _scripts()  # refuse before minutes of work
     sae, config = checkpoint.load(path)
     layer = config["model"]["hook_layer"]
-    lm = open_model(config, pick_device("auto"))
+    lm = lm or open_model(config, pick_device("auto"))
     corpus = open_text(config["text"], lm.tokenizer)
     contexts = corpus.held_out(-(-tokens // (corpus.context_size - 1)))
-    found = harvest(lm, sae, layer, contexts, features_per_head)
+    chosen = first_features(sae, features_per_head) if features is None else torch.tensor(sorted(features))
+    found = harvest(lm, sae, layer, contexts, chosen)
     data = vis_data(lm, sae, layer, found)
     total = len(found.features)
     silent = f"{total - len(data.feature_data_dict)} of {total} do not fire there"
     seen = f"{contexts[:, 1:].numel():,} held-out tokens; {silent}"
     of = f"each of {lm.n_heads} heads (feature id = head * {sae.features_per_head} + index)"
     of = of if sae.n_heads == lm.n_heads else "the dense SAE"
+    which = f"the first {features_per_head}" if features is None else "chosen"
     note = (
-        f"{path.name}: layer {layer} of {lm.name}, the first {features_per_head} features of {of} on {seen} and are "
-        "left out. Orange: activation. Underlined: direct effect on the loss of this token; blue lowers it, red raises "
+        f"{path.name}: layer {layer} of {lm.name}, {which} features of {of} on {seen} and are left out. Orange: activation. Underlined: direct effect on the loss of this token; blue lowers it, red raises "
         "it. Green: exact direct feature attribution, the sources that the bold token's activation reads from. "
         "Positions are (context, position)."
     )

@@ -14,12 +14,31 @@ from analysis.prompt import PromptRun, direct_effects, role_table, run_prompt, v
 from pages import common
 from trainer import checkpoint, embedded
 
+# A tour on the shipped checkpoint batchtopk-x8-k32: what one should see is tested in tests/test_embedded.py.
 EXAMPLES = {
-    "Repetition": "The cat sat on the mat. The dog ran to the park. The cat sat on the",
-    "Names": "When John and Mary went to the store, John gave a drink to",
-    "Speech": "Fellow citizens of the Senate and of the House of Representatives: I congratulate you on the "
-    "favorable state of our public affairs. The Senate and the House of",
-    "Code": "def add(first, second):\n    return first + second\n\ndef subtract(first, second):\n    return",
+    "Induction": (
+        "The cat sat on the mat. The dog ran to the park. The cat sat on the",
+        "At the last token the features of heads 3, 4 and 5 read ' mat', which followed the earlier ' the': the "
+        "induction slot. Take away all features of head 4 and ' mat' falls from 47 % to 33 %, while the direct effect "
+        "hardly moves: later layers carry it.",
+    ),
+    "Indirect object": (
+        "When John and Mary went to the store, John gave a drink to",
+        "At ' to' the strongest features are head 8's, and they read the previous token, ' drink'. The name is settled "
+        "elsewhere: with all of the layer replaced by its reconstruction ' Mary' keeps 89 of 90 %, and of single heads "
+        "only head 4 matters (85 % without its features).",
+    ),
+    "Previous token": (
+        "Fellow citizens of the Senate and of the House of Representatives: I congratulate you on the favorable state "
+        "of our public affairs. The Senate and the House of",
+        "Pick head 8 and the last token: its features read ' House', one token back. It is the one head whose role is "
+        "the previous token by DFA, while by attention every head rests on BOS.",
+    ),
+    "Duplicate token": (
+        "Paris, London, Paris, Rome, London, Rome, Berlin, Paris, Berlin, London",
+        "No head of this layer is a duplicate-token head: the largest shares of DFA on earlier copies are head 7's and "
+        "head 0's, a fifth to a quarter. Heads 3, 4 and 5 read instead what followed the earlier copies, the commas.",
+    ),
 }
 
 
@@ -103,12 +122,15 @@ def _weights(listed: checkpoint.Listed) -> float:
 
 
 def prompt_box() -> str:
-    """The prompt and its examples; the prompt is in the URL."""
-    st.session_state.setdefault("prompt", EXAMPLES["Repetition"])
+    """The prompt and a tour of four examples, each with what to see; the prompt is in the URL."""
+    st.session_state.setdefault("prompt", EXAMPLES["Induction"][0])
     prompt = st.text_area("Prompt", key="prompt", bind="query-params", height=90)
     with st.container(horizontal=True):
-        for name, text in EXAMPLES.items():
+        for name, (text, _) in EXAMPLES.items():
             st.button(name, key=f"example_{name}", on_click=_set_prompt, args=(text,), help=text)
+    for text, what in EXAMPLES.values():
+        if prompt == text:
+            st.caption(f"On the shipped checkpoint batchtopk-x8-k32: {what}")
     return prompt
 
 

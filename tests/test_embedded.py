@@ -7,8 +7,12 @@ import torch
 from conftest import ROOT
 
 from analysis import dfa
-from analysis.prompt import role_table, roles, run_prompt
+from analysis.ablate import ablate
+from analysis.passes import sources_on_repeats
+from analysis.prompt import active_features, role_table, roles, run_prompt
+from pages.live import EXAMPLES
 from trainer import checkpoint, embedded
+from trainer.block_diag import BlockDiagSAE
 from trainer.evaluate import evaluate_tokens, repeated_tokens
 from trainer.lm import LanguageModel
 from trainer.text import Corpus
@@ -53,6 +57,69 @@ def test_the_shipped_features_of_those_heads_read_from_the_induction_slot(lm):
     prompt = "The cat sat on the mat. The dog ran to the park. The cat sat on the"
     table = role_table(roles(run_prompt(lm, sae, LAYER, prompt))).set_index("head")
     assert table.loc[INDUCTION_HEADS, "by DFA"].tolist() == ["induction"] * 3
+
+
+def test_the_tour_shows_what_it_says(lm):
+    """The sentences of the Prompt page's examples (pages/live.py)."""
+    sae, _ = checkpoint.load(SHIPPED)
+    examples = {name: text for name, (text, _) in EXAMPLES.items()}
+    runs = {name: run_prompt(lm, sae, LAYER, text) for name, text in examples.items()}
+    tables = {name: role_table(roles(run)).set_index("head") for name, run in runs.items()}
+
+    def strongest(name: str, head: int | None = None):
+        last = len(runs[name].tokens) - 1
+        return active_features(runs[name], head, (last, last))
+
+    def probability(name: str, kind: str, which: int) -> tuple[float, float, float]:
+        found = ablate(lm, sae, LAYER, runs[name].tokens[None], kind, which)
+        best = found.clean.argmax()
+        return tuple(round(float(p.softmax(-1)[best]), 2) for p in found)
+
+    induction = strongest("Induction")
+    for head in INDUCTION_HEADS:
+        assert "mat" in induction[induction["head"] == head].iloc[0]["reads from"]
+        assert tables["Induction"].loc[head, "by DFA"] == "induction"
+    clean, direct, full = probability("Induction", "features of head", 4)
+    assert (clean, full) == (0.47, 0.33) and abs(direct - clean) < 0.02
+
+    assert strongest("Indirect object").iloc[0][["head", "slot"]].tolist() == [8, "previous"]
+    clean, _, full = probability("Indirect object", "layer by reconstruction", 0)
+    assert (clean, full) == (0.9, 0.89)
+    without = [probability("Indirect object", "features of head", head)[2] for head in range(9)]
+    assert without[4] == 0.85 and min(without[:4] + without[5:]) >= 0.88
+
+    assert "House" in strongest("Previous token", 8).iloc[0]["reads from"]
+    by_dfa = tables["Previous token"]["by DFA"]
+    assert by_dfa[by_dfa == "previous"].index.tolist() == [8]
+    assert (tables["Previous token"]["by attention"] == "bos").all()
+
+    shares = roles(runs["Duplicate token"])
+    duplicate = shares[shares["slot"] == "duplicate"].set_index("head")["dfa"]
+    assert duplicate.nlargest(2).index.tolist() == [7, 0] and duplicate.max() < 0.25 and duplicate[0] > 0.19
+    assert tables["Duplicate token"].loc[INDUCTION_HEADS, "by DFA"].tolist() == ["induction"] * 3
+    for head in INDUCTION_HEADS[1:]:
+        assert strongest("Duplicate token", head).iloc[0]["reads from"].endswith(" ,")
+
+
+def test_heads_with_a_known_job(lm):
+    """Induction heads of layer 17, previous-token heads of 11 and 16, by attention and by DFA; off the shipped layer
+    by the DFA of random directions of each head."""
+    known = {17: dict.fromkeys(INDUCTION_HEADS, "induction"), 11: {1: "previous"}, 16: {0: "previous"}}
+    for layer, heads in known.items():
+        sae = checkpoint.load(SHIPPED)[0] if layer == LAYER else _random_sae(lm, layer)
+        (sources,) = sources_on_repeats(lm, layer, [sae], 8, 81, seed=0)
+        for head, role in heads.items():
+            for mass in (sources.head_attention, sources.head_dfa):
+                assert dfa.SLOTS[int(mass[head].argmax())] == role, (layer, head)
+
+
+def _random_sae(lm, layer) -> BlockDiagSAE:
+    """Random directions with a bias at which each fires on a tenth of a text's tokens."""
+    torch.manual_seed(0)
+    sae = BlockDiagSAE(lm.n_heads, lm.d_head, 64).requires_grad_(False)
+    z = lm.hook_z(lm.to_tokens(EXAMPLES["Previous token"][0]), layer)[0, 1:]
+    sae.b_enc.copy_(-sae.pre_activations(z).quantile(0.9, dim=0))
+    return sae
 
 
 def test_the_shipped_checkpoint_is_what_its_eval_json_says(lm):

@@ -143,7 +143,7 @@ def test_a_prompt_that_cannot_be_run_is_a_sentence(folder, prompt, message):
 def test_an_example_is_one_click_away(folder):
     app = open_page("pages/prompt.py")
     before = app.dataframe[0].value
-    app.button(key="example_Names").click().run()
+    app.button(key="example_Indirect object").click().run()
     assert app.text_area(key="prompt").value.startswith("When John")
     assert not app.dataframe[0].value.equals(before)
 

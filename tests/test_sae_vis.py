@@ -62,7 +62,7 @@ def shown(request, tmp_path_factory) -> SimpleNamespace:
     model, blocks, options = CASES[request.param]
     lm = request.getfixturevalue(model)
     sae, tokens = make_sae(lm, blocks, **options), contexts(lm)
-    data = sae_vis.vis_data(lm, sae, LAYER, sae_vis.harvest(lm, sae, LAYER, tokens, N))
+    data = sae_vis.vis_data(lm, sae, LAYER, sae_vis.harvest(lm, sae, LAYER, tokens, sae_vis.first_features(sae, N)))
     path = tmp_path_factory.mktemp("page") / "page.html"
     sae_vis.save(path, data, "a title", "a note")
     _, cache = lm.model.run_with_cache(tokens)
@@ -196,7 +196,7 @@ def test_sae_vis_is_left_as_it_was(gpt2):
     assert now() == UPSTREAM
     sae, tokens = make_sae(gpt2, "heads"), contexts(gpt2)
     state = torch.get_rng_state()
-    found = sae_vis.harvest(gpt2, sae, LAYER, tokens, 1)
+    found = sae_vis.harvest(gpt2, sae, LAYER, tokens, sae_vis.first_features(sae, 1))
     first = sae_vis.vis_data(gpt2, sae, LAYER, found).feature_data_dict[0]["seqMultiGroup"]
     assert torch.equal(state, torch.get_rng_state())
     torch.manual_seed(5)
