@@ -213,7 +213,10 @@ class Analysis:
         """The files sorted by feature, with the first and last feature of each row group."""
         found = {}
         for name in ("features", "examples", "pairs"):
-            file = pq.ParquetFile(self._file(name), memory_map=True)
+            try:
+                file = pq.ParquetFile(self._file(name), memory_map=True)
+            except (pa.ArrowInvalid, OSError) as error:
+                raise CheckpointError(f"{self._file(name)} is damaged: {error}") from error
             column = file.schema_arrow.get_field_index("feature")
             groups = [file.metadata.row_group(i).column(column).statistics for i in range(file.num_row_groups)]
             found[name] = file, np.array([g.min for g in groups]), np.array([g.max for g in groups])

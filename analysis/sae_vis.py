@@ -319,9 +319,10 @@ def export(
     of = of if sae.n_heads == lm.n_heads else "the dense SAE"
     which = f"the first {features_per_head}" if features is None else "chosen"
     note = (
-        f"{path.name}: layer {layer} of {lm.name}, {which} features of {of} on {seen} and are left out. Orange: activation. Underlined: direct effect on the loss of this token; blue lowers it, red raises "
-        "it. Green: exact direct feature attribution, the sources that the bold token's activation reads from. "
-        "Positions are (context, position)."
+        f"{path.name}: layer {layer} of {lm.name}, {which} features of {of} on {seen} and are left out. Orange: "
+        "activation. Underlined: direct effect on the loss of this token; blue lowers it, red raises it. Green: exact "
+        "direct feature attribution, the sources that the bold token's activation reads from. Positions are (context, "
+        "position)."
     )
     save(out, data, path.name, note)
     print(f"{out}: {len(data.feature_data_dict)} features on {seen}")

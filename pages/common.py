@@ -6,6 +6,8 @@ are read once for all sessions, which must not change them.
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +159,16 @@ def feature_link(column: Any, listed: checkpoint.Listed, feature: int) -> None:
     if (listed.path / "analysis" / "meta.json").exists():
         query = {"checkpoint": listed.path.name, "feature": str(feature)}
         column.page_link("pages/features.py", label="Its dashboard", query_params=query)
+
+
+@contextmanager
+def sentences() -> Iterator[None]:
+    """A file that turns out to be damaged ends the page with its sentence, not with a traceback."""
+    try:
+        yield
+    except checkpoint.CheckpointError as error:
+        st.error(str(error))
+        st.stop()
 
 
 def shown_path(path: Path) -> str:

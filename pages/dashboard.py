@@ -6,12 +6,18 @@ import streamlit as st
 from analysis.artefacts import Analysis
 from analysis.labels import Labels
 from analysis.prompt import visible
-from pages import feature_charts, strips
+from pages import common, feature_charts, live, strips
 from trainer import checkpoint
+
+_SAE_VIS_FEATURES = 20
 
 
 def show(listed: checkpoint.Listed, analysis: Analysis, labels: Labels, order: list[int]) -> None:
-    """Draw the feature that the address names, with steps to its neighbours in `order`."""
+    """Draw the feature that the address names, with steps to its neighbours in `order`.
+
+    Raises:
+        CheckpointError: an artefact is damaged.
+    """
     _navigation(analysis, order)
     feature = int(st.session_state["feature"])
     row = analysis.feature(feature)
@@ -62,6 +68,34 @@ def show(listed: checkpoint.Listed, analysis: Analysis, labels: Labels, order: l
 
     _examples(analysis, row)
     _neighbours(analysis, feature)
+
+
+def exchange(labels: Labels, d_sae: int, name: str) -> None:
+    """Labels of a checkpoint as JSON or CSV, out and in."""
+    try:
+        table = labels.table()
+        texts = {"json": table.to_json(orient="records", indent=1), "csv": table.to_csv(index=False)}
+        for column, (kind, text) in zip(st.columns(2), texts.items(), strict=True):
+            column.download_button(kind.upper(), text, f"labels-{name}.{kind}", disabled=table.empty)
+        file = st.file_uploader("Import JSON or CSV", type=["json", "csv"], help="replaces labels of the same features")
+        if file is not None and st.button("Import"):
+            n = labels.load(file.getvalue().decode("utf-8", errors="replace"), d_sae)
+            st.success(f"{n} labels imported.")
+    except ValueError as error:
+        st.error(str(error))
+
+
+def sae_vis_page(listed: checkpoint.Listed, features: list[int]) -> None:
+    """A button that makes the sae-vis HTML of the first features shown."""
+    chosen = features[:_SAE_VIS_FEATURES]
+    st.caption(
+        f"The first {len(chosen)} of this page's features on 4,000 held-out tokens, offline-capable; about 2 s a "
+        "feature, and the model is loaded. All heads at once:"
+    )
+    st.code(f"python -m analysis.sae_vis {common.shown_path(listed.path)} OUT.html", language="bash")
+    if chosen and st.button("Make it"):
+        page = live.sae_vis_page(listed, tuple(chosen))
+        st.download_button("Download the HTML", page, f"{listed.path.name}-sae-vis.html", "text/html")
 
 
 def _navigation(analysis: Analysis, order: list[int]) -> None:
@@ -120,11 +154,11 @@ def _label_form(labels: Labels, feature: int) -> None:
         st.error(str(error))
         return
     # Keys carry the feature: a text that was typed for one never lands on another.
-    with st.form(f"label_{feature}", border=True):
+    with st.container(border=True):
         label = st.text_input("Your label", now.label, key=f"text_{feature}", max_chars=200)
         note = st.text_area("Note", now.note, key=f"note_{feature}", height=80, max_chars=5000)
         seen = st.session_state.setdefault(f"seen_{feature}", now.changed)
-        if st.form_submit_button("Save"):
+        if st.button("Save", key=f"save_{feature}"):
             try:
                 labels.put(feature, label, note, seen)
             except ValueError as error:

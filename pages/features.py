@@ -7,7 +7,7 @@ from analysis.dfa import SLOTS
 from analysis.labels import Labels
 from pages import common, dashboard
 
-ALL = "any"
+ALL = "all"
 PER_PAGE = 200
 SORTS = {
     "most frequent first": ("firings", False),
@@ -28,7 +28,8 @@ analysis = common.analysis_or_hint(listed)
 if analysis is None:
     st.stop()
 labels = Labels(listed.path)
-features = analysis.features
+with common.sentences():
+    features = analysis.features
 n_heads = listed.config["model"]["n_heads"]
 
 
@@ -125,4 +126,10 @@ else:
         st.session_state["feature"] = first
 
 order = found["feature"].tolist()
-dashboard.show(listed, analysis, labels, order)
+with common.sentences():
+    dashboard.show(listed, analysis, labels, order)
+left, right = st.columns(2)
+with left.expander("Labels: export and import"):
+    dashboard.exchange(labels, len(features), listed.path.name)
+with right.expander("The features above as one sae-vis page"):
+    dashboard.sae_vis_page(listed, shown["feature"].tolist())

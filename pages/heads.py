@@ -20,7 +20,8 @@ section = st.segmented_control(
 if section in SECTIONS:
     analysis = common.analysis_or_hint(listed)
     if analysis is not None:
-        SECTIONS[section](listed, analysis)
+        with common.sentences():
+            SECTIONS[section](listed, analysis)
     st.stop()
 
 figures = common.evaluation(listed)

@@ -4,6 +4,7 @@ The model is shared by all sessions and holds its own lock around hooks.
 """
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pandas as pd
@@ -115,6 +116,27 @@ def _direct_effects(path: str, modified: float, prompt: str, token: int) -> Any:
 def direct_effects_on(listed: checkpoint.Listed, prompt: str, token: int) -> Any:
     """What each firing adds to the logit of a token, `[pos, block, feature]`."""
     return _direct_effects(str(listed.path), _weights(listed), prompt, token)
+
+
+@st.cache_data(max_entries=4, show_spinner="Running the model and drawing with sae-vis")
+def _sae_vis_page(path: str, modified: float, features: tuple[int, ...]) -> bytes:
+    from analysis.sae_vis import export  # imports sae_lens, for seconds
+
+    model = checkpoint.load_config(path)["model"]
+    lm, _ = _language_model(model["name"], model["dtype"])
+    with TemporaryDirectory() as folder:
+        out = Path(folder) / "page.html"
+        export(Path(path), out, tokens=4_000, features=list(features), lm=lm)
+        return out.read_bytes()
+
+
+def sae_vis_page(listed: checkpoint.Listed, features: tuple[int, ...]) -> bytes:
+    """The sae-vis HTML of some features; errors end the page with a sentence."""
+    try:
+        return _sae_vis_page(str(listed.path), _weights(listed), features)
+    except (ValueError, RuntimeError, OSError) as error:
+        st.error(str(error))
+        st.stop()
 
 
 def _weights(listed: checkpoint.Listed) -> float:

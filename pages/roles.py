@@ -141,11 +141,11 @@ def redundancy(listed: checkpoint.Listed, analysis: Analysis) -> None:
     head = analysis.features["head"]
     pairs["head"], pairs["other head"] = pairs["feature"].map(head), pairs["other"].map(head)
     a, b = st.columns(2)
-    options = ["any", *map(str, range(len(analysis.heads)))]
+    options = ["all", *map(str, range(len(analysis.heads)))]
     one = a.selectbox("Head", options, key="one", bind="query-params")
     two = b.selectbox("Other head", options, key="two", bind="query-params")
     for chosen in (one, two):
-        if chosen != "any":
+        if chosen != "all":
             pairs = pairs[(pairs["head"] == int(chosen)) | (pairs["other head"] == int(chosen))]
     pairs = pairs.nlargest(200, "both")
     description = analysis.features["description"]
@@ -156,15 +156,14 @@ def redundancy(listed: checkpoint.Listed, analysis: Analysis) -> None:
 
 
 def _head(heads: pd.DataFrame) -> int:
-    """The head whose details are shown, chosen in a table or here; in the address as `head`."""
-    st.session_state.setdefault("head", 0)
-    return int(st.selectbox("Head", list(range(len(heads))), key="head", bind="query-params"))
+    """The head whose details are shown, chosen in a table or here."""
+    return int(st.selectbox("Head", list(range(len(heads))), key="of_head", bind="query-params"))
 
 
 def _pick_head(table: str = "roles") -> None:
     rows = st.session_state[table]["selection"]["rows"]
     if rows:
-        st.session_state["head"] = rows[0]
+        st.session_state["of_head"] = rows[0]
 
 
 def _open_on_click(table: pd.DataFrame, listed: checkpoint.Listed, key: str, config: dict) -> None:
