@@ -155,17 +155,21 @@ def _label_form(labels: Labels, feature: int) -> None:
         return
     # Keys carry the feature: a text that was typed for one never lands on another.
     with st.container(border=True):
-        label = st.text_input("Your label", now.label, key=f"text_{feature}", max_chars=200)
-        note = st.text_area("Note", now.note, key=f"note_{feature}", height=80, max_chars=5000)
-        seen = st.session_state.setdefault(f"seen_{feature}", now.changed)
-        if st.button("Save", key=f"save_{feature}"):
-            try:
-                labels.put(feature, label, note, seen)
-            except ValueError as error:
-                st.error(f"{error}. Reload the page to see it.")
-            else:
-                st.session_state[f"seen_{feature}"] = labels.get(feature).changed
-                st.rerun()
+        st.text_input("Your label", now.label, key=f"text_{feature}", max_chars=200)
+        st.text_area("Note", now.note, key=f"note_{feature}", height=80, max_chars=5000)
+        st.session_state.setdefault(f"seen_{feature}", now.changed)
+        st.button("Save", key=f"save_{feature}", on_click=_save, args=(labels, feature))
+        if refused := st.session_state.pop("label_refused", None):
+            st.error(f"{refused}. Reload the page to see it.")
+
+
+def _save(labels: Labels, feature: int) -> None:
+    text, note, seen = (st.session_state[f"{name}_{feature}"] for name in ("text", "note", "seen"))
+    try:
+        labels.put(feature, text, note, seen)
+        st.session_state[f"seen_{feature}"] = labels.get(feature).changed
+    except ValueError as error:
+        st.session_state["label_refused"] = str(error)
 
 
 def _examples(analysis: Analysis, row: pd.Series) -> None:
