@@ -14,6 +14,7 @@ page = st.navigation(
         st.Page("pages/features.py", title="Features"),
         st.Page("pages/prompt.py", title="Prompt"),
         st.Page("pages/compare.py", title="Compare"),
+        st.Page("pages/runs.py", title="Runs"),
     ]
 )
 st.set_page_config(page_title=f"{page.title} · Attention-head SAEs", page_icon=ICON, layout="wide")

@@ -1,5 +1,7 @@
 """Frames of what checkpoint directories say about themselves, for the Tradeoffs, Heads and Compare pages."""
 
+import math
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,40 +17,121 @@ METRICS = {
     "CE_score": "CE score (share of the zero-ablation loss recovered)",
     "KL_score": "KL score (1 - KL to SAE / KL to zero ablation)",
 }
+SCORES = ("CE_score", "KL_score")  # larger is better; they can be negative or above 1
 _SCALARS = ("L0", "MSE", "FVU", "CE_score", "CE_score_se", "KL_score", "KL_score_se", "dead_fraction")
 
 
-def summary(listed: list[checkpoint.Listed]) -> pd.DataFrame:
-    """One row per readable checkpoint. A run without eval.json shows its last training batch instead."""
+def site(config: dict[str, Any]) -> str:
+    """The model and layer whose head outputs a checkpoint reconstructs; only those of one site compare."""
+    return f"{Path(config['model']['name']).name} layer {config['model']['hook_layer']}"
+
+
+def summary(listed: list[checkpoint.Listed], repeated: bool = False, head: int | None = None) -> pd.DataFrame:
+    """One row per readable checkpoint. A run without eval.json shows its last training batch instead.
+
+    Args:
+        listed: checkpoints of models with the same number of heads, where `head` is given.
+        repeated: figures on repeated random tokens instead of held-out text.
+        head: figures of one head; scores with only that head replaced. A dense SAE has no L0 of a head (NaN).
+    """
     rows = []
     for path, config, _ in listed:
         if config is None:
             continue
-        figures, source = checkpoint.load_eval(path), "held-out"
-        if figures is None:
-            lines = checkpoint.load_metrics(path)
-            figures, source = (lines[-1] if lines else {}), "training batch"
-        shape = config["sae"]
-        d_in = shape["n_heads"] * shape["d_head"]
+        figures, source = _figures(path, repeated)
+        shape, model = config["sae"], config["model"]
+        width = shape["n_heads"] * shape["d_head"]
+        last, seconds = _log_of(path)
+        n_tokens = figures.get("n_tokens")
+        if head is not None:
+            figures, width = per_head(figures, model["n_heads"]).loc[head].to_dict(), model["d_head"]
         row = {
             "name": path.name,
             "recipe": _recipe(config),
             "sparsity": _sparsity(config),
+            "block": config.get("block", "head"),
             "status": config["status"],
             "figures": source,
             **{key: figures.get(key) for key in _SCALARS},
-            "MSE_per_dim": figures["MSE"] / d_in if "MSE" in figures else None,
-            "n_tokens": figures.get("n_tokens"),
-            "tokens_seen": figures.get("tokens", config.get("tokens_seen", 0)),
-            "model": Path(config["model"]["name"]).name,
-            "hook_layer": config["model"]["hook_layer"],
+            "MSE_per_dim": None if figures.get("MSE") is None else figures["MSE"] / width,
+            "n_tokens": n_tokens,
+            "parameters": n_parameters(shape),
+            # config.json is written when weights are saved, the log more often.
+            "tokens_seen": last.get("tokens", config.get("tokens_seen")),
+            "training_seconds": seconds,
+            "model": Path(model["name"]).name,
+            "hook_layer": model["hook_layer"],
             "d_sae": shape["n_heads"] * shape["features_per_head"],
         }
         rows.append(row)
     frame = pd.DataFrame(rows)
-    numeric = [c for c in (*_SCALARS, "MSE_per_dim", "n_tokens", "tokens_seen") if c in frame]
-    frame[numeric] = frame[numeric].apply(pd.to_numeric)  # None (not measurable) becomes NaN
+    numeric = [*_SCALARS, "MSE_per_dim", "n_tokens", "tokens_seen", "training_seconds"]
+    numeric = [column for column in numeric if column in frame]
+    frame[numeric] = frame[numeric].apply(pd.to_numeric)  # None (not measurable, not known) becomes NaN
     return frame
+
+
+def n_parameters(shape: dict[str, Any]) -> int:
+    """Weights and biases that an SAE of these sizes (`config["sae"]`) has: its blocks, without zeros around them."""
+    features = shape["n_heads"] * shape["features_per_head"]
+    thresholds = features if shape["activation"] == "jumprelu" else 0
+    return 2 * features * shape["d_head"] + features + shape["n_heads"] * shape["d_head"] + thresholds
+
+
+def training_seconds(lines: list[dict[str, Any]]) -> float | None:
+    """Time that the logged steps took, from each line's tokens and tokens per second; None where it is not logged.
+
+    Pauses between an interruption and its continuation, harvesting and evaluations are not in it. SAEs of one
+    command train together, so each has the time of all of them.
+    """
+    seconds, before = 0.0, 0
+    for line in lines:
+        speed = line.get("tokens_per_second")
+        if not speed:
+            return None
+        seconds += (line["tokens"] - before) / speed
+        before = line["tokens"]
+    return seconds if lines else None
+
+
+def pareto(frame: pd.DataFrame, metric: str) -> pd.Series:
+    """Which rows no other row of the same recipe beats: fewer or as many active features, and as good or better."""
+    sign = -1 if metric in SCORES else 1
+    front = pd.Series(False, index=frame.index)
+    for _, family in frame.groupby("recipe"):
+        best, at = math.inf, math.nan
+        points = sorted(zip(family["L0"], sign * family[metric], family.index, strict=True))
+        for l0, loss, index in points:
+            if loss < best or (loss == best and l0 == at):
+                front[index], best, at = True, loss, l0
+    return front
+
+
+def _figures(path: Path, repeated: bool) -> tuple[dict[str, Any], str]:
+    figures = checkpoint.load_eval(path)
+    if repeated:
+        return (figures or {}).get("induction") or {}, "repeated tokens"
+    if figures is None:
+        return _log_of(path)[0], "training batch"
+    return figures, "held-out"
+
+
+def _log_of(path: Path) -> tuple[dict[str, Any], float | None]:
+    """The last line of metrics.jsonl and `training_seconds`; nothing where it is missing or damaged."""
+    file = path / "metrics.jsonl"
+    if not file.exists():
+        return {}, None
+    now = file.stat()
+    return _read_log(path, now.st_mtime_ns, now.st_size)
+
+
+@lru_cache(maxsize=256)  # a page that refreshes itself reads only the logs that grew
+def _read_log(path: Path, modified: int, size: int) -> tuple[dict[str, Any], float | None]:
+    try:
+        lines = checkpoint.load_metrics(path)
+    except checkpoint.CheckpointError:  # the training curves say so
+        return {}, None
+    return (lines[-1] if lines else {}), training_seconds(lines)
 
 
 def _recipe(config: dict[str, Any]) -> str:
@@ -73,6 +156,14 @@ def curves(paths: list[Path]) -> pd.DataFrame:
                 {"name": path.name} | {key: value for key, value in line.items() if not isinstance(value, list)}
             )
     return pd.DataFrame(rows)
+
+
+def thinned(frame: pd.DataFrame, figure: str, most: int = 400) -> pd.DataFrame:
+    """The rows of `curves` that have a figure, at most about so many of each checkpoint, its last one included."""
+    frame = frame.dropna(subset=[figure])
+    after = frame.groupby("name").cumcount(ascending=False)
+    every = -(-frame.groupby("name")["name"].transform("size") // most)
+    return frame[after % every == 0]
 
 
 def per_head(figures: dict[str, Any], n_heads: int) -> pd.DataFrame:

@@ -4,7 +4,6 @@ import altair as alt
 import pandas as pd
 
 from analysis.dfa import SLOTS
-from analysis.tables import METRICS
 
 # Okabe and Ito's palette, distinguishable with every common colour vision.
 PALETTE = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#B8A800", "#7F7F7F"]
@@ -24,60 +23,6 @@ _CHECKPOINT = alt.Color(
     scale=alt.Scale(range=PALETTE),
     legend=alt.Legend(orient="top", columns=2, labelLimit=400),
 )
-
-
-def tradeoff(frame: pd.DataFrame, metric: str, log: bool) -> alt.LayerChart:
-    """L0 against one metric, a point per checkpoint, bars of one standard error where there is one."""
-    kind = "log" if log else "linear"
-    single = len(frame) == 1 and not log  # one point has no range of its own
-    # Scores can be negative or above 1, so they stay on a linear axis.
-    y_kind = kind if metric in ("MSE", "MSE_per_dim", "FVU") else "linear"
-    x = alt.X("L0:Q", title="L0 (mean active features per token)", scale=alt.Scale(type=kind, zero=single, padding=30))
-    y = alt.Y(f"{metric}:Q", title=METRICS[metric], scale=alt.Scale(type=y_kind, zero=single, padding=30))
-    colour = alt.Color("recipe:N", title="Recipe", scale=alt.Scale(range=PALETTE))
-    tips = [
-        "name",
-        "recipe",
-        "sparsity",
-        "status",
-        "figures",
-        *(c for c in ("L0", "MSE", "FVU", "CE_score", "KL_score") if c in frame),
-    ]
-    points = (
-        alt.Chart(frame)
-        .mark_point(size=110, filled=True, opacity=0.9)
-        .encode(x=x, y=y, color=colour, shape=alt.Shape("figures:N", title="Figures from"), tooltip=tips)
-    )
-    names = (
-        alt.Chart(frame).mark_text(dx=9, align="left", fontSize=11).encode(x=x, y=y, text="sparsity:N", color=colour)
-    )
-    lines = alt.Chart(frame).mark_line(strokeWidth=1, opacity=0.6).encode(x=x, y=y, color=colour, order="L0:Q")
-    layers = [lines, points, names]
-    if f"{metric}_se" in frame:
-        bounds = frame.assign(low=frame[metric] - frame[f"{metric}_se"], high=frame[metric] + frame[f"{metric}_se"])
-        bars = (
-            alt.Chart(bounds)
-            .mark_rule()
-            .encode(x=x, y=alt.Y("low:Q", title=METRICS[metric]), y2="high:Q", color=colour)
-        )
-        layers.insert(0, bars)
-    return alt.layer(*layers).properties(height=420)
-
-
-def training_curves(frame: pd.DataFrame, figure: str) -> alt.Chart:
-    """One logged figure over training tokens, a line per checkpoint."""
-    on = "" if figure.startswith("held_out") else " (training batch)"
-    return (
-        alt.Chart(frame)
-        .mark_line(interpolate="monotone")
-        .encode(
-            x=alt.X("tokens:Q", title="Training tokens", axis=alt.Axis(format="~s")),
-            y=alt.Y(f"{figure}:Q", title=f"{figure}{on}", scale=alt.Scale(zero=False)),
-            color=_CHECKPOINT,
-            tooltip=["name", "step", figure],
-        )
-        .properties(height=300)
-    )
 
 
 def l0_histograms(frame: pd.DataFrame) -> alt.FacetChart:

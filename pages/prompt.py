@@ -133,6 +133,11 @@ else:
         "model run again. Changes are of the logit and of the log-probability (nats)."
     )
     changed = live.ablation(listed, prompt, kind, which, 1 + tokens.index(at))
+    best = changed.iloc[0]
+    st.text(
+        f"{best['token']}: {best['probability']:.1%} as it is, {best['full probability']:.1%} without (full), "
+        f"{best['direct probability']:.1%} by the direct path alone"
+    )
     st.dataframe(
         changed,
         hide_index=True,

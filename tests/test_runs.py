@@ -88,6 +88,15 @@ def test_both_commands_mean_the_run_of_the_config(trained, name):
     assert understood(on) == (activations, saes, named)
 
 
+def test_a_command_names_only_what_differs_from_the_defaults():
+    config = checkpoint.load_config(ROOT / "checkpoints" / "smollm2-135m-L17-reference-lr1e-3-x8-l1_3")
+    assert commands.shell(commands.repeat(config, "again", "checkpoints")) == (
+        "python -m trainer --preset=reference --label=reference-lr1e-3 --l1_coefficients=3 --expansion_factor=8 "
+        "--lr=0.001 --total_training_steps=1500 --batch_size=2048 --eval_tokens=4096 --dead_after_tokens=200000 "
+        "--weights_dtype=float16 --wandb=disabled --name=again"
+    )
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_commands_of_any_options(data):

@@ -1,0 +1,99 @@
+"""Training commands that a server runs in the background, beside what it serves."""
+
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+_ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+class Process(NamedTuple):
+    """One command that was started: the checkpoints it makes, and where its output goes."""
+
+    names: list[str]
+    arguments: list[str]
+    log: Path
+    begun: float
+    popen: subprocess.Popen
+
+    @property
+    def state(self) -> str:
+        """Running, or how it ended."""
+        status = self.popen.poll()
+        if status is None:
+            return "running"
+        # 130 is the trainer's own after SIGTERM: it has saved.
+        return {0: "complete", 130: "stopped", -15: "stopped"}.get(status, f"failed with status {status}")
+
+
+class Processes:
+    """The commands started by this server, for all its sessions. They outlive a session, and the server too."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._started: dict[str, Process] = {}
+
+    def start(self, arguments: list[str], names: list[str], folder: Path, root: Path) -> Process:
+        """Run `python -m trainer` with these arguments, without a shell.
+
+        Args:
+            arguments: from `analysis.commands`.
+            names: the checkpoints that it makes.
+            folder: the checkpoint folder; the output goes to `.runs/<first name>.log` in it.
+            root: the folder that holds `trainer/`.
+
+        Raises:
+            ValueError: one of the checkpoints is being trained, or the log cannot be written.
+        """
+        with self._lock:
+            for other in self._started.values():
+                same = sorted(set(other.names) & set(names))
+                if same and other.state == "running":
+                    raise ValueError(f"{same[0]} is being trained already")
+            log = folder / ".runs" / f"{names[0]}.log"
+            command = [sys.executable, "-m", "trainer", *arguments]
+            try:
+                log.parent.mkdir(parents=True, exist_ok=True)
+                with log.open("ab") as output:  # a continuation is added to what it continues
+                    popen = subprocess.Popen(
+                        command,
+                        cwd=root,
+                        stdin=subprocess.DEVNULL,
+                        stdout=output,
+                        stderr=subprocess.STDOUT,
+                        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                        start_new_session=True,  # Ctrl-C for the server is not meant for the training
+                    )
+            except OSError as error:
+                raise ValueError(f"the training cannot be started: {error}") from error
+            process = Process(names, arguments, log, time.time(), popen)
+            self._started[names[0]] = process
+            return process
+
+    def cancel(self, name: str) -> None:
+        """SIGTERM to a command, by the first of its names: it saves and ends."""
+        with self._lock:
+            process = self._started.get(name)
+            if process is not None and process.state == "running":
+                process.popen.terminate()
+
+    def all(self) -> list[Process]:
+        """The last command of every name, the newest first."""
+        with self._lock:
+            return sorted(self._started.values(), key=lambda each: -each.begun)
+
+
+def tail(log: Path, lines: int = 12) -> str:
+    """The last lines of a log; of a progress bar, which overwrites itself, what one would see."""
+    if not log.exists():
+        return ""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 16_384))
+        text = file.read().decode(errors="replace")
+    shown = [_ESCAPES.sub("", line.rstrip("\r").split("\r")[-1]) for line in text.rstrip("\n").split("\n")]
+    return "\n".join(shown[-lines:])

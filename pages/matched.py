@@ -1,0 +1,283 @@
+"""Two checkpoints feature by feature: pairs, features found only in one, and what dense features split into."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import streamlit as st
+
+from analysis import aligned
+from analysis.aligned import Match
+from analysis.prompt import PromptRun
+from pages import common, compare_charts
+from pages.charts import PALETTE
+from trainer import checkpoint
+
+_TABLE_ROWS = 1000  # sent to the browser of a table that shows all features
+
+
+def show(
+    chosen: tuple[checkpoint.Listed, checkpoint.Listed],
+    runs: tuple[PromptRun, PromptRun],
+    names: tuple[str, str],
+    colours: tuple[str, str],
+    head: int | None,
+    position: int | None,
+) -> None:
+    """Draw the match of two checkpoints on one prompt.
+
+    Args:
+        names, colours: short names, by which the two are called here, and the colours they have on the page.
+        head, position: only this head, and activations at this position; None: all heads, anywhere on the prompt.
+    """
+    ours, theirs = (each.config["model"] for each in chosen)
+    if any(ours.get(key) != theirs.get(key) for key in ("fingerprint", "hook_layer", "processing")):
+        st.info("Features of different models or layers cannot be matched.")
+        return
+    paths = [each.path for each in chosen]
+    try:
+        match = load(*paths)
+        _ = match.pairs, match.features
+    except checkpoint.CheckpointError as error:
+        st.text(f"{str(error).split(': run')[0]}. This command matches their features:")
+        st.code(aligned.command_for(*_shown(paths)), language="bash")
+        return
+    if match.a != paths[0]:  # the dense one comes first
+        runs, names, colours = runs[::-1], names[::-1], colours[::-1]
+    firing = st.toggle(
+        "Only features that fire on the prompt", value=True, key="firing", bind="query-params",
+        help="off: all features, also those that are silent here",
+    )  # fmt: skip
+    _counts(match, names, colours)
+    draw = _pairs if match.kind == "one-to-one" else _split
+    draw(match, runs, names, colours, head, position, firing)
+    _alone(match, runs, names, head, position, firing)
+
+
+@st.cache_resource(max_entries=12, show_spinner=False)
+def _match(first: str, second: str, changed: tuple[float, ...]) -> Match:
+    return Match(first, second)
+
+
+def load(first: Path, second: Path) -> Match:
+    """The match of two checkpoints, read once for all sessions, which must not change its frames.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be used.
+    """
+    files = [aligned.match_folder(*each) / "meta.json" for each in ((first, second), (second, first))]
+    files += [path / "sae.safetensors" for path in (first, second)]
+    return _match(str(first), str(second), tuple(map(common.modified, files)))
+
+
+def _shown(paths: list[Path]) -> tuple[str, list[str]]:
+    first, *others = map(common.shown_path, paths)
+    return first, others
+
+
+def _counts(match: Match, names: tuple[str, str], colours: tuple[str, str]) -> None:
+    """How much of each is in the other, in total and by head."""
+    least, tokens = match.meta["min_firings"], match.meta["n_tokens"]
+    judged = {side: len(match.of_side(side)) for side in "ab"}
+    alone = {side: len(match.alone(side)) for side in "ab"}
+    left, right = st.columns([2, 3])
+    with left:
+        pair = match.kind == "one-to-one"
+        kinds = ("have a partner", "have a partner") if pair else ("split into block features", "are such a part")
+        for side, name, kind in zip("ab", names, kinds, strict=True):
+            st.text(f"{judged[side] - alone[side]:,} of {judged[side]:,} features of {name} {kind}.")
+        st.caption(_explanation(match))
+    with right:
+        found = {"both": "found in the other", "one": "only here"}
+        frame = match.per_head().assign(
+            name=lambda f: f["side"].map(dict(zip("ab", names, strict=True))), found=lambda f: f["found"].map(found)
+        )
+        st.altair_chart(compare_charts.found_per_head(frame, dict(zip(names, colours, strict=True)), *found.values()))
+    st.caption(f"On {tokens:,} held-out tokens; features that fire on fewer than {least} of them are not judged.")
+
+
+def _explanation(match: Match) -> str:
+    if match.kind == "one-to-one":
+        how = "greedily, the best score first" if match.meta["greedy"] else "so that the sum of scores is largest"
+        return (
+            f"Pairs are one-to-one within a head, chosen {how}. Score: √(decoder cosine · Jaccard index of firings), "
+            f"at least {match.meta['threshold']}."
+        )
+    return (
+        "Parts of a dense feature are the block features with √(cosine · co-firing) of at least "
+        f"{match.meta['threshold']}. Cosine: of their decoder row with the dense row's slice in their head. Co-firing: "
+        "√(P(block | dense) · P(dense | block)). A dense feature counts for the head with most of its decoder norm."
+    )
+
+
+def _pick(keys: list[str], table: str, chosen: str) -> None:
+    """A click on a row of a table chooses it in the select box."""
+    rows = st.session_state[table]["selection"]["rows"]
+    if rows:
+        st.session_state[chosen] = keys[rows[0]]
+
+
+_FIGURES = {
+    "head": st.column_config.NumberColumn(width=50),
+    "cosine": st.column_config.NumberColumn(format="%.2f", width=60, help="of decoder rows, in the z of the head"),
+    "jaccard": st.column_config.NumberColumn(
+        format="%.2f", width=60, help="tokens on which both fire over tokens on which either does"
+    ),
+    "score": st.column_config.NumberColumn(format="%.2f", width=60),
+    "activation": st.column_config.NumberColumn(format="%.3f"),
+    "activation_a": st.column_config.NumberColumn("activation", format="%.3f"),
+    "activation_b": st.column_config.NumberColumn("activation", format="%.3f"),
+    "b_given_a": st.column_config.NumberColumn(
+        "P(block | dense)", format="percent", help="share of the dense feature's firings on which the part fires"
+    ),
+    "a_given_b": st.column_config.NumberColumn(
+        "P(dense | block)", format="percent", help="share of the part's firings on which the dense feature fires"
+    ),
+    "norm_share": st.column_config.NumberColumn(
+        "decoder norm there", format="percent", help="share of the dense feature's squared decoder norm in that head"
+    ),
+    "covered": st.column_config.NumberColumn(
+        format="percent", help="share of its summed activation on tokens where one of its parts fires"
+    ),
+    "chance": st.column_config.NumberColumn(
+        "by chance", format="percent", help="share of all tokens where one of its parts fires"
+    ),
+}
+
+
+def _pairs(
+    match: Match,
+    runs: tuple[PromptRun, PromptRun],
+    names: tuple[str, str],
+    colours: tuple[str, str],
+    head: int | None,
+    position: int | None,
+    firing: bool,
+) -> None:
+    """The table of pairs, and one of them along the prompt."""
+    st.markdown("**Matched features**, head by head. A click on a row draws its pair along the prompt.")
+    table = aligned.aligned(match, *runs, position, firing)
+    if head is not None:
+        table = table[table["head"] == head]
+    if table.empty:
+        st.info("No pair fires here. Choose another token or head, or show also features that do not fire.")
+        return
+    shown = table.head(_TABLE_ROWS)
+    keys = [f"{a} = {b}" for a, b in zip(shown["a"], shown["b"], strict=True)]
+    st.dataframe(
+        shown[["head", "a", "activation_a", "b", "activation_b", "cosine", "jaccard", "score"]],
+        hide_index=True,
+        height=300,
+        key="pairs",
+        on_select=lambda: _pick(keys, "pairs", "pair"),
+        selection_mode="single-row",
+        column_config=_FIGURES
+        | {
+            "a": st.column_config.NumberColumn(f"feature of {names[0]}"),
+            "b": st.column_config.NumberColumn(f"feature of {names[1]}"),
+        },
+    )
+    where = "at the chosen token" if position is not None else "the largest on the prompt"
+    cut = f" The first {_TABLE_ROWS:,} of {len(table):,} pairs." if len(table) > len(shown) else ""
+    st.caption(f"Activations: {where}, each in the units of its own SAE.{cut}")
+    chosen = st.selectbox("Pair", keys, key="pair", bind="query-params")
+    row = shown.iloc[keys.index(chosen)]
+    features = [int(row["a"]), int(row["b"])]
+    _along([(f"{name}: {f}", run, f) for name, run, f in zip(names, runs, features, strict=True)], colours)
+    _links(list(zip((match.a, match.b), names, features, strict=True)))
+
+
+def _split(
+    match: Match,
+    runs: tuple[PromptRun, PromptRun],
+    names: tuple[str, str],
+    colours: tuple[str, str],
+    head: int | None,
+    position: int | None,
+    firing: bool,
+) -> None:
+    """Dense features with their parts: all of them, then one along the prompt."""
+    st.markdown("**What dense features split into.** A click on a row shows its parts.")
+    table = aligned.split_on(match, runs[0], position, firing)
+    if head is not None:
+        table = table[table["head"] == head]
+    if table.empty:
+        st.info("No dense feature with parts fires here. Choose another token or head, or show also silent ones.")
+        return
+    keys = [str(feature) for feature in table["feature"]]
+    left, right = st.columns([3, 2])
+    with left:
+        st.dataframe(
+            table[["feature", "head", "activation", "parts", "covered", "chance", "firings"]].head(_TABLE_ROWS),
+            hide_index=True,
+            height=300,
+            key="splits",
+            on_select=lambda: _pick(keys, "splits", "dense"),
+            selection_mode="single-row",
+            column_config=_FIGURES | {"parts": st.column_config.NumberColumn(width=60)},
+        )
+    chosen = left.selectbox("Dense feature", keys, key="dense", bind="query-params")
+    row = table.iloc[keys.index(chosen)]
+    with right:
+        st.altair_chart(compare_charts.norm_shares(row["norm_shares"].tolist(), colours[0]))
+        st.caption(
+            f"{row['covered']:.0%} of its activation falls on tokens where one of its {row['parts']} parts fires; "
+            f"by chance it would be {row['chance']:.0%}."
+        )
+    parts = aligned.parts_of(match, int(chosen), runs[1], position)
+    columns = ["head", "b", "activation_b", "cosine", "b_given_a", "a_given_b", "norm_share", "score"]
+    block = {"b": st.column_config.NumberColumn("block feature")}
+    st.dataframe(parts[columns], hide_index=True, column_config=_FIGURES | block)
+    lines = [(f"{names[0]}: {chosen}", runs[0], int(chosen))]
+    lines += [(f"head {h}: {b}", runs[1], int(b)) for h, b in zip(parts["head"], parts["b"], strict=True)]
+    others = [colour for colour in PALETTE if colour not in colours]
+    _along(lines, [colours[0], colours[1], *others])
+    _links([(match.a, names[0], int(chosen)), *((match.b, names[1], int(b)) for b in parts["b"])])
+
+
+def _alone(
+    match: Match,
+    runs: tuple[PromptRun, PromptRun],
+    names: tuple[str, str],
+    head: int | None,
+    position: int | None,
+    firing: bool,
+) -> None:
+    """Features found only in one, of either side."""
+    pair = match.kind == "one-to-one"
+    st.markdown("**Found only in one**" if pair else "**Without a counterpart**")
+    if pair:
+        st.caption(
+            "`nearest` is the feature of the other that comes closest; where its score would do, a closer feature "
+            "has it for a partner."
+        )
+    config = _FIGURES | {
+        "nearest": st.column_config.NumberColumn(width=70),
+        "nearest_score": st.column_config.NumberColumn("its score", format="%.2f", width=70),
+    }
+    for column, side, run, name in zip(st.columns(2), "ab", runs, names, strict=True):
+        with column:
+            table = aligned.only_in(match, side, run, position, firing)
+            if head is not None:
+                table = table[table["head"] == head]
+            st.text(f"{'only in' if pair else 'in'} {name}: {len(table):,}")
+            if len(table):
+                order = ["head", "feature", "activation", "firings", *(["nearest", "nearest_score"] if pair else [])]
+                st.dataframe(table[order].head(_TABLE_ROWS), hide_index=True, height=260, column_config=config)
+
+
+def _along(lines: list[tuple[str, PromptRun, int]], colours: Sequence[str]) -> None:
+    of_line = dict(zip([name for name, *_ in lines], colours, strict=False))
+    st.altair_chart(compare_charts.over_tokens(aligned.over_tokens(lines), of_line))
+
+
+def _links(features: list[tuple[Path, str, int]]) -> None:
+    """To the dashboards of features: path and name of the checkpoint, feature."""
+    with st.container(horizontal=True):
+        for path, name, feature in features:
+            plain = re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", name)  # labels are Markdown
+            st.page_link(
+                "pages/features.py",
+                label=f"Feature {feature} of {plain}",
+                query_params={"checkpoint": path.name, "feature": str(feature)},
+            )
