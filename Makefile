@@ -24,6 +24,7 @@ bench: $(VENV)/test.stamp
 	$(BIN)/python -m trainer.embedded
 	$(BIN)/python -m benchmarks.steps
 	$(BIN)/python -m benchmarks.data
+	$(BIN)/python -m benchmarks.analysis
 	$(BIN)/python -m benchmarks.quality checkpoints
 
 format: $(VENV)/test.stamp
