@@ -35,7 +35,7 @@ def pick_row(names: list[str]) -> None:
     """A click on the table chooses its feature."""
     rows = st.session_state["table"]["selection"]["rows"]
     if rows:
-        st.session_state["feature"] = names[rows[0]]
+        st.session_state["firing"] = names[rows[0]]
 
 
 st.subheader("Features that fire", anchor=False)
@@ -91,7 +91,7 @@ else:
     )
     st.subheader("Where a feature reads from", anchor=False)
     left, right = st.columns([3, 1], vertical_alignment="bottom")
-    chosen = left.selectbox("Feature @ position", names, key="feature", bind="query-params")
+    chosen = left.selectbox("Feature @ position", names, key="firing", bind="query-params")
     row = features.iloc[names.index(chosen)]
     common.feature_link(right, listed, int(row["feature"]))
     sources = analysis.source_attribution(
