@@ -48,5 +48,5 @@ def slots(row: pd.Series) -> alt.Chart:
             order="order:Q",
             tooltip=["on", "slot", alt.Tooltip("share:Q", format=".1%")],
         )
-        .properties(height=170)
+        .properties(height=alt.Step(28))  # a fixed height would go to the legend
     )
