@@ -104,14 +104,11 @@ def harvest(
     heads = torch.arange(lm.n_heads).expand(len(features), -1) if dense else block[:, None]
     b_V = lm.value_bias(layer).float()
     w = dfa.head_encoders(sae, lm.n_heads, lm.d_head).mT[heads, index[:, None]]  # [feature, read, d_head]
-    names = [f"blocks.{layer}.attn.{name}" for name in ("hook_v", "hook_pattern", "hook_z")]
-    names.append(f"blocks.{lm.n_layers - 1}.hook_resid_post")
     correlations = RollingCorrCoef(indices=features.tolist(), with_self=True)
     parts = []
     for batch in tqdm(tokens.split(max(1, _BATCH_TOKENS // tokens.shape[1])), "Language model", disable=None):
-        _, cache = lm.model.run_with_cache(batch.to(lm.device), return_type=None, names_filter=names)
-        v, pattern, z, resid = (cache[name].float() for name in names)
-        v = v.repeat_interleave(lm.n_heads // v.shape[2], dim=2)  # grouped-query attention
+        attention, resid = lm.attention_and_final(batch, layer)
+        z, v, pattern, resid = (each.float() for each in (*attention, resid))
         f = sae.encode(z).flatten(-2).cpu()
         correlations.update(f[:, 1:, features], f[:, 1:])  # BOS is not part of what the SAE is for
         parts.append(

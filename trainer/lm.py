@@ -184,12 +184,23 @@ class LanguageModel:
 
     def attention(self, tokens: Int[Tensor, "batch pos"], layer: int) -> Attention:
         """z, values per query head, and the attention pattern of one layer."""
+        return self._attention(tokens, layer, [])[0]
+
+    def attention_and_final(
+        self, tokens: Int[Tensor, "batch pos"], layer: int
+    ) -> tuple[Attention, Float[Tensor, "batch pos d_model"]]:
+        """`attention`, and the residual stream before the final norm, from one forward."""
+        last = f"blocks.{self.n_layers - 1}.hook_resid_post"
+        attention, got = self._attention(tokens, layer, [last])
+        return attention, got[last]
+
+    def _attention(self, tokens: Tensor, layer: int, later: list[str]) -> tuple[Attention, dict[str, Tensor]]:
         self.check_layer(layer)
         names = [f"blocks.{layer}.attn.{name}" for name in ("hook_v", "hook_pattern", "hook_z")]
-        got = self._capture(tokens, names)
+        got = self._capture(tokens, names + later)
         v, pattern, z = (got[name] for name in names)
         v = v.repeat_interleave(self.n_heads // v.shape[2], dim=2)  # grouped-query attention
-        return Attention(z, v, pattern)
+        return Attention(z, v, pattern), got
 
     def value_bias(self, layer: int) -> Float[Tensor, "head d_head"]:
         """b_V per query head; zero where loading folded it into the output bias."""
