@@ -275,17 +275,11 @@ def _write(a: Trained, b: Trained, meta: dict[str, Any], tables: Tables) -> Path
 
 def _matrices(cofiring: list[Cofiring], d_sae: list[int]) -> list[sp.csr_matrix]:
     """Activations [token, feature] on the first tokens that both have, as many as the products have time for."""
-    per_token = [torch.cat(each.per_token).numpy() for each in cofiring]
+    per_token = [each.tokens() for each in cofiring]
     n = min(map(len, per_token))
     products = np.cumsum(np.prod([each[:n].astype(float) for each in per_token], axis=0))
     n = max(1, int(np.searchsorted(products, _PRODUCTS, "right")))
-    found = []
-    for each, counts, width in zip(cofiring, per_token, d_sae, strict=True):
-        bounds = np.concatenate([[0], np.cumsum(counts[:n], dtype=np.int64)])
-        feature = torch.cat(each.feature)[: bounds[-1]].numpy()
-        value = torch.cat(each.value)[: bounds[-1]].float().clamp_min(1e-7).numpy()  # fp16 may round to 0
-        found.append(sp.csr_matrix((value, feature, bounds), shape=(len(bounds) - 1, width)))
-    return found
+    return [each.matrix(n, width) for each, width in zip(cofiring, d_sae, strict=True)]
 
 
 def _match_block(

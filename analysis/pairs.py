@@ -96,12 +96,8 @@ def compare_features(
 
 def _sample(cofiring: Cofiring, d_sae: int) -> sp.csr_matrix:
     """Activations of the first tokens, as many as the products have time for."""
-    per_token = torch.cat(cofiring.per_token).numpy()
-    n = max(1, int(np.searchsorted(np.cumsum(per_token.astype(float) ** 2), _PRODUCTS)))
-    bounds = np.concatenate([[0], np.cumsum(per_token[:n], dtype=np.int64)])
-    feature = torch.cat(cofiring.feature)[: bounds[-1]].numpy()
-    value = torch.cat(cofiring.value)[: bounds[-1]].float().clamp_min(1e-7).numpy()  # fp16 may round to 0
-    return sp.csr_matrix((value, feature, bounds), shape=(len(bounds) - 1, d_sae))
+    n = max(1, int(np.searchsorted(np.cumsum(cofiring.tokens().astype(float) ** 2), _PRODUCTS)))
+    return cofiring.matrix(n, d_sae)
 
 
 def _nearest(

@@ -193,7 +193,7 @@ def _run(
     repeats = sources_on_repeats(lm, layer, [job.sae for job in jobs], n_repeated, length, cfg.seed)
     copied = copying(lm, layer, next(chunks(lm, layer, contexts, torch.arange(min(32, len(contexts))))))
     inverse_scale = inverse_final_scale(lm, layer, contexts[: max(1, _SCALE_TOKENS // length)])
-    documents = corpus.held_out_documents(len(contexts))
+    documents = corpus.documents(contexts)
     for job, sources in zip(jobs, repeats, strict=True):
         print(f"Writing {job.path}/analysis", flush=True)
         tables, redundancy = _tables(job, lm, sources, copied, contexts, documents, inverse_scale)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from trainer import checkpoint
+from trainer.run import saved_steps
 
 _PATIENCE = 5  # a run that logs nothing for so many times its usual interval is stopped or stalled
 _FIRST_LINE, _EVALUATION = 300, 3600  # seconds that its first line, and evaluating, may take
@@ -75,8 +76,7 @@ def _left(config: dict[str, Any], last: dict[str, Any]) -> float | None:
 
 def saved_step(path: Path) -> int:
     """The step from which an interrupted run goes on; 0 where it begins anew."""
-    steps = [int(file.stem.removeprefix("step-")) for file in (path / "training_state").glob("step-*.safetensors")]
-    return max(steps, default=0)
+    return max(saved_steps(path), default=0)
 
 
 class WandbRun(NamedTuple):

@@ -5,6 +5,8 @@ All that is kept is tensors, so that an interrupted pass goes on from `state`.
 
 from typing import Any, NamedTuple
 
+import numpy as np
+import scipy.sparse as sp
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -303,6 +305,17 @@ class Cofiring:
         self.value.append(firings.value.half().cpu())
         self.per_token.append(counts.flatten().int())
         self.pairs += len(token)
+
+    def tokens(self) -> np.ndarray:
+        """Active features of each token kept."""
+        return torch.cat(self.per_token).numpy()
+
+    def matrix(self, n_tokens: int, d_sae: int) -> sp.csr_matrix:
+        """Activations [token, feature] of the first tokens."""
+        bounds = np.concatenate([[0], np.cumsum(self.tokens()[:n_tokens], dtype=np.int64)])
+        feature = torch.cat(self.feature)[: bounds[-1]].numpy()
+        value = torch.cat(self.value)[: bounds[-1]].float().clamp_min(1e-7).numpy()  # fp16 may round to 0
+        return sp.csr_matrix((value, feature, bounds), shape=(len(bounds) - 1, d_sae))
 
 
 def state(statistics: Any, prefix: str = "") -> dict[str, Tensor]:

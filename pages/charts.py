@@ -10,7 +10,7 @@ PALETTE = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#B
 SLOT_COLOURS = dict(
     zip(SLOTS, ["#9AA0A6", "#CC79A7", "#D55E00", "#E69F00", "#0072B2", "#56B4E9", "#009E73"], strict=True)
 )
-_SLOT = alt.Color(
+SLOT = alt.Color(
     "slot:N",
     title="Source slot",
     scale=alt.Scale(domain=list(SLOT_COLOURS), range=list(SLOT_COLOURS.values())),
@@ -89,7 +89,7 @@ def roles(frame: pd.DataFrame) -> alt.FacetChart:
         .encode(
             x=alt.X("share:Q", title="Share", axis=alt.Axis(format="%")),
             y=alt.Y("measure:N", title=None, sort=["attention", "DFA"]),
-            color=_SLOT,
+            color=SLOT,
             order="order:Q",
             tooltip=["head", "measure", "slot", alt.Tooltip("share:Q", format=".1%")],
         )
@@ -118,7 +118,7 @@ def source_strips(frame: pd.DataFrame) -> alt.VConcatChart:
                     axis=alt.Axis(labels=last, ticks=last, labelAngle=-60, labelLimit=90),
                 ),
                 y=alt.Y(f"sum({column}):Q", title=title.split(":")[0]),
-                color=_SLOT,
+                color=SLOT,
                 tooltip=["token", "slot", alt.Tooltip(f"{column}:Q", format=".4f")],
             )
             .properties(height=90, width=780, title=alt.Title(title, anchor="start", fontSize=12))

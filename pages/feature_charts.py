@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.dfa import SLOTS
-from pages.charts import PALETTE, SLOT_COLOURS
+from pages.charts import PALETTE, SLOT
 
 
 def histogram(counts: np.ndarray, low: float, high: float, title: str, of: str) -> alt.Chart:
@@ -39,12 +39,7 @@ def slots(row: pd.Series) -> alt.Chart:
         .encode(
             y=alt.Y("on:N", title=None, sort=["text", "repeated tokens"]),
             x=alt.X("share:Q", title="Share of positive DFA", axis=alt.Axis(format="%", tickCount=5)),
-            color=alt.Color(
-                "slot:N",
-                title=None,
-                scale=alt.Scale(domain=list(SLOT_COLOURS), range=list(SLOT_COLOURS.values())),
-                legend=alt.Legend(orient="bottom", columns=4, symbolLimit=7),
-            ),
+            color=SLOT.title(None).legend(orient="bottom", columns=4, symbolLimit=7),
             order="order:Q",
             tooltip=["on", "slot", alt.Tooltip("share:Q", format=".1%")],
         )

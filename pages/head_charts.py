@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.dfa import SLOTS
-from pages.charts import PALETTE, SLOT_COLOURS
+from pages.charts import PALETTE, SLOT
 
 _CRITERIA = {"both": "co-firing and direction", "jaccard": "co-firing alone", "cosine": "direction alone"}
 
@@ -25,12 +25,7 @@ def role_card(head: pd.Series) -> alt.Chart:
         .encode(
             y=alt.Y("measure:N", title=None, sort=None, axis=alt.Axis(labelLimit=200)),
             x=alt.X("share:Q", title="Share", axis=alt.Axis(format="%")),
-            color=alt.Color(
-                "slot:N",
-                title="Source slot",
-                scale=alt.Scale(domain=list(SLOT_COLOURS), range=list(SLOT_COLOURS.values())),
-                legend=alt.Legend(orient="top", columns=7, symbolLimit=7),
-            ),
+            color=SLOT,
             order="order:Q",
             tooltip=["measure", "slot", alt.Tooltip("share:Q", format=".1%")],
         )

@@ -60,7 +60,7 @@ def test_artefacts_agree_with_the_model(analysed):
             constant = analysis.feature(feature)["constant"]
             assert row.dfa_sum + constant == pytest.approx(row.activation, abs=1e-3)
             assert set(analysis.strings) >= set(row.token_ids)
-        documents = corpus.held_out_documents(n_contexts)
+        documents = corpus.documents(contexts)
         assert shown["document"].tolist() == documents[shown["context"].tolist(), shown["position"].tolist()].tolist()
 
 
@@ -257,7 +257,8 @@ def test_documents_of_held_out_tokens(trained):
 
     texts = list(_read(config["text"]["name"], "text"))
     n = corpus.n_held_out_contexts
-    contexts, documents = corpus.held_out(n), corpus.held_out_documents(n)
+    contexts = corpus.held_out(n)
+    documents = corpus.documents(contexts)
     assert len(documents.unique()) == sum(_hash_fraction(text) < 0.05 for text in texts) > 1
     for document in documents.unique().tolist():
         inside = (documents == document)[:, 1:]

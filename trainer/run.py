@@ -114,7 +114,7 @@ class Run:
 
     def saved_steps(self) -> set[int]:
         """Steps from which this run can go on."""
-        return {int(path.stem.removeprefix("step-")) for path in self._folder.glob("step-*.safetensors")}
+        return saved_steps(self.path)
 
     def load_state(self, step: int) -> dict[str, Tensor]:
         """What `save_state` wrote.
@@ -145,6 +145,12 @@ class Run:
     def _config(self, status: str, step: int) -> dict[str, Any]:
         progress = {"status": status, "steps": step, "tokens_seen": step * self.training.batch_size}
         return {**self.description, **progress}
+
+
+def saved_steps(checkpoint: Path) -> set[int]:
+    """Steps from which the run of a checkpoint directory can go on."""
+    files = (checkpoint / "training_state").glob("step-*.safetensors")
+    return {int(file.stem.removeprefix("step-")) for file in files}
 
 
 def plan(activations: ActivationsConfig, saes: list[SAEConfig], training: TrainingConfig) -> list[Run]:

@@ -99,13 +99,12 @@ class Corpus:
             )
         return torch.stack(list(found))
 
-    def held_out_documents(self, n_contexts: int) -> Int[Tensor, "context pos"]:
-        """Which document each token of `held_out(n_contexts)` belongs to.
+    def documents(self, contexts: Int[Tensor, "context pos"]) -> Int[Tensor, "context pos"]:
+        """Which document each token of what `held_out` returned belongs to.
 
         A number counts the documents of a finite text, or the held-out ones of a streamed data set, from 0.
         """
-        contexts = self.held_out(n_contexts)
-        first = self._first_documents[:n_contexts] if self.finite else _first_documents(contexts, self._eos)
+        first = self._first_documents[: len(contexts)] if self.finite else _first_documents(contexts, self._eos)
         ends = contexts[:, :-1] == self._eos
         ends[:, 0] = False  # BOS, which may be the same token
         ordinal = first[:, None] + torch.nn.functional.pad(ends.cumsum(1), (1, 0))
