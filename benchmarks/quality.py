@@ -1,4 +1,5 @@
-"""The quality table from eval.json of checkpoints, and what L0 a recipe needs for the figures of another.
+"""The quality table from eval.json of checkpoints, what L0 a recipe needs for the figures of another, and L0 after
+merging redundant features, where there is an analysis.
 
 python -m benchmarks.quality checkpoints
 """
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from analysis.artefacts import Analysis
 from trainer import checkpoint
 
 
@@ -35,6 +37,25 @@ def main(folder: Path) -> None:
         if config["recipe"] == "april":
             for metric in ("FVU", "KL_score"):
                 print(f"{name}: {needed(frontier, f, metric)}")
+    merging([folder / name for name, *_ in rows])
+
+
+def merging(paths: list[Path]) -> None:
+    """L0 where features of different heads that say the same count once."""
+    columns = "tokens | L0 | both >= 0.5 | both >= 0.3 | Jaccard >= 0.5 (largest cluster)"
+    print(f"\n| checkpoint | {columns} |\n|{'---|' * 6}")
+    for path in paths:
+        if not (path / "analysis" / "meta.json").exists():
+            continue
+        analysis = Analysis(path)
+        found = analysis.meta["redundancy"]
+        at = analysis.merging.set_index(["criterion", "threshold"])
+        both = [at.loc[("both", threshold), "L0"] for threshold in (0.5, 0.3)]
+        alone = at.loc[("jaccard", 0.5)]
+        print(
+            f"| {path.name} | {found['n_tokens']:,} | {found['l0']:.1f} | {both[0]:.1f} | {both[1]:.1f} "
+            f"| {alone['L0']:.1f} ({alone['largest']:.0f}) |"
+        )
 
 
 def score(figures: dict[str, Any], key: str) -> str:

@@ -17,24 +17,13 @@ SLOT = alt.Color(
     legend=alt.Legend(orient="top", columns=7, symbolLimit=7),
 )
 
-_CHECKPOINT = alt.Color(
-    "name:N",
-    title="Checkpoint",
-    scale=alt.Scale(range=PALETTE),
-    legend=alt.Legend(orient="top", columns=2, labelLimit=400),
-)
-
 
 def l0_histograms(frame: pd.DataFrame) -> alt.FacetChart:
-    """Per-token L0 distribution, one panel a head; checkpoints overlaid where the frame has several."""
-    colour = alt.value(PALETTE[0])
-    if "name" in frame:
-        colour = _CHECKPOINT
-    bars = alt.Chart(frame).mark_bar(opacity=0.6 if "name" in frame else 0.9, binSpacing=0)
+    """Per-token L0 distribution of one checkpoint, one panel a head."""
+    bars = alt.Chart(frame).mark_bar(color=PALETTE[0], opacity=0.9, binSpacing=0)
     encoded = bars.encode(
         x=alt.X("L0:Q", bin=alt.Bin(maxbins=40), title="Active features of a token"),
         y=alt.Y("sum(share):Q", title="Share of tokens", stack=None, axis=alt.Axis(format="%", tickCount=4)),
-        color=colour,
         tooltip=["head", alt.Tooltip("L0:Q", bin=alt.Bin(maxbins=40)), alt.Tooltip("sum(share):Q", format=".1%")],
     )
     # Each head on its own scale: a head that is silent on most tokens would flatten all the others.

@@ -14,6 +14,7 @@ from analysis.ablate import Kind, ablate
 from analysis.prompt import PromptRun, direct_effects, role_table, run_prompt, visible
 from pages import common
 from trainer import checkpoint, embedded
+from trainer.block_diag import BlockDiagSAE
 
 # A tour on the shipped checkpoint batchtopk-x8-k32: what one should see is tested in tests/test_embedded.py.
 EXAMPLES = {
@@ -52,12 +53,17 @@ def _language_model(name: str, dtype: str) -> tuple[Any, str]:
     return lm, lm.fingerprint()
 
 
-@st.cache_resource(max_entries=6, show_spinner="Running the prompt")
-def _prompt_run(path: str, modified: float, prompt: str) -> PromptRun:
+def _loaded(path: str) -> tuple[Any, BlockDiagSAE, int]:
+    """The language model, the SAE and the layer of a checkpoint."""
     sae, config = common.load_sae(Path(path))
     model = config["model"]
-    lm, _ = _language_model(model["name"], model["dtype"])
-    return run_prompt(lm, sae, model["hook_layer"], prompt)
+    return _language_model(model["name"], model["dtype"])[0], sae, model["hook_layer"]
+
+
+@st.cache_resource(max_entries=6, show_spinner="Running the prompt")
+def _prompt_run(path: str, modified: float, prompt: str) -> PromptRun:
+    lm, sae, layer = _loaded(path)
+    return run_prompt(lm, sae, layer, prompt)
 
 
 def prompt_run(listed: checkpoint.Listed, prompt: str) -> PromptRun:
@@ -82,10 +88,8 @@ def prompt_run(listed: checkpoint.Listed, prompt: str) -> PromptRun:
 
 @st.cache_data(max_entries=64, show_spinner="Ablating")
 def _ablation(path: str, modified: float, prompt: str, kind: Kind, which: int, position: int) -> pd.DataFrame:
-    sae, config = common.load_sae(Path(path))
-    model = config["model"]
-    lm, _ = _language_model(model["name"], model["dtype"])
-    found = ablate(lm, sae, model["hook_layer"], lm.to_tokens(prompt), kind, which, position)
+    lm, sae, layer = _loaded(path)
+    found = ablate(lm, sae, layer, lm.to_tokens(prompt), kind, which, position)
     table = found.table(found.most_changed())
     table.insert(0, "token", [visible(text) for text in lm.token_strings(table["id"].tolist())])
     return table
@@ -107,10 +111,8 @@ def predictions(listed: checkpoint.Listed, prompt: str, position: int) -> pd.Dat
 
 @st.cache_resource(max_entries=4, show_spinner=False)
 def _direct_effects(path: str, modified: float, prompt: str, token: int) -> Any:
-    sae, config = common.load_sae(Path(path))
-    model = config["model"]
-    lm, _ = _language_model(model["name"], model["dtype"])
-    return direct_effects(lm, sae, model["hook_layer"], _prompt_run(path, modified, prompt), token)
+    lm, sae, layer = _loaded(path)
+    return direct_effects(lm, sae, layer, _prompt_run(path, modified, prompt), token)
 
 
 def direct_effects_on(listed: checkpoint.Listed, prompt: str, token: int) -> Any:
@@ -122,8 +124,7 @@ def direct_effects_on(listed: checkpoint.Listed, prompt: str, token: int) -> Any
 def _sae_vis_page(path: str, modified: float, features: tuple[int, ...]) -> bytes:
     from analysis.sae_vis import export  # imports sae_lens, for seconds
 
-    model = checkpoint.load_config(path)["model"]
-    lm, _ = _language_model(model["name"], model["dtype"])
+    lm, _, _ = _loaded(path)
     with TemporaryDirectory() as folder:
         out = Path(folder) / "page.html"
         export(Path(path), out, tokens=4_000, features=list(features), lm=lm)

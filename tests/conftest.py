@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -130,3 +131,12 @@ def trained(tmp_path_factory, gpt2_folder, text_file):
     finally:
         del os.environ["ATTN_SAES_CACHE"]
     return folder
+
+
+@pytest.fixture
+def folder(trained, tmp_path, monkeypatch):
+    """A copy that a test may change, and the app pointed at it."""
+    copy = tmp_path / "checkpoints"
+    shutil.copytree(trained, copy)
+    monkeypatch.setenv("ATTN_SAES_CHECKPOINTS", str(copy))
+    return copy

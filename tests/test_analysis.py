@@ -31,6 +31,16 @@ def analysed(trained, tmp_path_factory):
     return folder
 
 
+class Now:
+    """Ctrl-C comes at once."""
+
+    def __enter__(self):
+        return lambda: True
+
+    def __exit__(self, *error):
+        return False
+
+
 def tables(path) -> dict[str, pd.DataFrame]:
     return {name: pq.read_table(path / "analysis" / f"{name}.parquet").to_pandas() for name in TABLES}
 
@@ -132,13 +142,6 @@ def test_one_behind_the_other_catches_up(trained, tmp_path, monkeypatch):
         shutil.copytree(trained / kind, tmp_path / name)
     real = run.deferred_interrupts
 
-    class Now:
-        def __enter__(self):
-            return lambda: True
-
-        def __exit__(self, *error):
-            return False
-
     monkeypatch.setattr(run, "deferred_interrupts", Now)
     assert main([str(tmp_path / "a"), *OPTIONS]) == 130
     monkeypatch.setattr(run, "deferred_interrupts", real)
@@ -234,13 +237,6 @@ def test_a_damaged_artefact_is_one_sentence(analysed, tmp_path):
 
 def test_resuming_another_analysis_is_refused(trained, tmp_path, monkeypatch, capsys):
     shutil.copytree(trained / "batchtopk", tmp_path / "a")
-
-    class Now:
-        def __enter__(self):
-            return lambda: True
-
-        def __exit__(self, *error):
-            return False
 
     monkeypatch.setattr(run, "deferred_interrupts", Now)
     assert main([str(tmp_path / "a"), *OPTIONS]) == 130

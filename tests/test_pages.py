@@ -12,15 +12,6 @@ from trainer import checkpoint
 PAGES = ["pages/tradeoffs.py", "pages/heads.py", "pages/prompt.py", "pages/compare.py"]
 
 
-@pytest.fixture
-def folder(trained, tmp_path, monkeypatch):
-    """A copy that a test may change, and the app pointed at it."""
-    copy = tmp_path / "checkpoints"
-    shutil.copytree(trained, copy)
-    monkeypatch.setenv("ATTN_SAES_CHECKPOINTS", str(copy))
-    return copy
-
-
 def open_page(page: str, **query) -> AppTest:
     app = AppTest.from_file(str(ROOT / "app.py"), default_timeout=60)
     app.run()

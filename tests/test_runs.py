@@ -28,15 +28,6 @@ NAMES = ["block-l1_1", "block-l1_4", "dense", *OTHERS]
 
 
 @pytest.fixture
-def folder(trained, tmp_path, monkeypatch):
-    """A copy that a test may change, and the app pointed at it."""
-    copy = tmp_path / "checkpoints"
-    shutil.copytree(trained, copy)
-    monkeypatch.setenv("ATTN_SAES_CHECKPOINTS", str(copy))
-    return copy
-
-
-@pytest.fixture
 def allowed(monkeypatch):
     """A server that was started with the flag."""
     monkeypatch.setattr(sys, "argv", ["app.py", "--allow-training"])

@@ -1,7 +1,6 @@
 """The Tradeoffs page: its figures against eval.json, its Pareto lines against brute force, what a selection means."""
 
 import json
-import shutil
 
 import numpy as np
 import pandas as pd
@@ -16,15 +15,6 @@ from test_pages import said
 from analysis import tables
 from pages import tradeoff_charts
 from trainer import checkpoint
-
-
-@pytest.fixture
-def folder(trained, tmp_path, monkeypatch):
-    """A copy that a test may change, and the app pointed at it."""
-    copy = tmp_path / "checkpoints"
-    shutil.copytree(trained, copy)
-    monkeypatch.setenv("ATTN_SAES_CHECKPOINTS", str(copy))
-    return copy
 
 
 def open_page(**query) -> AppTest:
