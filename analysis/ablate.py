@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from analysis.directions import head_of_features
+from analysis.prompt import PromptRun
 from trainer.block_diag import BlockDiagSAE
 
 if TYPE_CHECKING:  # it imports transformer_lens, for which pages that run no prompt should not wait
@@ -50,13 +51,13 @@ def ablate(
     lm: "LanguageModel",
     sae: BlockDiagSAE,
     layer: int,
-    tokens: Int[Tensor, "1 pos"],
+    run: PromptRun,
     kind: Kind,
     which: int,
     position: int = -1,
     only_at: int | None = None,
 ) -> Ablation:
-    """Ablate on a prompt and predict the token after `position`.
+    """Ablate on a prompt that `run_prompt` ran with this model and SAE, and predict the token after `position`.
 
     Args:
         kind: `feature`: its contribution f W_dec is taken out of z, what the SAE leaves unexplained stays;
@@ -68,32 +69,37 @@ def ablate(
     Raises:
         ValueError: there is no such feature, head or position.
     """
-    length = tokens.shape[1]
+    length = len(run.tokens)
     for name, at in (("position", position), ("only_at", only_at)):
         if at is not None and not -length <= at < length:
             raise ValueError(f"{name} {at} is out of range: the prompt has {length} tokens with BOS")
-    resid, z = lm.prefix(tokens, layer)
-    delta = _change(lm, sae, z[0].float(), kind, which)
+    f, z, resid_pre, final = (each.to(lm.device) for each in (run.f, run.z, run.resid_pre, run.final))
+    delta = _change(lm, sae, f, z, kind, which)
     keep = torch.ones(length, dtype=torch.bool, device=delta.device)
     if only_at is not None:
         keep = torch.arange(length, device=delta.device) == only_at % length
     keep[0] = False
     delta[~keep] = 0
-    clean = lm.logits(resid, layer)[0, position].float()
-    full = lm.logits(resid, layer, z + delta[None].to(z.dtype))[0, position].float()
+    without = lm.final(resid_pre[None], layer, (z + delta)[None])[0]
+    before = torch.stack([final[position], without[position]])[:, None]
+    clean, full = lm.logits(before, lm.n_layers)[:, 0].float()
     written = torch.einsum("hd,hdm->m", delta[position], lm.W_O(layer).float())
-    direct = clean + lm.unembed(written).float() / lm.final_scale(resid, layer)[0, position].float()
+    direct = clean + lm.unembed(written).float() / lm.final_scale(before, lm.n_layers)[0, 0].float()
     return Ablation(clean.cpu(), direct.cpu(), full.cpu())
 
 
 def _change(
-    lm: "LanguageModel", sae: BlockDiagSAE, z: Float[Tensor, "pos head d_head"], kind: Kind, which: int
+    lm: "LanguageModel",
+    sae: BlockDiagSAE,
+    f: Float[Tensor, "pos block feature"],
+    z: Float[Tensor, "pos head d_head"],
+    kind: Kind,
+    which: int,
 ) -> Float[Tensor, "pos head d_head"]:
     """What the ablation adds to z."""
     n = sae.d_sae if kind == "feature" else lm.n_heads
     if not 0 <= which < n:
         raise ValueError(f"there is no {'feature' if kind == 'feature' else 'head'} {which}: ids run from 0 to {n - 1}")
-    f = sae.encode(z)
     if kind.endswith("reconstruction"):
         delta = sae.decode(f).reshape(z.shape) - z
         replaced = (torch.arange(lm.n_heads, device=z.device) == which) | (kind == "layer by reconstruction")

@@ -26,21 +26,15 @@ def head_encoders(sae: BlockDiagSAE, n_heads: int, d_head: int) -> Float[Tensor,
     return sae.W_enc.reshape(n_heads, d_head, sae.features_per_head)
 
 
-def reads(
-    v: Float[Tensor, "source head d_head"],
-    b_V: Float[Tensor, "head d_head"],
-    W_enc: Float[Tensor, "head d_head feature"],
-) -> Float[Tensor, "head source feature"]:
-    """(v[s] - b_V) . w: what a feature would read at each source if its head looked only there."""
-    return reads_by_feature(v[None], b_V, W_enc)[0].mT
-
-
 def reads_by_feature(
     v: Float[Tensor, "context source head d_head"],
     b_V: Float[Tensor, "head d_head"],
     W_enc: Float[Tensor, "head d_head feature"],
 ) -> Float[Tensor, "context head feature source"]:
-    """`reads` of several contexts, with the sources of one feature side by side in memory."""
+    """(v[s] - b_V) . w: what a feature would read at each source if its head looked only there.
+
+    The sources of one feature lie side by side in memory.
+    """
     return W_enc.mT @ (v - b_V).permute(0, 2, 3, 1)
 
 

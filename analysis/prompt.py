@@ -18,17 +18,25 @@ if TYPE_CHECKING:  # it imports transformer_lens, for which pages that run no pr
 
 @dataclass(frozen=True)
 class PromptRun:
-    """A prompt's tokens, attention and feature activations; position 0 is BOS.
+    """What one forward of a prompt left, of which every later question is answered; position 0 is BOS.
 
-    `pattern` and `reads` have the model's heads; in a dense SAE every feature is read by all of them.
+    `pattern` and `values` have the model's heads; in a dense SAE every feature is read by all of them.
     """
 
     tokens: Int[Tensor, " pos"]
     strings: list[str]
     f: Float[Tensor, "pos block feature"]
+    z: Float[Tensor, "pos head d_head"]
     pattern: Float[Tensor, "head query source"]
-    reads: Float[Tensor, "head source feature"]
+    values: Float[Tensor, "head source d_head"]
+    """v - b_V"""
+    W_enc: Float[Tensor, "head d_head feature"]
+    """as each head is read (`dfa.head_encoders`)"""
     slots: Int[Tensor, "query source"]
+    resid_pre: Float[Tensor, "pos d_model"]
+    """entering the layer, in the model's dtype"""
+    final: Float[Tensor, "pos d_model"]
+    """before the final norm, in the model's dtype"""
 
     @property
     def features_per_block(self) -> int:
@@ -38,6 +46,12 @@ class PromptRun:
     def dense(self) -> bool:
         return self.f.shape[1] != len(self.pattern)
 
+    def reads(
+        self, head: int, features: Int[Tensor, " feature"] | list[int] | slice = slice(None)
+    ) -> Float[Tensor, "source feature"]:
+        """(v[s] - b_V) . w of features as one head reads them, by their index in its block."""
+        return self.values[head] @ self.W_enc[head][:, features]
+
     def label(self, position: int) -> str:
         """`position: token`, unique within the prompt and readable."""
         return f"{position}: {visible(self.strings[position])}"
@@ -45,7 +59,7 @@ class PromptRun:
 
 @torch.no_grad()
 def run_prompt(lm: "LanguageModel", sae: BlockDiagSAE, layer: int, prompt: str) -> PromptRun:
-    """Run a prompt up to hook_z of `layer` and encode it.
+    """Run a prompt and encode its hook_z of `layer`.
 
     Raises:
         ValueError: the prompt is empty or too long, or the SAE's sizes are not this model's.
@@ -53,17 +67,21 @@ def run_prompt(lm: "LanguageModel", sae: BlockDiagSAE, layer: int, prompt: str) 
     if sae.d_in != lm.n_heads * lm.d_head:
         raise ValueError(f"the SAE reads {sae.d_in} dimensions, but {lm.name} has {lm.n_heads} x {lm.d_head}")
     tokens = lm.to_tokens(prompt)
-    z, v, pattern = (part[0].float() for part in lm.attention(tokens, layer))
+    attention, resid_pre, final = lm.forward(tokens, layer)
+    z, v, pattern = (part[0].float() for part in attention)
     sae = sae.to(lm.device)
-    W_enc = dfa.head_encoders(sae, lm.n_heads, lm.d_head)
     ids = tokens[0].cpu()
     return PromptRun(
         tokens=ids,
         strings=lm.token_strings(ids.tolist()),
         f=sae.encode(z).cpu(),
+        z=z.cpu(),
         pattern=pattern.cpu(),
-        reads=dfa.reads(v, lm.value_bias(layer).float(), W_enc).cpu(),
+        values=(v - lm.value_bias(layer).float()).transpose(0, 1).cpu(),
+        W_enc=dfa.head_encoders(sae, lm.n_heads, lm.d_head).detach().cpu(),
         slots=dfa.source_slots(ids),
+        resid_pre=resid_pre[0].cpu(),
+        final=final[0].cpu(),
     )
 
 
@@ -114,10 +132,10 @@ def active_features(
     flat = size.flatten().topk(min(limit, int((size > 0).sum()))).indices
     activation, ranking = f.flatten()[flat], rank.flatten()[flat]
     q, block, index = (torch.from_numpy(part) for part in np.unravel_index(flat.numpy(), f.shape))
-    if run.dense:
-        attribution = torch.einsum("hns,hsn->ns", run.pattern[:, q], run.reads[:, :, index])
-    else:
-        attribution = run.pattern[block, q] * run.reads[block, :, index]
+    attribution = torch.zeros(len(flat), len(run.tokens))
+    for i in range(len(run.pattern)):  # never the reads of all features at once: a dense SAE has gigabytes of them
+        of_head = torch.full_like(block, run.dense, dtype=torch.bool) | (block == i)
+        attribution[of_head] += run.pattern[i, q[of_head]] * run.reads(i, index[of_head]).T
     best, source = attribution.max(-1)
     positive = attribution.relu().sum(-1)
     return pd.DataFrame(
@@ -138,7 +156,8 @@ def active_features(
 
 def _from_source(run: PromptRun, source: int) -> Float[Tensor, "pos block feature"]:
     """DFA from one source position, of every feature at every destination."""
-    attribution = torch.einsum("hq,hf->hqf", run.pattern[:, :, source], run.reads[:, source])
+    reads = torch.einsum("hd,hdf->hf", run.values[:, source], run.W_enc)
+    attribution = torch.einsum("hq,hf->hqf", run.pattern[:, :, source], reads)
     return attribution.sum(0)[:, None] if run.dense else attribution.transpose(0, 1)
 
 
@@ -152,8 +171,8 @@ def direct_effects(
     """
     W_O = lm.W_O(layer).float().reshape(sae.n_heads, sae.d_head, -1)
     per_unit = (sae.W_dec @ (W_O @ lm.logit_direction(token).float())[..., None])[..., 0]
-    resid, _ = lm.prefix(run.tokens[None], layer)
-    return run.f * (per_unit / lm.final_scale(resid, layer)[0, :, :, None].float()).cpu()
+    scale = lm.final_scale(run.final[None].to(lm.device), lm.n_layers)[0]
+    return run.f * (per_unit / scale[..., None].float()).cpu()
 
 
 def source_attribution(run: PromptRun, block: int, index: int, position: int) -> pd.DataFrame:
@@ -166,7 +185,7 @@ def source_attribution(run: PromptRun, block: int, index: int, position: int) ->
     parts = []
     for head in heads:
         attention = run.pattern[head, position, : position + 1]
-        read = run.reads[head, : position + 1, index]
+        read = run.reads(head, [index])[: position + 1, 0]
         parts.append(
             pd.DataFrame(
                 {
@@ -190,7 +209,11 @@ def roles(run: PromptRun) -> pd.DataFrame:
     if run.dense:
         active = active.expand(-1, len(run.pattern), -1)
     attention = dfa.shares(dfa.mass_per_slot(run.pattern, run.slots))
-    attribution = dfa.shares(dfa.mass_per_slot(dfa.positive_mass(run.pattern, run.reads, active), run.slots))
+    positive = [
+        dfa.positive_mass(run.pattern[[head]], run.reads(head)[None], active[:, [head]])
+        for head in range(len(run.pattern))
+    ]
+    attribution = dfa.shares(dfa.mass_per_slot(torch.cat(positive), run.slots))
     rows = [
         (head, slot, float(attention[head, i]), float(attribution[head, i]))
         for head in range(len(attention))

@@ -107,8 +107,8 @@ def harvest(
     correlations = RollingCorrCoef(indices=features.tolist(), with_self=True)
     parts = []
     for batch in tqdm(tokens.split(max(1, _BATCH_TOKENS // tokens.shape[1])), "Language model", disable=None):
-        attention, resid = lm.attention_and_final(batch, layer)
-        z, v, pattern, resid = (each.float() for each in (*attention, resid))
+        attention, _, final = lm.forward(batch, layer)
+        z, v, pattern, resid = (each.float() for each in (*attention, final))
         f = sae.encode(z).flatten(-2).cpu()
         correlations.update(f[:, 1:, features], f[:, 1:])  # BOS is not part of what the SAE is for
         parts.append(

@@ -19,27 +19,28 @@ PAGES = ["Tradeoffs", "Heads", "Features", "Prompt", "Compare", "Runs"]
 TEXT = (
     "Fellow citizens of the Senate and of the House of Representatives, I congratulate you on the state of the nation. "
 )
-_IDLE = """() => !document.querySelector('[data-testid=stStatusWidget], [data-testid=stSkeleton]')
+_IDLE = """() => document.querySelector('[data-testid=stApp]')?.dataset.testScriptState === 'notRunning'
+    && !document.querySelector('[data-stale=true], [data-testid=stSkeleton], [data-testid=stSpinner]')
     && document.querySelector('[data-testid=stMain] h1')"""
 
 
 def idle(page: Page) -> None:
-    """Wait until nothing has been running or missing for 200 ms."""
+    """Wait until the script has not run, and nothing was stale or missing, for 300 ms."""
     calm = 0
-    while calm < 4:
+    while calm < 10:
         calm = calm + 1 if page.evaluate(_IDLE) else 0
-        page.wait_for_timeout(50)
+        page.wait_for_timeout(30)
 
 
 def seconds(page: Page, act, title: str | None = None) -> tuple[float, float]:
-    """From an act to the page's title, and to the page complete; 200 ms of waiting subtracted."""
+    """From an act to the page's title, and to the page complete; 300 ms of waiting subtracted."""
     started = time.perf_counter()
     act()
     if title:
         page.get_by_role("heading", name=title, exact=True).wait_for()
     painted = time.perf_counter() - started
     idle(page)
-    return painted, time.perf_counter() - started - 0.2
+    return painted, time.perf_counter() - started - 0.3
 
 
 def row(name: str, values: list[tuple[float, float]]) -> None:

@@ -89,7 +89,7 @@ def prompt_run(listed: checkpoint.Listed, prompt: str) -> PromptRun:
 @st.cache_data(max_entries=64, show_spinner="Ablating")
 def _ablation(path: str, modified: float, prompt: str, kind: Kind, which: int, position: int) -> pd.DataFrame:
     lm, sae, layer = _loaded(path)
-    found = ablate(lm, sae, layer, lm.to_tokens(prompt), kind, which, position)
+    found = ablate(lm, sae, layer, _prompt_run(path, modified, prompt), kind, which, position)
     table = found.table(found.most_changed())
     table.insert(0, "token", [visible(text) for text in lm.token_strings(table["id"].tolist())])
     return table

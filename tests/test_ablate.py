@@ -7,7 +7,7 @@ from analysis.ablate import ablate
 from analysis.prompt import active_features, direct_effects, run_prompt, source_attribution
 from trainer.block_diag import BlockDiagSAE
 
-LAYER = 1
+LAYER, PROMPT = 1, "the head reads the head"
 
 
 @pytest.fixture(params=["gpt2", "llama"])
@@ -53,12 +53,12 @@ def ablated_z(lm, sae, z, kind, which):
 
 @pytest.mark.parametrize("kind", ["feature", "features of head", "head by reconstruction", "layer by reconstruction"])
 def test_direct_and_full(lm, sae, kind):
-    tokens = lm.to_tokens("the head reads the head")
+    tokens = lm.to_tokens(PROMPT)
     _, cache = lm.model.run_with_cache(tokens)
     z = cache[f"blocks.{LAYER}.attn.hook_z"][0]
     which = int(sae.encode(z)[-1].argmax()) if kind == "feature" else 2
     wanted = ablated_z(lm, sae, z, kind, which)
-    found = ablate(lm, sae, LAYER, tokens, kind, which)
+    found = ablate(lm, sae, LAYER, run_prompt(lm, sae, LAYER, PROMPT), kind, which)
 
     clean = lm.model(tokens)[0, -1]
     assert torch.allclose(found.clean, clean, atol=1e-4)
@@ -86,43 +86,43 @@ def test_direct_and_full(lm, sae, kind):
 
 
 def test_one_position_only(lm, sae):
-    tokens = lm.to_tokens("the head reads the head")
+    tokens = lm.to_tokens(PROMPT)
     z = lm.hook_z(tokens, LAYER)[0]
     wanted = z.clone()
     wanted[3] = ablated_z(lm, sae, z, "features of head", 1)[3]
     full = lm.model.run_with_hooks(
         tokens, fwd_hooks=[(f"blocks.{LAYER}.attn.hook_z", lambda value, hook: wanted[None])]
     )
-    found = ablate(lm, sae, LAYER, tokens, "features of head", 1, only_at=3)
+    run = run_prompt(lm, sae, LAYER, PROMPT)
+    found = ablate(lm, sae, LAYER, run, "features of head", 1, only_at=3)
     assert torch.allclose(found.full, full[0, -1], atol=1e-4)
     assert torch.allclose(found.direct, found.clean, atol=1e-5), "another position does not reach the last one directly"
 
 
 def test_what_is_not_there(lm, sae):
-    tokens = lm.to_tokens("the head")
+    run = run_prompt(lm, sae, LAYER, "the head")
     with pytest.raises(ValueError, match=f"there is no feature {sae.d_sae}"):
-        ablate(lm, sae, LAYER, tokens, "feature", sae.d_sae)
+        ablate(lm, sae, LAYER, run, "feature", sae.d_sae)
     with pytest.raises(ValueError, match="there is no head -1"):
-        ablate(lm, sae, LAYER, tokens, "features of head", -1)
+        ablate(lm, sae, LAYER, run, "features of head", -1)
     with pytest.raises(ValueError, match="only_at 99 is out of range"):
-        ablate(lm, sae, LAYER, tokens, "feature", 0, only_at=99)
+        ablate(lm, sae, LAYER, run, "feature", 0, only_at=99)
 
 
 def test_direct_effects_of_firings_are_what_their_ablation_takes_away(lm, sae):
-    prompt = "the head reads the head"
-    run = run_prompt(lm, sae, LAYER, prompt)
+    run = run_prompt(lm, sae, LAYER, PROMPT)
     token = 40
     effect = direct_effects(lm, sae, LAYER, run, token)
     last = len(run.tokens) - 1
     table = active_features(run, span=(last, last), effect=effect)
     assert table["effect"].abs().is_monotonic_decreasing and len(table) == int((run.f[last] > 0).sum())
     for row in table.head(4).itertuples():
-        found = ablate(lm, sae, LAYER, run.tokens[None], "feature", row.feature)
+        found = ablate(lm, sae, LAYER, run, "feature", row.feature)
         assert row.effect == pytest.approx(float(found.clean[token] - found.direct[token]), abs=1e-4)
 
 
 def test_ranking_by_one_source(lm, sae):
-    run = run_prompt(lm, sae, LAYER, "the head reads the head")
+    run = run_prompt(lm, sae, LAYER, PROMPT)
     table = active_features(run, source=2)
     assert table["from source"].is_monotonic_decreasing and (table["from source"] > 0).all()
     assert len(table) > 3
@@ -133,7 +133,7 @@ def test_ranking_by_one_source(lm, sae):
 
 
 def test_a_span_of_positions(lm, sae):
-    run = run_prompt(lm, sae, LAYER, "the head reads the head")
+    run = run_prompt(lm, sae, LAYER, PROMPT)
     assert set(active_features(run, span=(3, 5))["position"]) <= {3, 4, 5}
     everything = active_features(run)
     assert len(active_features(run, span=(3, 5))) == everything["position"].between(3, 5).sum() > 0

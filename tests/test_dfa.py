@@ -39,7 +39,7 @@ def test_sources_and_constants_are_the_pre_activation(n_key_value_heads, dense):
     b_V = lm.value_bias(1)
     assert b_V.abs().min() > 0
     W_enc = dfa.head_encoders(sae, 6, 4)
-    contributions = torch.einsum("hqs,hsf->hqf", pattern, dfa.reads(v, b_V, W_enc))
+    contributions = torch.einsum("hqs,hfs->hqf", pattern, dfa.reads_by_feature(v[None], b_V, W_enc)[0])
     if dense:
         total = contributions.sum(0)[:, None] + dfa.constants(b_V, W_enc, torch.zeros(6, 40)).sum(0) + sae.b_enc
     else:
@@ -144,14 +144,18 @@ def hand_run(layer: int) -> PromptRun:
     sae.b_enc.data.zero_()
     block = torch.tensor([3, 7, 4, 9, 5, 8])
     tokens = torch.cat([torch.tensor([0]), block, block, block])
-    z, v, pattern = (each[0] for each in lm.attention(tokens[None], layer))
+    (z, v, pattern), resid_pre, final = lm.forward(tokens[None], layer)
     return PromptRun(
         tokens=tokens,
         strings=[str(t) for t in tokens.tolist()],
-        f=sae.encode(z).detach(),
-        pattern=pattern,
-        reads=dfa.reads(v, lm.value_bias(layer), sae.W_enc).detach(),
+        f=sae.encode(z[0]).detach(),
+        z=z[0],
+        pattern=pattern[0],
+        values=(v[0] - lm.value_bias(layer)).transpose(0, 1),
+        W_enc=sae.W_enc.detach(),
         slots=dfa.source_slots(tokens),
+        resid_pre=resid_pre[0],
+        final=final[0],
     )
 
 

@@ -71,7 +71,7 @@ def test_the_tour_shows_what_it_says(lm):
         return active_features(runs[name], head, (last, last))
 
     def probability(name: str, kind: str, which: int) -> tuple[float, float, float]:
-        found = ablate(lm, sae, LAYER, runs[name].tokens[None], kind, which)
+        found = ablate(lm, sae, LAYER, runs[name], kind, which)
         best = found.clean.argmax()
         return tuple(round(float(p.softmax(-1)[best]), 2) for p in found)
 

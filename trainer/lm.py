@@ -6,7 +6,7 @@ Grouped-query attention ends here: values come out once per query head.
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -55,6 +55,14 @@ class Attention(NamedTuple):
     z: Float[Tensor, "batch pos head d_head"]
     v: Float[Tensor, "batch pos head d_head"]
     pattern: Float[Tensor, "batch head query source"]
+
+
+class Forward(NamedTuple):
+    """A whole forward: one attention layer, and the residual stream where it enters it and before the final norm."""
+
+    attention: Attention
+    resid_pre: Float[Tensor, "batch pos d_model"]
+    final: Float[Tensor, "batch pos d_model"]
 
 
 class _StopForward(Exception):
@@ -184,20 +192,20 @@ class LanguageModel:
 
     def attention(self, tokens: Int[Tensor, "batch pos"], layer: int) -> Attention:
         """z, values per query head, and the attention pattern of one layer."""
-        return self._attention(tokens, layer, [])[0]
+        return self._attention(tokens, layer, [], [])[0]
 
-    def attention_and_final(
-        self, tokens: Int[Tensor, "batch pos"], layer: int
-    ) -> tuple[Attention, Float[Tensor, "batch pos d_model"]]:
-        """`attention`, and the residual stream before the final norm, from one forward."""
-        last = f"blocks.{self.n_layers - 1}.hook_resid_post"
-        attention, got = self._attention(tokens, layer, [last])
-        return attention, got[last]
+    def forward(self, tokens: Int[Tensor, "batch pos"], layer: int) -> Forward:
+        """`attention`, and the residual stream before and after it, from one forward."""
+        first, last = f"blocks.{layer}.hook_resid_pre", f"blocks.{self.n_layers - 1}.hook_resid_post"
+        attention, got = self._attention(tokens, layer, [first], [last])
+        return Forward(attention, got[first], got[last])
 
-    def _attention(self, tokens: Tensor, layer: int, later: list[str]) -> tuple[Attention, dict[str, Tensor]]:
+    def _attention(
+        self, tokens: Tensor, layer: int, earlier: list[str], later: list[str]
+    ) -> tuple[Attention, dict[str, Tensor]]:
         self.check_layer(layer)
         names = [f"blocks.{layer}.attn.{name}" for name in ("hook_v", "hook_pattern", "hook_z")]
-        got = self._capture(tokens, names + later)
+        got = self._capture(tokens, earlier + names + later)
         v, pattern, z = (got[name] for name in names)
         v = v.repeat_interleave(self.n_heads // v.shape[2], dim=2)  # grouped-query attention
         return Attention(z, v, pattern), got
@@ -256,17 +264,40 @@ class LanguageModel:
         layer: int,
         z: Float[Tensor, "batch pos head d_head"] | None = None,
     ) -> Float[Tensor, "batch pos d_vocab"]:
-        """Run the model from `layer` on, with the layer's head outputs replaced by `z` if given."""
-        hooks = [] if z is None else [(f"blocks.{layer}.attn.hook_z", lambda value, hook: z.to(value.dtype))]
-        with self._hooked(hooks):
+        """Run the model from `layer` on, with the layer's head outputs replaced by `z` if given.
+
+        `layer` may be n_layers: only the final norm and the unembedding are left then.
+        """
+        with self._hooked(self._replacing(layer, z)):
             return self.model(resid_pre, start_at_layer=layer, return_type="logits")
+
+    def final(
+        self,
+        resid_pre: Float[Tensor, "batch pos d_model"],
+        layer: int,
+        z: Float[Tensor, "batch pos head d_head"] | None = None,
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """The residual stream before the final norm, run as by `logits`: to unembed only the positions one needs."""
+        name = f"blocks.{self.n_layers - 1}.hook_resid_post"
+        return self._capture(resid_pre, [name], layer, self._replacing(layer, z))[name]
+
+    def _replacing(self, layer: int, z: Tensor | None) -> list[tuple[str, Callable]]:
+        if z is None:
+            return []
+        return [(f"blocks.{layer}.attn.hook_z", lambda value, hook: z.to(value.dtype))]
 
     @contextmanager
     def _hooked(self, hooks: list[tuple[str, Callable]]) -> Iterator[None]:
         with self._lock, torch.no_grad(), self.model.hooks(fwd_hooks=hooks):
             yield
 
-    def _capture(self, inputs: Tensor, names: list[str], start_at_layer: int | None = None) -> dict[str, Tensor]:
+    def _capture(
+        self,
+        inputs: Tensor,
+        names: list[str],
+        start_at_layer: int | None = None,
+        edits: Sequence[tuple[str, Callable]] = (),
+    ) -> dict[str, Tensor]:
         """Values of some hooks, run from tokens or from a layer's residual stream; `names` in the order they fire."""
         got: dict[str, Tensor] = {}
 
@@ -275,7 +306,7 @@ class LanguageModel:
             if hook.name == names[-1]:
                 raise _StopForward
 
-        with self._hooked([(name, keep) for name in names]), suppress(_StopForward):
+        with self._hooked([*edits, *((name, keep) for name in names)]), suppress(_StopForward):
             self.model(inputs.to(self.device), return_type=None, start_at_layer=start_at_layer)
         return got
 
