@@ -1,4 +1,4 @@
-"""The app in a real browser: first paint, page changes, and a prompt of 64 tokens; on the shipped checkpoints.
+"""The app in a real browser on the shipped checkpoints: first paint, page changes, prompts, ten sessions at once.
 
 python -m benchmarks.app
 """
@@ -10,14 +10,19 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Browser, Page, sync_playwright
 
-PORT, ROUNDS = 8599, 5
+PORT, ROUNDS, SESSIONS = 8599, 5, 10
 PAGES = ["Tradeoffs", "Heads", "Features", "Prompt", "Compare", "Runs"]
 TEXT = (
     "Fellow citizens of the Senate and of the House of Representatives, I congratulate you on the state of the nation. "
+)
+_DRAWN = (
+    "() => document.querySelector(':is([data-testid=stVegaLiteChart], [data-testid=stDataFrame]) :is(canvas, svg)')"
 )
 _IDLE = """() => document.querySelector('[data-testid=stApp]')?.dataset.testScriptState === 'notRunning'
     && !document.querySelector('[data-stale=true], [data-testid=stSkeleton], [data-testid=stSpinner]')
@@ -32,27 +37,112 @@ def idle(page: Page) -> None:
         page.wait_for_timeout(30)
 
 
-def seconds(page: Page, act, title: str | None = None) -> tuple[float, float]:
-    """From an act to the page's title, and to the page complete; 300 ms of waiting subtracted."""
+def seconds(page: Page, act: Callable[[], object], title: str) -> tuple[float, float]:
+    """From an act to the page's title with its first chart or table, and to the page complete (less 300 ms)."""
     started = time.perf_counter()
     act()
-    if title:
-        page.get_by_role("heading", name=title, exact=True).wait_for()
-    painted = time.perf_counter() - started
+    page.get_by_role("heading", name=title, exact=True).wait_for()
+    page.wait_for_function(_DRAWN)
+    useful = time.perf_counter() - started
     idle(page)
-    return painted, time.perf_counter() - started - 0.3
+    return useful, time.perf_counter() - started - 0.3
 
 
 def row(name: str, values: list[tuple[float, float]]) -> None:
-    first, whole = (statistics.median(each) for each in zip(*values, strict=True))
-    slowest = max(each for _, each in values)
-    print(f"| {name} | {first:.2f} | {whole:.2f} | {slowest:.2f} |", flush=True)
+    useful, whole = zip(*values, strict=True)
+    print(f"| {name} | {spread(useful)} | {spread(whole)} |", flush=True)
+
+
+def spread(values: list[float]) -> str:
+    """Median (and slowest)."""
+    return f"{statistics.median(values):.2f}" + (f" ({max(values):.2f})" if len(values) > 1 else "")
+
+
+def resident(pid: int) -> float:
+    """GB of main memory that a process holds."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e9
+
+
+def fill(page: Page, text: str) -> Callable[[], None]:
+    """Type a prompt; returns what sends it."""
+    box = page.get_by_role("textbox", name="Prompt")
+    box.fill(text)
+    return lambda: box.press("Control+Enter")
+
+
+def prompts(page: Page, texts: list[str]) -> list[float]:
+    """Seconds from sending each prompt to the page complete."""
+    found = []
+    for text in texts:
+        send = fill(page, text)
+        started = time.perf_counter()
+        send()
+        idle(page)
+        found.append(time.perf_counter() - started - 0.3)
+    return found
+
+
+def together(pages: list[Page], texts: list[str]) -> list[float]:
+    """Every session sends its prompt at the same moment; seconds until each is complete."""
+    sends = [fill(page, text) for page, text in zip(pages, texts, strict=True)]
+    started = time.perf_counter()
+    for send in sends:
+        send()
+    calm, done = dict.fromkeys(pages, 0), {}
+    while len(done) < len(pages):
+        for page in pages:
+            calm[page] = calm[page] + 1 if page.evaluate(_IDLE) else 0
+            if calm[page] == 10:
+                done[page] = time.perf_counter() - started
+        pages[0].wait_for_timeout(30)
+    return list(done.values())
+
+
+def measure(browser: Browser, server: subprocess.Popen, address: str) -> None:
+    page = browser.new_context(viewport={"width": 1280, "height": 1000}).new_page()
+    page.set_default_timeout(120_000)
+
+    def go(name: str) -> tuple[float, float]:
+        return seconds(page, page.get_by_role("link", name=name, exact=True).click, name)
+
+    print(f"{os.cpu_count()} cores, {ROUNDS} rounds, headless Chromium beside the server; seconds, median (slowest)\n")
+    print("| | first chart or table | complete |\n|---|---|---|")
+    row("first visit, imports included", [seconds(page, lambda: page.goto(address), "Tradeoffs")])
+    for name in PAGES[1:]:
+        row(f"{name}, first time", [go(name)])
+    for what, context in (("new session, empty browser cache", None), ("new session, known browser", page.context)):
+        values = []
+        for _ in range(ROUNDS):
+            fresh = (context or browser.new_context()).new_page()
+            values.append(seconds(fresh, partial(fresh.goto, address), "Tradeoffs"))
+            fresh.close()
+        row(what, values)
+    for name in PAGES:
+        values = []
+        for _ in range(ROUNDS):
+            go(PAGES[(PAGES.index(name) + 1) % len(PAGES)])
+            values.append(go(name))
+        row(f"to {name}, caches warm", values)
+    go("Prompt")
+    print(f"| a new prompt of 66 tokens | | {spread(prompts(page, [f'{i} {TEXT * 3}' for i in range(ROUNDS)]))} |")
+    print(f"| a new prompt of 1,016 tokens | | {spread(prompts(page, [f'{i} {TEXT * 44}' for i in range(3)]))} |")
+    print(f"\nThe server holds {resident(server.pid):.1f} GB.")
+    sessions = [browser.new_context(viewport={"width": 1280, "height": 1000}).new_page() for _ in range(SESSIONS)]
+    for each in sessions:
+        each.goto(f"{address}/prompt")
+        idle(each)
+    found = together(sessions, [f"{i} {i} {TEXT * 3}" for i in range(SESSIONS)])
+    print(
+        f"{SESSIONS} sessions send a new prompt of 66 tokens at once: complete after {min(found):.1f} to "
+        f"{max(found):.1f} s; the server holds {resident(server.pid):.1f} GB."
+    )
 
 
 def main() -> None:
-    root = Path(__file__).parents[1]
     command = [sys.executable, "-m", "streamlit", "run", "app.py", "--server.headless=true", f"--server.port={PORT}"]
-    server = subprocess.Popen(command, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    server = subprocess.Popen(command, cwd=Path(__file__).parents[1], **quiet)
     address = f"http://localhost:{PORT}"
     try:
         for _ in range(100):
@@ -66,35 +156,7 @@ def main() -> None:
                 executable_path=shutil.which("chromium"),
                 args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
             )
-            page = browser.new_page(viewport={"width": 1280, "height": 1000})
-            page.set_default_timeout(120_000)
-            print(f"{os.cpu_count()} cores, {ROUNDS} rounds, headless Chromium beside the server\n")
-            print("| | to the title, s (median) | to the page complete, s (median) | slowest |\n|---|---|---|---|")
-            row("first visit, imports included", [seconds(page, lambda: page.goto(address), "Tradeoffs")])
-
-            def go(name: str) -> tuple[float, float]:
-                return seconds(page, page.get_by_role("link", name=name, exact=True).click, name)
-
-            for name in PAGES[1:]:
-                row(f"{name}, first time", [go(name)])
-            fresh = [browser.new_page() for _ in range(ROUNDS)]
-            visits = [seconds(each, lambda e=each: e.goto(address), "Tradeoffs") for each in fresh]
-            row("new session, imports done", visits)
-            for each in fresh:
-                each.close()
-            for name in PAGES:
-                values = []
-                for _ in range(ROUNDS):
-                    go(PAGES[(PAGES.index(name) + 1) % len(PAGES)])
-                    values.append(go(name))
-                row(f"to {name}, caches warm", values)
-            go("Prompt")
-            values = []
-            for index in range(ROUNDS):
-                box = page.get_by_role("textbox", name="Prompt")
-                box.fill(f"{index} " + TEXT * 3)
-                values.append(seconds(page, lambda b=box: (b.press("Control+Enter"), page.wait_for_timeout(100))))
-            row("a new prompt of 66 tokens", values)
+            measure(browser, server, address)
             browser.close()
     finally:
         server.terminate()

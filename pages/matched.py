@@ -3,7 +3,9 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+import pandas as pd
 import streamlit as st
 
 from analysis import aligned
@@ -16,25 +18,53 @@ from trainer import checkpoint
 _TABLE_ROWS = 1000  # sent to the browser of a table that shows all features
 
 
-def show(
-    chosen: tuple[checkpoint.Listed, checkpoint.Listed],
-    runs: tuple[PromptRun, PromptRun],
-    names: tuple[str, str],
-    colours: tuple[str, str],
-    head: int | None,
-    position: int | None,
-) -> None:
-    """Draw the match of two checkpoints on one prompt.
+class Side(NamedTuple):
+    """One of the compared checkpoints."""
 
-    Args:
-        names, colours: short names, by which the two are called here, and the colours they have on the page.
-        head, position: only this head, and activations at this position; None: all heads, anywhere on the prompt.
-    """
-    ours, theirs = (each.config["model"] for each in chosen)
+    ordinal: str
+    listed: checkpoint.Listed
+    short: str
+    """its name without the words that all of them begin with"""
+    colour: str
+    """on the whole page"""
+
+    @property
+    def name(self) -> str:
+        return self.listed.path.name
+
+    @property
+    def label(self) -> str:
+        return f"{self.ordinal}: {self.name}"
+
+    @property
+    def dense(self) -> bool:
+        return self.listed.config["sae"]["n_heads"] != self.listed.config["model"]["n_heads"]
+
+
+class View(NamedTuple):
+    """A match, and what is to be seen of it: `a` and `b` are in the order of the match."""
+
+    match: Match
+    sides: list[Side]
+    runs: list[PromptRun]
+    head: int | None
+    """only this head; None: all"""
+    position: int | None
+    """activations there; None: the largest on the prompt"""
+    firing: bool
+    """only features that fire there"""
+
+    def of_head(self, table: pd.DataFrame) -> pd.DataFrame:
+        return table if self.head is None else table[table["head"] == self.head]
+
+
+def show(sides: list[Side], runs: list[PromptRun], head: int | None, position: int | None) -> None:
+    """Draw the match of two checkpoints on one prompt: of a head (None: all), at a position (None: anywhere)."""
+    ours, theirs = (side.listed.config["model"] for side in sides)
     if any(ours.get(key) != theirs.get(key) for key in ("fingerprint", "hook_layer", "processing")):
         st.info("Features of different models or layers cannot be matched.")
         return
-    paths = [each.path for each in chosen]
+    paths = [side.listed.path for side in sides]
     try:
         match = load(*paths)
         _ = match.pairs, match.features
@@ -43,15 +73,16 @@ def show(
         st.code(aligned.command_for(*_shown(paths)), language="bash")
         return
     if match.a != paths[0]:  # the dense one comes first
-        runs, names, colours = runs[::-1], names[::-1], colours[::-1]
+        sides, runs = sides[::-1], runs[::-1]
     firing = st.toggle(
         "Only features that fire on the prompt", value=True, key="firing", bind="query-params",
         help="off: all features, also those that are silent here",
     )  # fmt: skip
-    _counts(match, names, colours)
+    view = View(match, sides, runs, head, position, firing)
+    _counts(match, sides)
     draw = _pairs if match.kind == "one-to-one" else _split
-    draw(match, runs, names, colours, head, position, firing)
-    _alone(match, runs, names, head, position, firing)
+    draw(view)
+    _alone(view)
 
 
 @st.cache_resource(max_entries=12, show_spinner=False)
@@ -75,7 +106,7 @@ def _shown(paths: list[Path]) -> tuple[str, list[str]]:
     return first, others
 
 
-def _counts(match: Match, names: tuple[str, str], colours: tuple[str, str]) -> None:
+def _counts(match: Match, sides: list[Side]) -> None:
     """How much of each is in the other, in total and by head."""
     least, tokens = match.meta["min_firings"], match.meta["n_tokens"]
     judged = {side: len(match.of_side(side)) for side in "ab"}
@@ -84,15 +115,17 @@ def _counts(match: Match, names: tuple[str, str], colours: tuple[str, str]) -> N
     with left:
         pair = match.kind == "one-to-one"
         kinds = ("have a partner", "have a partner") if pair else ("split into block features", "are such a part")
-        for side, name, kind in zip("ab", names, kinds, strict=True):
-            st.text(f"{judged[side] - alone[side]:,} of {judged[side]:,} features of {name} {kind}.")
+        for key, side, kind in zip("ab", sides, kinds, strict=True):
+            st.text(f"{judged[key] - alone[key]:,} of {judged[key]:,} features of {side.short} {kind}.")
         st.caption(_explanation(match))
     with right:
         found = {"both": "found in the other", "one": "only here"}
         frame = match.per_head().assign(
-            name=lambda f: f["side"].map(dict(zip("ab", names, strict=True))), found=lambda f: f["found"].map(found)
+            name=lambda f: f["side"].map({key: side.short for key, side in zip("ab", sides, strict=True)}),
+            found=lambda f: f["found"].map(found),
         )
-        st.altair_chart(compare_charts.found_per_head(frame, dict(zip(names, colours, strict=True)), *found.values()))
+        colours = {side.short: side.colour for side in sides}
+        st.altair_chart(compare_charts.found_per_head(frame, colours, *found.values()))
     st.caption(f"On {tokens:,} held-out tokens; features that fire on fewer than {least} of them are not judged.")
 
 
@@ -145,20 +178,10 @@ _FIGURES = {
 }
 
 
-def _pairs(
-    match: Match,
-    runs: tuple[PromptRun, PromptRun],
-    names: tuple[str, str],
-    colours: tuple[str, str],
-    head: int | None,
-    position: int | None,
-    firing: bool,
-) -> None:
+def _pairs(view: View) -> None:
     """The table of pairs, and one of them along the prompt."""
     st.markdown("**Matched features**, head by head. A click on a row draws its pair along the prompt.")
-    table = aligned.aligned(match, *runs, position, firing)
-    if head is not None:
-        table = table[table["head"] == head]
+    table = view.of_head(aligned.aligned(view.match, *view.runs, view.position, view.firing))
     if table.empty:
         st.info("No pair fires here. Choose another token or head, or show also features that do not fire.")
         return
@@ -173,34 +196,26 @@ def _pairs(
         selection_mode="single-row",
         column_config=_FIGURES
         | {
-            "a": st.column_config.NumberColumn(f"feature of {names[0]}"),
-            "b": st.column_config.NumberColumn(f"feature of {names[1]}"),
+            "a": st.column_config.NumberColumn(f"feature of {view.sides[0].short}"),
+            "b": st.column_config.NumberColumn(f"feature of {view.sides[1].short}"),
         },
     )
-    where = "at the chosen token" if position is not None else "the largest on the prompt"
+    where = "at the chosen token" if view.position is not None else "the largest on the prompt"
     cut = f" The first {_TABLE_ROWS:,} of {len(table):,} pairs." if len(table) > len(shown) else ""
     st.caption(f"Activations: {where}, each in the units of its own SAE.{cut}")
     chosen = st.selectbox("Pair", keys, key="pair", bind="query-params")
     row = shown.iloc[keys.index(chosen)]
-    features = [int(row["a"]), int(row["b"])]
-    _along([(f"{name}: {f}", run, f) for name, run, f in zip(names, runs, features, strict=True)], colours)
-    _links(list(zip((match.a, match.b), names, features, strict=True)))
+    features = list(zip(view.sides, (int(row["a"]), int(row["b"])), strict=True))
+    lines = [(f"{side.short}: {f}", run, f) for run, (side, f) in zip(view.runs, features, strict=True)]
+    _along(lines, [side.colour for side in view.sides])
+    _links(features)
 
 
-def _split(
-    match: Match,
-    runs: tuple[PromptRun, PromptRun],
-    names: tuple[str, str],
-    colours: tuple[str, str],
-    head: int | None,
-    position: int | None,
-    firing: bool,
-) -> None:
+def _split(view: View) -> None:
     """Dense features with their parts: all of them, then one along the prompt."""
     st.markdown("**What dense features split into.** A click on a row shows its parts.")
-    table = aligned.split_on(match, runs[0], position, firing)
-    if head is not None:
-        table = table[table["head"] == head]
+    (dense, block), (dense_run, block_run) = view.sides, view.runs
+    table = view.of_head(aligned.split_on(view.match, dense_run, view.position, view.firing))
     if table.empty:
         st.info("No dense feature with parts fires here. Choose another token or head, or show also silent ones.")
         return
@@ -219,32 +234,25 @@ def _split(
     chosen = left.selectbox("Dense feature", keys, key="dense", bind="query-params")
     row = table.iloc[keys.index(chosen)]
     with right:
-        st.altair_chart(compare_charts.norm_shares(row["norm_shares"].tolist(), colours[0]))
+        st.altair_chart(compare_charts.norm_shares(row["norm_shares"].tolist(), dense.colour))
         st.caption(
             f"{row['covered']:.0%} of its activation falls on tokens where one of its {row['parts']} parts fires; "
             f"by chance it would be {row['chance']:.0%}."
         )
-    parts = aligned.parts_of(match, int(chosen), runs[1], position)
+    parts = aligned.parts_of(view.match, int(chosen), block_run, view.position)
     columns = ["head", "b", "activation_b", "cosine", "b_given_a", "a_given_b", "norm_share", "score"]
-    block = {"b": st.column_config.NumberColumn("block feature")}
-    st.dataframe(parts[columns], hide_index=True, column_config=_FIGURES | block)
-    lines = [(f"{names[0]}: {chosen}", runs[0], int(chosen))]
-    lines += [(f"head {h}: {b}", runs[1], int(b)) for h, b in zip(parts["head"], parts["b"], strict=True)]
-    others = [colour for colour in PALETTE if colour not in colours]
-    _along(lines, [colours[0], colours[1], *others])
-    _links([(match.a, names[0], int(chosen)), *((match.b, names[1], int(b)) for b in parts["b"])])
+    config = _FIGURES | {"b": st.column_config.NumberColumn("block feature")}
+    st.dataframe(parts[columns], hide_index=True, column_config=config)
+    lines = [(f"{dense.short}: {chosen}", dense_run, int(chosen))]
+    lines += [(f"head {h}: {b}", block_run, int(b)) for h, b in zip(parts["head"], parts["b"], strict=True)]
+    colours = [dense.colour, block.colour]
+    _along(lines, [*colours, *(colour for colour in PALETTE if colour not in colours)])
+    _links([(dense, int(chosen)), *((block, int(b)) for b in parts["b"])])
 
 
-def _alone(
-    match: Match,
-    runs: tuple[PromptRun, PromptRun],
-    names: tuple[str, str],
-    head: int | None,
-    position: int | None,
-    firing: bool,
-) -> None:
+def _alone(view: View) -> None:
     """Features found only in one, of either side."""
-    pair = match.kind == "one-to-one"
+    pair = view.match.kind == "one-to-one"
     st.markdown("**Found only in one**" if pair else "**Without a counterpart**")
     if pair:
         st.caption(
@@ -255,12 +263,10 @@ def _alone(
         "nearest": st.column_config.NumberColumn(width=70),
         "nearest_score": st.column_config.NumberColumn("its score", format="%.2f", width=70),
     }
-    for column, side, run, name in zip(st.columns(2), "ab", runs, names, strict=True):
+    for column, key, side, run in zip(st.columns(2), "ab", view.sides, view.runs, strict=True):
         with column:
-            table = aligned.only_in(match, side, run, position, firing)
-            if head is not None:
-                table = table[table["head"] == head]
-            st.text(f"{'only in' if pair else 'in'} {name}: {len(table):,}")
+            table = view.of_head(aligned.only_in(view.match, key, run, view.position, view.firing))
+            st.text(f"{'only in' if pair else 'in'} {side.short}: {len(table):,}")
             if len(table):
                 order = ["head", "feature", "activation", "firings", *(["nearest", "nearest_score"] if pair else [])]
                 st.dataframe(table[order].head(_TABLE_ROWS), hide_index=True, height=260, column_config=config)
@@ -271,13 +277,13 @@ def _along(lines: list[tuple[str, PromptRun, int]], colours: Sequence[str]) -> N
     st.altair_chart(compare_charts.over_tokens(aligned.over_tokens(lines), of_line))
 
 
-def _links(features: list[tuple[Path, str, int]]) -> None:
-    """To the dashboards of features: path and name of the checkpoint, feature."""
+def _links(features: list[tuple[Side, int]]) -> None:
+    """To the dashboards of features."""
     with st.container(horizontal=True):
-        for path, name, feature in features:
-            plain = re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", name)  # labels are Markdown
+        for side, feature in features:
+            plain = re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", side.short)  # labels are Markdown
             st.page_link(
                 "pages/features.py",
                 label=f"Feature {feature} of {plain}",
-                query_params={"checkpoint": path.name, "feature": str(feature)},
+                query_params={"checkpoint": side.name, "feature": str(feature)},
             )

@@ -181,5 +181,6 @@ def test_every_recipe_shows_on_every_page(folder, recipe):
     for page in ("pages/heads.py", "pages/prompt.py"):
         app = open_page(page, checkpoint=recipe)
         assert not app.exception and not app.error and app.selectbox(key="checkpoint").value == recipe
-    app = open_page("pages/compare.py", a=recipe, b="dense")
-    assert not app.exception and not app.error
+    for show in ("Figures", "One prompt", "Features"):
+        app = open_page("pages/compare.py", a=recipe, b="dense", show=show)
+        assert not app.exception and not app.error
