@@ -15,7 +15,8 @@ page = st.navigation(
         st.Page("pages/prompt.py", title="Prompt"),
         st.Page("pages/compare.py", title="Compare"),
         st.Page("pages/runs.py", title="Runs"),
-    ]
+    ],
+    position="top",  # tables and charts need the width
 )
 st.set_page_config(page_title=f"{page.title} · Attention-head SAEs", page_icon=ICON, layout="wide")
 page.run()

@@ -1,9 +1,8 @@
 """Trainings as their checkpoint directories tell them: how far they are, whether they live, where W&B has them."""
 
 import math
-import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 
@@ -16,7 +15,8 @@ SHOWN = ("L0", "FVU", "loss")  # figures of a log line that every recipe has
 
 
 def progress(listed: list[checkpoint.Listed], now: float) -> pd.DataFrame:
-    """One row per checkpoint: its state, steps, speed, last logged figures and the age of its last line in seconds.
+    """One row per checkpoint: its state, steps, speed, last logged figures, and until it is complete the age in seconds
+    of its last line.
 
     States: complete, imported, training, evaluating, or stopped, which is concluded from the age of the last line.
     """
@@ -43,7 +43,7 @@ def progress(listed: list[checkpoint.Listed], now: float) -> pd.DataFrame:
                 "done": step / total if total and step is not None else None,
                 "tokens_per_second": last.get("tokens_per_second"),
                 **{key: last.get(key) for key in SHOWN},
-                "last_line": age,
+                "last_line": None if config["status"] == "complete" else age,
                 "left": _left(config, last),
             }
         )
@@ -79,40 +79,9 @@ def saved_step(path: Path) -> int:
     return max(saved_steps(path), default=0)
 
 
-class WandbRun(NamedTuple):
-    """What a checkpoint directory says about its run on Weights & Biases.
-
-    Args:
-        mode: online, offline or disabled.
-        id, project: as W&B knows the run.
-        path: `entity/project/id`; None where the directory does not say the entity.
-        offline: folders that `wandb sync` sends.
-    """
-
-    mode: str
-    id: str | None
-    project: str
-    path: str | None
-    offline: list[Path]
-
-
-def wandb_run(path: Path, config: dict[str, Any]) -> WandbRun:
-    """Read from the folders that W&B leaves; config.json has the id, but neither the entity nor the mode it became.
-
-    The entity is known once an online run has finished: W&B's own log then names the run in full.
-    """
-    run_id, project = config.get("wandb_id"), config["training"].get("wandb_project", "")
-    if not run_id:
-        return WandbRun("disabled", None, project, None, [])
-    offline = sorted((path / "wandb").glob(f"offline-run-*-{run_id}"))
-    online = sorted((path / "wandb").glob(f"run-*-{run_id}"))
-    named = re.compile(rf"finishing run ([\w.-]+/[\w.-]+/{re.escape(run_id)})\s*$", re.MULTILINE)
-    found = None
-    for log in (folder / "logs" / "debug.log" for folder in online):
-        if log.exists() and (match := named.search(log.read_text(errors="replace"))):
-            found = match[1]
-    mode = "online" if online else "offline" if offline else "disabled"
-    return WandbRun(mode, run_id, project, found, offline)
+def unsent(path: Path) -> list[Path]:
+    """Folders of offline W&B runs of a checkpoint, which `wandb sync` sends."""
+    return sorted((path / "wandb").glob("offline-run-*"))
 
 
 def ago(seconds: float) -> str:

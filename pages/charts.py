@@ -7,6 +7,7 @@ from analysis.dfa import SLOTS
 
 # Okabe and Ito's palette, distinguishable with every common colour vision.
 PALETTE = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#B8A800", "#7F7F7F"]
+GREY = PALETTE[-1]  # of marks that are no data: readable on light and dark
 SLOT_COLOURS = dict(
     zip(SLOTS, ["#9AA0A6", "#CC79A7", "#D55E00", "#E69F00", "#0072B2", "#56B4E9", "#009E73"], strict=True)
 )
@@ -14,7 +15,7 @@ SLOT = alt.Color(
     "slot:N",
     title="Source slot",
     scale=alt.Scale(domain=list(SLOT_COLOURS), range=list(SLOT_COLOURS.values())),
-    legend=alt.Legend(orient="top", columns=7, symbolLimit=7),
+    legend=alt.Legend(orient="top", columns=4, symbolLimit=7),  # two lines: one is cut in half a page
 )
 
 
@@ -47,8 +48,9 @@ def per_head_bars(frame: pd.DataFrame, metric: str, title: str) -> alt.LayerChar
     return alt.layer(*layers).properties(height=220)
 
 
-def firing_map(frame: pd.DataFrame) -> alt.Chart:
-    """Heads by tokens, coloured by how many features fire; a click selects a cell."""
+def firing_map(frame: pd.DataFrame, largest: int) -> alt.Chart:
+    """Heads by tokens, coloured by how many features fire, up to `largest`; a click selects a cell."""
+    scale = alt.Scale(scheme="viridis", domain=[0, max(1, largest)])
     pick = alt.selection_point(name="cell", fields=["head", "position"], toggle=False)
     return (
         alt.Chart(frame)
@@ -58,7 +60,9 @@ def firing_map(frame: pd.DataFrame) -> alt.Chart:
                 "token:N", title=None, sort=alt.SortField("position"), axis=alt.Axis(labelAngle=-60, labelLimit=90)
             ),
             y=alt.Y("head:O", title="Head"),
-            color=alt.Color("active:Q", title="Active features", scale=alt.Scale(scheme="viridis")),
+            color=alt.Color(
+                "active:Q", title="Active features", scale=alt.Scale(scheme="viridis", domain=[0, max(1, largest)])
+            ),
             opacity=alt.condition(pick, alt.value(1.0), alt.value(0.45)),
             tooltip=["head", "token", "active", alt.Tooltip("activation:Q", format=".2f")],
         )

@@ -24,8 +24,8 @@ FIRST_COMMAND = (
 )
 _copy_link = st.components.v2.component(
     "copy_link",
-    html="<button type='button'>Copy link</button>",
-    css="""button { font: inherit; font-size: .85rem; padding: .25rem .6rem; border-radius: .5rem; cursor: pointer;
+    html="<div><button type='button'>Copy link</button></div>",
+    css="""div { text-align: right; } button { font: inherit; font-size: .85rem; padding: .25rem .6rem; border-radius: .5rem; cursor: pointer;
     color: var(--st-text-color); background: var(--st-background-color); border: 1px solid var(--st-border-color); }
     button:focus-visible { outline: 2px solid var(--st-primary-color); }""",
     js="""export default function ({ parentElement }) {
@@ -158,7 +158,9 @@ def feature_link(column: Any, listed: checkpoint.Listed, feature: int) -> None:
     """A link to a feature's dashboard, where there is an analysis."""
     if (listed.path / "analysis" / "meta.json").exists():
         query = {"checkpoint": listed.path.name, "feature": str(feature)}
-        column.page_link("pages/features.py", label="Its dashboard", query_params=query)
+        column.page_link(
+            "pages/features.py", label="Its dashboard", icon=":material/arrow_forward:", query_params=query
+        )
 
 
 @contextmanager

@@ -123,11 +123,13 @@ def merging(sides: list[Side]) -> None:
 def one_prompt(sides: list[Side], runs: list[analysis.PromptRun], head: int | None, position: int | None) -> None:
     """The features of a prompt that fire in each checkpoint, two side by side, and the roles of its heads."""
     span = None if position is None else (position, position)
+    maps = [analysis.firing_map(run) for run in runs]
+    largest = max(int(each["active"].max()) for each in maps)
     for start in range(0, len(sides), 2):
-        for column, side, run in zip(st.columns(2), sides[start:], runs[start:], strict=False):
+        for column, side, run, each in zip(st.columns(2), sides[start:], runs[start:], maps[start:], strict=False):
             with column:
                 st.text(side.label)
-                st.altair_chart(charts.firing_map(analysis.firing_map(run)))
+                st.altair_chart(charts.firing_map(each, largest))
                 st.dataframe(
                     analysis.active_features(run, None if run.dense else head, span, limit=50),
                     hide_index=True,

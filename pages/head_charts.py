@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.dfa import SLOTS
-from pages.charts import PALETTE, SLOT
+from pages.charts import GREY, PALETTE, SLOT
 
 _CRITERIA = {"both": "co-firing and direction", "jaccard": "co-firing alone", "cosine": "direction alone"}
 
@@ -29,7 +29,7 @@ def role_card(head: pd.Series) -> alt.Chart:
             order="order:Q",
             tooltip=["measure", "slot", alt.Tooltip("share:Q", format=".1%")],
         )
-        .properties(height=210)
+        .properties(height=alt.Step(34))
     )
 
 
@@ -55,13 +55,13 @@ def monosemanticity(heads: pd.DataFrame) -> alt.LayerChart:
         y=y, tooltip=["head", "counted", *(alt.Tooltip(f"{c}:Q", format=".1%") for c in ("share", "low", "high"))]
     )
     bars = base.mark_rule(strokeWidth=2).encode(y=alt.Y("low:Q", title="Share (95 % interval)"), y2="high:Q")
-    return (bars + points).properties(height=230)
+    return (bars + points).properties(height=300)
 
 
 def redundancy(counts: list[list[int]]) -> alt.LayerChart:
     """How many features of a head (row) have a redundant partner in another head (column)."""
     frame = pd.DataFrame(
-        [(a, b, n if a != b else None) for a, row in enumerate(counts) for b, n in enumerate(row)],
+        [(a, b, n) for a, row in enumerate(counts) for b, n in enumerate(row) if a != b],
         columns=["head", "other", "features"],
     )
     base = alt.Chart(frame).encode(
@@ -91,12 +91,12 @@ def merging(curve: pd.DataFrame, l0: float) -> alt.LayerChart:
             y=alt.Y("L0:Q", title="L0, a cluster counts once", scale=alt.Scale(domainMin=0)),
             color=alt.Color(
                 "linked:N", title="Linked by", sort=None, scale=alt.Scale(range=PALETTE[:3]),
-                legend=alt.Legend(orient="top", labelLimit=250),
+                legend=alt.Legend(orient="top", labelLimit=250, columns=1),
             ),
             tooltip=["linked", "threshold", alt.Tooltip("L0:Q", format=".2f"), "clusters", "largest"],
         )
     )  # fmt: skip
     plain = alt.Chart(pd.DataFrame({"L0": [l0], "name": [f"L0 {l0:.1f} without merging"]}))
-    rule = plain.mark_rule(strokeDash=[4, 4], opacity=0.7).encode(y="L0:Q")
-    text = plain.mark_text(align="left", dx=4, dy=-6, opacity=0.8).encode(y="L0:Q", x=alt.value(0), text="name:N")
-    return (lines + rule + text).properties(height=300)
+    rule = plain.mark_rule(strokeDash=[4, 4], color=GREY).encode(y="L0:Q")
+    text = plain.mark_text(align="left", dx=4, dy=12, color=GREY).encode(y="L0:Q", x=alt.value(0), text="name:N")
+    return (lines + rule + text).properties(height=340)

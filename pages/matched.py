@@ -285,5 +285,6 @@ def _links(features: list[tuple[Side, int]]) -> None:
             st.page_link(
                 "pages/features.py",
                 label=f"Feature {feature} of {plain}",
+                icon=":material/arrow_forward:",
                 query_params={"checkpoint": side.name, "feature": str(feature)},
             )

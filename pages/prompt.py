@@ -40,10 +40,13 @@ def pick_row(names: list[str]) -> None:
 
 st.subheader("Features that fire", anchor=False)
 counts = analysis.firing_map(run)
+largest = int(counts["active"].max())
 if length > WIDEST:
     first = st.slider("Tokens shown, from", 1, length - WIDEST, length - WIDEST, key="from", bind="query-params")
     counts = counts[counts["position"].between(first, first + WIDEST)]
-st.altair_chart(charts.firing_map(counts), width="stretch", key="map", on_select=pick_cell, selection_mode="cell")
+st.altair_chart(
+    charts.firing_map(counts, largest), width="stretch", key="map", on_select=pick_cell, selection_mode="cell"
+)
 left, middle, right = st.columns(3)
 head = left.selectbox("Head", [ALL, *map(str, range(n_blocks))], key="head", bind="query-params")
 token = middle.selectbox("Token", [ALL, *tokens], key="token", bind="query-params")
@@ -129,8 +132,8 @@ else:
     if kind == "feature":
         which = int(row["feature"])
     st.caption(
-        "At every position but BOS. Direct: everything else frozen, the final norm's scale too. Full: the rest of the "
-        "model run again. Changes are of the logit and of the log-probability (nats)."
+        "At every position but BOS. p: the probability as it is. Direct: everything else frozen, the final norm's scale "
+        "too. Full: the rest of the model run again. Changes are of the logit and of log p (nats)."
     )
     changed = live.ablation(listed, prompt, kind, which, 1 + tokens.index(at))
     best = changed.iloc[0]
@@ -144,8 +147,16 @@ else:
         height=320,
         column_config={
             "id": None,
-            **{c: st.column_config.NumberColumn(format="percent") for c in changed if c.endswith("probability")},
-            **{c: st.column_config.NumberColumn(format="%+.4f") for c in changed if c.endswith("change")},
+            "probability": st.column_config.NumberColumn("p", format="percent"),
+            **{
+                f"{way} {name}": st.column_config.NumberColumn(f"{way}: {short}", format=form)
+                for way in ("direct", "full")
+                for name, short, form in (
+                    ("probability", "p", "percent"),
+                    ("logit change", "\u0394 logit", "%+.4f"),
+                    ("log-probability change", "\u0394 log p", "%+.4f"),
+                )
+            },
         },
     )
 
@@ -156,5 +167,7 @@ st.caption(
     "duplicate (an earlier copy), previous, local (2 to 5 back), other."
 )
 shares = analysis.roles(run)
-st.altair_chart(charts.roles(shares))
-live.show_role_table(shares)
+left, right = st.columns([3, 2])
+left.altair_chart(charts.roles(shares))
+with right:
+    live.show_role_table(shares)

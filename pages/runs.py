@@ -85,6 +85,7 @@ def draw_run(each: checkpoint.Listed, row: pd.Series) -> None:
     st.page_link(
         "pages/tradeoffs.py",
         label="Its training curves, on Tradeoffs",
+        icon=":material/arrow_forward:",
         query_params={"site": tables.site(config), "runs": path.name},
     )
     try:
@@ -127,19 +128,14 @@ def draw_commands(each: checkpoint.Listed, row: pd.Series) -> None:
 
 
 def draw_wandb(each: checkpoint.Listed) -> None:
-    """Where W&B has the run, as far as its directory says."""
-    run = runs.wandb_run(each.path, each.config)
-    if run.mode == "disabled":
-        return
-    st.markdown("**Weights & Biases**")
-    if run.path:
-        st.link_button("Open the run on wandb.ai", f"https://wandb.ai/{'/runs/'.join(run.path.rsplit('/', 1))}")
-    elif run.mode == "online":
-        st.text(f"Online, project {run.project}, run {run.id}. Its address is known here when it has finished.")
-    else:
-        st.text(f"Offline, project {run.project}, run {run.id}. To send it:")
-        folders = " ".join(common.shown_path(folder.resolve()) for folder in run.offline)
-        st.code(f"wandb sync {folders}", language="bash", wrap_lines=True)
+    """Where W&B has the run, or how it gets there."""
+    url, folders = each.config.get("wandb_url") or "", runs.unsent(each.path)
+    if url.startswith("https://"):  # config.json may come from somebody else
+        st.link_button("Open the run on Weights & Biases", url)
+    if folders:
+        st.markdown("**Weights & Biases**: logged offline. To send it:")
+        names = " ".join(common.shown_path(folder.resolve()) for folder in folders)
+        st.code(f"wandb sync {names}", language="bash", wrap_lines=True)
 
 
 def start(arguments: list[str], names: list[str]) -> None:

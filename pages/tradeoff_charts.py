@@ -8,12 +8,11 @@ import altair as alt
 import pandas as pd
 
 from analysis.tables import METRICS, SCORES
-from pages.charts import PALETTE
+from pages.charts import GREY, PALETTE
 
 # What Kissane et al. (arXiv:2406.17759) ask of an SAE on the outputs of a whole attention layer.
 TARGETS = {"L0": 20, "CE_score": 0.8}
 DENSE = "(dense)"  # how the recipe of a dense baseline ends
-_GREY = "#7F7F7F"  # readable on light and dark
 _TIPS = [
     alt.Tooltip("name:N"),
     alt.Tooltip("recipe:N"),
@@ -79,7 +78,7 @@ def tradeoff(frame: pd.DataFrame, metric: str, log: bool, recipes: list[str], he
         tooltip=_TIPS,
     )
     one = alt.selection_point(name="one", fields=["name"])
-    several = alt.selection_interval(name="several", mark=alt.BrushConfig(fill=_GREY, fillOpacity=0.15))
+    several = alt.selection_interval(name="several", mark=alt.BrushConfig(fill=GREY, fillOpacity=0.15))
     layers.append(points.add_params(one, several))
     layers.append(
         base.transform_filter("datum.label != ''")
@@ -162,18 +161,18 @@ def _targets(metric: str, head: int | None) -> list[alt.LayerChart]:
     """Dashed lines at the targets that the axes show."""
     if head is not None:
         return []
-    dashed = {"strokeDash": [5, 4], "color": _GREY}
+    dashed = {"strokeDash": [5, 4], "color": GREY}
     at = alt.Chart(alt.Data(values=[{"x": TARGETS["L0"], "y": TARGETS["CE_score"]}]))
     rules = [
         at.mark_rule(**dashed).encode(x="x:Q"),
-        at.mark_text(align="left", dx=4, dy=8, fontSize=11, color=_GREY).encode(
+        at.mark_text(align="left", dx=4, dy=8, fontSize=11, color=GREY).encode(
             x="x:Q", y=alt.value(0), text=alt.value(f"L0 {TARGETS['L0']} (Kissane et al.)")
         ),
     ]
     if metric == "CE_score":
         rules.append(at.mark_rule(**dashed).encode(y="y:Q"))
         rules.append(
-            at.mark_text(align="left", dx=4, dy=-8, fontSize=11, color=_GREY).encode(
+            at.mark_text(align="left", dx=4, dy=-8, fontSize=11, color=GREY).encode(
                 x=alt.value(0), y="y:Q", text=alt.value(f"CE score {TARGETS['CE_score']} (Kissane et al.)")
             )
         )

@@ -197,33 +197,27 @@ def test_an_empty_folder_has_the_form(tmp_path, monkeypatch):
     assert app.text_input(key="k") and not (tmp_path / "none").exists()
 
 
-def test_what_wandb_left_says_where_the_run_is(tmp_path):
-    config = {"wandb_id": "abc12345", "training": {"wandb_project": "attn-saes", "wandb": None}}
-    assert runs.wandb_run(tmp_path, config).mode == "disabled"
-    offline = tmp_path / "wandb" / "offline-run-20260101_000000-abc12345"
-    offline.mkdir(parents=True)
-    assert runs.wandb_run(tmp_path, config)[:4] == ("offline", "abc12345", "attn-saes", None)
-    assert runs.wandb_run(tmp_path, config).offline == [offline]
-    log = tmp_path / "wandb" / "run-20260102_000000-abc12345" / "logs" / "debug.log"
-    log.parent.mkdir(parents=True)
-    log.write_text("... [wandb_run.py:_finish():2300] finishing run attn-saes/abc12345\n")  # no entity: not known
-    assert runs.wandb_run(tmp_path, config)[:4] == ("online", "abc12345", "attn-saes", None)
-    log.write_text("... [wandb_run.py:_finish():2300] finishing run someone/attn-saes/abc12345\n... [other] more\n")
-    assert runs.wandb_run(tmp_path, config).path == "someone/attn-saes/abc12345"
+def test_wandb_is_one_click_away(folder):
+    file = folder / "topk" / "config.json"
+    config = json.loads(file.read_text())
+    assert not open_page(PAGE, run="topk").get("link_button")
+    for url, n in (("https://wandb.ai/someone/attn-saes/runs/abc12345", 1), ("javascript:alert(1)", 0)):
+        file.write_text(json.dumps({**config, "wandb_url": url}))
+        links = open_page(PAGE, run="topk").get("link_button")
+        assert [each.proto.url for each in links] == [url] * n
 
 
-def test_an_offline_run_of_wandb_is_found(folder, monkeypatch):
-    """Folder names and log as the pinned W&B writes them."""
+def test_an_offline_run_of_wandb_is_found(folder):
+    """In folders as the pinned W&B names them."""
     import wandb
 
     config = checkpoint.load_config(folder / "topk")
     assert len(config["wandb_id"]) == 8
     quiet = wandb.Settings(silent=True, console="off")
     run = wandb.init(project="attn-saes", id=config["wandb_id"], dir=folder / "topk", mode="offline", settings=quiet)
+    assert run.url is None
     run.finish()
-    assert runs.wandb_run(folder / "topk", config).mode == "offline"
-    (log,) = (folder / "topk" / "wandb").glob("offline-run-*/logs/debug.log")
-    assert f"finishing run attn-saes/{config['wandb_id']}\n" in log.read_text()
+    assert len(runs.unsent(folder / "topk")) == 1
     app = open_page(PAGE, run="topk")
     assert any(each.value.startswith("wandb sync ") for each in app.code)
 

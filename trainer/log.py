@@ -48,6 +48,11 @@ class MetricsLog:
             except wandb.Error as error:
                 raise ValueError(f"W&B cannot be used ({error}): try --wandb=offline") from error
 
+    @property
+    def url(self) -> str | None:
+        """Where W&B shows the run; None where it is offline or disabled."""
+        return None if self._run is None else self._run.url
+
     def write(self, line: dict[str, Any], histograms: dict[str, Tensor]) -> None:
         """Append one line; lists (one figure per head) reach W&B as `key/head_0`, `key/head_1`, ...
 

@@ -96,6 +96,9 @@ class Run:
         self.log = MetricsLog(
             self.path, step, self.training.wandb, self.training.wandb_project, self.group, self.description
         )
+        if self.log.url:
+            self.description["wandb_url"] = self.log.url
+            checkpoint.save_config(self.path, sae, self._config("training", step))
 
     def record(self, step: int, figures: dict[str, Any], histograms: dict[str, Tensor]) -> None:
         """Write one line of figures."""

@@ -1,0 +1,67 @@
+"""Screenshots of the pages of a running app: `python docs/screenshots.py http://localhost:8501 OUT [page ...]`."""
+
+import shutil
+import sys
+from pathlib import Path
+
+from playwright.sync_api import Page, sync_playwright
+
+SIZES = {"tablet": (820, 1180), "laptop": (1280, 800), "desk": (1920, 1080)}
+K32, K64 = (f"smollm2-135m-L17-batchtopk-x8-k{k}" for k in (32, 64))
+DENSE = "smollm2-135m-L17-batchtopk-dense-x4-k32"
+PAGES = {
+    "tradeoffs": "",
+    "heads-figures": f"heads?checkpoint={K32}",
+    "heads-roles": "heads?show=Roles",
+    "heads-monosemanticity": "heads?show=Monosemanticity",
+    "heads-redundancy": "heads?show=Redundancy+across+heads",
+    "features": f"features?checkpoint={K32}&head=4&feature=2218",
+    "prompt": "prompt?head=4&token=19%3A+%C2%B7the",
+    "compare-figures": f"compare?a={K32}&b={K64}&c={DENSE}",
+    "compare-prompt": f"compare?a={K32}&b={K64}&show=One+prompt",
+    "compare-features": f"compare?a={K32}&b={K64}&show=Features",
+    "compare-dense": f"compare?a={DENSE}&b={K32}&show=Features",
+    "runs": "runs",
+}
+IDLE = """() => document.querySelector('[data-testid=stApp]')?.dataset.testScriptState === 'notRunning'
+    && !document.querySelector('[data-stale=true], [data-testid=stSkeleton], [data-testid=stSpinner]')"""
+
+
+def settle(page: Page) -> None:
+    """Wait until the script has not run for half a second."""
+    calm = 0
+    while calm < 5:
+        page.wait_for_timeout(100)
+        calm = calm + 1 if page.evaluate(IDLE) else 0
+
+
+def main(address: str, out: Path, only: list[str]) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=shutil.which("chromium"),
+            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
+        )
+        for scheme in ("light", "dark"):
+            for size, (width, height) in SIZES.items():
+                context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
+                for name, path in PAGES.items():
+                    if only and name not in only:
+                        continue
+                    page = context.new_page()
+                    page.set_default_timeout(120_000)
+                    page.goto(f"{address}/{path}")
+                    page.get_by_role("button", name="Copy link").wait_for()
+                    settle(page)
+                    # The page scrolls inside a frame of the window's height: a window that holds all of it.
+                    whole = page.evaluate("document.querySelector('[data-testid=stMainBlockContainer]').scrollHeight")
+                    page.set_viewport_size({"width": width, "height": min(whole + 80, 6000)})
+                    settle(page)
+                    page.screenshot(path=out / f"{name}-{size}-{scheme}.png")
+                    page.close()
+                context.close()
+        browser.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])
