@@ -60,9 +60,7 @@ def firing_map(frame: pd.DataFrame, largest: int) -> alt.Chart:
                 "token:N", title=None, sort=alt.SortField("position"), axis=alt.Axis(labelAngle=-60, labelLimit=90)
             ),
             y=alt.Y("head:O", title="Head"),
-            color=alt.Color(
-                "active:Q", title="Active features", scale=alt.Scale(scheme="viridis", domain=[0, max(1, largest)])
-            ),
+            color=alt.Color("active:Q", title="Active features", scale=scale),
             opacity=alt.condition(pick, alt.value(1.0), alt.value(0.45)),
             tooltip=["head", "token", "active", alt.Tooltip("activation:Q", format=".2f")],
         )

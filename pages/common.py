@@ -25,7 +25,8 @@ FIRST_COMMAND = (
 _copy_link = st.components.v2.component(
     "copy_link",
     html="<div><button type='button'>Copy link</button></div>",
-    css="""div { text-align: right; } button { font: inherit; font-size: .85rem; padding: .25rem .6rem; border-radius: .5rem; cursor: pointer;
+    css="""div { text-align: right; }
+    button { font: inherit; font-size: .85rem; padding: .25rem .6rem; border-radius: .5rem; cursor: pointer;
     color: var(--st-text-color); background: var(--st-background-color); border: 1px solid var(--st-border-color); }
     button:focus-visible { outline: 2px solid var(--st-primary-color); }""",
     js="""export default function ({ parentElement }) {

@@ -175,6 +175,10 @@ def _save(labels: Labels, feature: int) -> None:
 def _examples(analysis: Analysis, row: pd.Series) -> None:
     examples = analysis.examples(int(row["feature"]))
     st.markdown("**Examples**, strongest contexts first: activation of the feature, then what each source adds (DFA)")
+    st.caption(
+        "Orange: activation. Green: DFA that adds to it, vermillion: that takes away. Blue: attention. The full colour "
+        "is the largest of a strip; underlined: where the feature fires."
+    )
     left, middle, right = st.columns([3, 2, 2], vertical_alignment="bottom")
     kinds = {"Strongest": "top", "Over quantiles": "quantile"}
     kind = left.segmented_control(

@@ -132,8 +132,8 @@ else:
     if kind == "feature":
         which = int(row["feature"])
     st.caption(
-        "At every position but BOS. p: the probability as it is. Direct: everything else frozen, the final norm's scale "
-        "too. Full: the rest of the model run again. Changes are of the logit and of log p (nats)."
+        "At every position but BOS. p: the probability as it is. Direct: everything else frozen, the final norm's "
+        "scale too. Full: the rest of the model run again. Changes are of the logit and of log p (nats)."
     )
     changed = live.ablation(listed, prompt, kind, which, 1 + tokens.index(at))
     best = changed.iloc[0]

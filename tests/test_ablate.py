@@ -1,5 +1,7 @@
 """Direct effects against hand computation, full effects against hooks written here."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -97,6 +99,21 @@ def test_one_position_only(lm, sae):
     found = ablate(lm, sae, LAYER, run, "features of head", 1, only_at=3)
     assert torch.allclose(found.full, full[0, -1], atol=1e-4)
     assert torch.allclose(found.direct, found.clean, atol=1e-5), "another position does not reach the last one directly"
+
+
+def test_ten_sessions_share_one_model(lm, sae):
+    """Hooks of one thread in a forward of another would change its answer."""
+
+    def answer(session: int) -> list[torch.Tensor]:
+        run = run_prompt(lm, sae, LAYER, "the head reads " + "the " * session)
+        found = ablate(lm, sae, LAYER, run, "features of head", session % lm.n_heads)
+        return [run.f, run.final, found.clean, found.full, direct_effects(lm, sae, LAYER, run, 40)]
+
+    alone = [answer(session) for session in range(10)]
+    with ThreadPoolExecutor(10) as pool:
+        together = list(pool.map(answer, list(range(10)) * 5))
+    for session, found in enumerate(together):
+        assert all(torch.equal(a, b) for a, b in zip(alone[session % 10], found, strict=True))
 
 
 def test_what_is_not_there(lm, sae):

@@ -71,8 +71,10 @@ class Visitor:
 
     def idle(self) -> None:
         """Wait until the script has run and everything is drawn: a list that is open would close."""
-        for what in ("stStatusWidget", "stSkeleton"):
-            self.page.wait_for_function(f"!document.querySelector('[data-testid={what}]')")
+        self.page.wait_for_function(
+            "document.querySelector('[data-testid=stApp]')?.dataset.testScriptState === 'notRunning'"
+            " && !document.querySelector('[data-stale=true], [data-testid=stSkeleton], [data-testid=stSpinner]')"
+        )
 
     def choose(self, name: str, option: str) -> None:
         self.page.wait_for_timeout(300)  # a change that was just made starts the script

@@ -266,6 +266,22 @@ def test_a_point_that_is_complete_is_left_alone_when_the_others_resume(command, 
     assert all(checkpoint.load_config(path)["status"] == "complete" for path in out.iterdir())
 
 
+def test_the_address_of_an_online_run_is_kept(command, monkeypatch):
+    import wandb
+
+    class Online:
+        url, summary = "https://wandb.ai/someone/attn-saes/runs/abc12345", {}
+
+        def log(self, *figures, **step): ...
+
+        def finish(self): ...
+
+    monkeypatch.setattr(wandb, "init", lambda **settings: Online())
+    arguments, out = command
+    assert main([*arguments[:-4], "--wandb=online", "--name=logged"]) == 0
+    assert checkpoint.load_config(out / "logged")["wandb_url"] == Online.url
+
+
 def test_wandb_writes_an_offline_run(command):
     arguments, out = command
     assert main([*arguments[:-4], "--wandb=offline", "--name=logged"]) == 0
