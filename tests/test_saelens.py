@@ -5,8 +5,10 @@ import shutil
 
 import pytest
 import torch
+from test_pages import PAGES, open_page
 
 from analysis import tables
+from analysis.__main__ import main as analyse
 from trainer import checkpoint
 from trainer.block_diag import BlockDiagSAE
 from trainer.lm import PROCESSING
@@ -14,6 +16,10 @@ from trainer.saelens import from_saelens, main, to_saelens
 
 HOOK = "blocks.1.attn.hook_z"
 N_HEADS, D_HEAD = 4, 8  # of the tiny GPT-2
+SECTIONS = {
+    "pages/heads.py": ["Figures", "Roles", "Monosemanticity", "Redundancy across heads"],
+    "pages/compare.py": ["Figures", "One prompt", "Features"],
+}
 KINDS = {  # what BlockDiagSAE is made of
     "april": (4, 8, 12, "relu", None, "head"),
     "jumprelu": (4, 8, 12, "jumprelu", None, "layer"),
@@ -224,7 +230,9 @@ def test_the_scale_of_an_sae_in_training_is_folded(architecture, inputs, tmp_pat
     assert_same(ours, theirs, inputs)
 
 
-def test_an_imported_dense_sae_is_a_checkpoint_like_any_other(inputs, tmp_path, gpt2_folder, text_file, run):
+def test_an_imported_dense_sae_is_a_checkpoint_like_any_other(
+    inputs, tmp_path, gpt2_folder, text_file, run, trained, monkeypatch
+):
     theirs = their_sae(
         "gated",
         {"model_name": "gpt2-small", "dataset_path": "elsewhere", "context_size": 4096, "hook_head_index": None},
@@ -247,6 +255,14 @@ def test_an_imported_dense_sae_is_a_checkpoint_like_any_other(inputs, tmp_path, 
     row = tables.summary([listed]).iloc[0]
     assert (row["figures"], row["recipe"]) == ("held-out", "SAELens gated (dense)")
     assert row["d_sae"] == 20
+    assert analyse([str(out), "--tokens=400", "--device=cpu"]) == 0
+    shutil.copytree(trained / "block-l1_1", out.parent / "ours")
+    monkeypatch.setenv("ATTN_SAES_CHECKPOINTS", str(out.parent))
+    for page in PAGES:
+        for show in SECTIONS.get(page, ["Figures"]):
+            app = open_page(page, checkpoint="gated", run="gated", a="gated", b="ours", show=show)
+            assert not app.exception and not app.error, (page, show)
+            assert page == PAGES[0] or "gated" in [box.value for box in app.selectbox]
 
 
 @pytest.mark.parametrize("architecture", ["standard", "gated", "topk"])
