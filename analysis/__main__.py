@@ -1,13 +1,12 @@
 """The command line: `python -m analysis checkpoints/<name> ...`."""
 
 import argparse
-import os
 import sys
 from dataclasses import fields
 from pathlib import Path
 
 from analysis.run import AnalysisConfig, analyse
-from trainer.interrupts import Interrupted
+from trainer import command
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -33,22 +32,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Analyse; every foreseeable failure is one sentence. Returns the exit status."""
+    """The command line. Returns the exit status."""
     options = build_parser().parse_args(argv)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
+
+    def run() -> None:
         cfg = AnalysisConfig(**{field.name: getattr(options, field.name) for field in fields(AnalysisConfig)})
         analyse(options.checkpoints, cfg, options.resume, options.device, options.wandb)
-    except Interrupted as stop:
-        print(f"Saved: {stop}", file=sys.stderr)
-        return 130
-    except KeyboardInterrupt:
-        print("Stopped.", file=sys.stderr)
-        return 130
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return command.status(run, "Stopped.")
 
 
 if __name__ == "__main__":

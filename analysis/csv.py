@@ -16,7 +16,7 @@ import pandas as pd
 
 from analysis import tables
 from analysis.artefacts import Analysis
-from trainer import checkpoint
+from trainer import checkpoint, command
 
 
 def write_csv(path: Path, out: Path) -> list[Path]:
@@ -55,13 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("out", type=Path, help="folder for the files")
     options = parser.parse_args(argv)
-    try:
-        for file in write_csv(options.checkpoint, options.out):
-            print(file)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return command.status(lambda: print(*write_csv(options.checkpoint, options.out), sep="\n"))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ Written to `<A>/matches/<B>/` (the dense one's, if only one is dense), which ana
 """
 
 import argparse
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -35,9 +34,8 @@ from analysis.directions import head_of_features
 from analysis.pairs import MIN_FIRINGS
 from analysis.passes import chunks
 from analysis.statistics import Cofiring, Firings
-from trainer import checkpoint
+from trainer import checkpoint, command
 from trainer.block_diag import BlockDiagSAE
-from trainer.checkpoint import CheckpointError
 from trainer.lm import LanguageModel, pick_device
 from trainer.origin import Trained, load_by_origin, open_model, open_text
 
@@ -419,19 +417,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Match; every foreseeable failure is one sentence. Returns the exit status."""
+    """The command line. Returns the exit status."""
     options = build_parser().parse_args(argv)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
-        for folder in match(options.first, options.others, options.tokens, options.device):
-            print(folder)
-    except KeyboardInterrupt:
-        print("Stopped; nothing was written.", file=sys.stderr)
-        return 130
-    except (CheckpointError, ValueError, RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    run = lambda: print(*match(options.first, options.others, options.tokens, options.device), sep="\n")  # noqa: E731
+    return command.status(run)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from analysis import dfa
 from analysis.prompt import visible
-from trainer import checkpoint
+from trainer import checkpoint, command
 from trainer.block_diag import BlockDiagSAE
 from trainer.config import require
 from trainer.lm import LanguageModel, pick_device
@@ -326,7 +326,7 @@ def export(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; every foreseeable failure is one sentence. Returns the exit status."""
+    """The command line. Returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m analysis.sae_vis",
         description="Write the first features of each head as one HTML file that works offline, drawn by sae-vis.",
@@ -339,12 +339,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--features_per_head", type=int, default=10, help="the first so many of each head; default 10")
     parser.add_argument("--tokens", type=int, default=20_000, help="held-out tokens to choose examples from")
     options = parser.parse_args(argv)
-    try:
-        export(options.checkpoint, options.out, options.features_per_head, options.tokens)
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return command.status(lambda: export(options.checkpoint, options.out, options.features_per_head, options.tokens))
 
 
 if __name__ == "__main__":

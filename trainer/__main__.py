@@ -1,15 +1,13 @@
 """The command line: `python -m trainer --help`."""
 
 import dataclasses
-import os
-import signal
 import sys
 from typing import Any
 
 import jsonargparse
 
+from trainer import command
 from trainer.config import ActivationsConfig, TrainingConfig
-from trainer.interrupts import Interrupted
 from trainer.recipes import LISTED, SAEConfig, SweepConfig
 
 _GROUPS = (ActivationsConfig, SweepConfig, SAEConfig, TrainingConfig)
@@ -30,41 +28,25 @@ def build_parser() -> jsonargparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse, train, and turn every foreseeable failure into one sentence. Returns the exit status."""
+    """The command line. Returns the exit status."""
     parser = build_parser()
     options = parser.parse_args(argv).as_dict()
-    # `kill` is Ctrl-C: the training loop saves, everything else stops at once.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
+
+    def run() -> None:
         activations = _build(ActivationsConfig, options)
         sweep = _build(SweepConfig, options)
         training = _build(TrainingConfig, options)
         saes = sweep.expand({field.name: options.get(field.name) for field in dataclasses.fields(SAEConfig)})
         # torch and transformer_lens take seconds to import: a wrong option should not wait for them.
         from trainer.train import train
-    except ValueError as error:
-        return _refuse(error)
-    try:
+
         train(activations, saes, training)
-    except Interrupted as stop:
-        print(f"Saved: {stop}", file=sys.stderr)
-        return 130
-    except KeyboardInterrupt:
-        print("Stopped. Activations harvested and steps saved so far are kept.", file=sys.stderr)
-        return 130
-    except (ValueError, RuntimeError, OSError) as error:
-        return _refuse(error)
-    return 0
+
+    return command.status(run, "Stopped. Activations harvested and steps saved so far are kept.")
 
 
 def _build(group: type, options: dict[str, Any]) -> Any:
     return group(**{field.name: options[field.name] for field in dataclasses.fields(group)})
-
-
-def _refuse(error: Exception) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":

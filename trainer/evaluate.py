@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from trainer import checkpoint
+from trainer import checkpoint, command
 from trainer.block_diag import BlockDiagSAE
 from trainer.lm import LanguageModel, pick_device
 from trainer.origin import load_by_origin, open_model, open_text
@@ -239,18 +239,13 @@ def _standard_error(values: Float[Tensor, " token"]) -> float:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; every foreseeable failure is one sentence. Returns the exit status."""
+    """The command line. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m trainer.evaluate", description="Write eval.json anew.")
     parser.add_argument("checkpoints", nargs="+", type=Path, help="checkpoint directories")
     parser.add_argument("--tokens", type=int, help="held-out tokens; default as many as when they were trained")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto")
     options = parser.parse_args(argv)
-    try:
-        evaluate_checkpoints(options.checkpoints, options.tokens, options.device)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return command.status(lambda: evaluate_checkpoints(options.checkpoints, options.tokens, options.device), "Stopped.")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ as one block per head. sae_lens takes seconds to import, so only the functions t
 import argparse
 import json
 import re
-import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from jaxtyping import Float
 from safetensors import SafetensorError
 from torch import Tensor
 
-from trainer import checkpoint
+from trainer import checkpoint, command
 from trainer.block_diag import BlockDiagSAE
 from trainer.config import require
 
@@ -287,32 +286,24 @@ def _new_folder(path: Path) -> Iterator[Path]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; every foreseeable failure is one sentence. Returns the exit status."""
+    """The command line. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m trainer.saelens", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
-    command = commands.add_parser("export", help="write a checkpoint for SAELens")
-    command.set_defaults(run=export_checkpoint)
-    command.add_argument("path", type=Path, help="checkpoint directory")
-    command.add_argument("folder", type=Path, help="new folder, for sae_lens.SAE.load_from_disk")
-    command = commands.add_parser("import", help="make a checkpoint of a SAELens SAE of hook_z, and evaluate it")
-    command.set_defaults(run=import_checkpoint)
-    command.add_argument("folder", type=Path, help="folder with cfg.json and sae_weights.safetensors")
-    command.add_argument("path", type=Path, help="new checkpoint directory")
-    command.add_argument("--model", help="as of python -m trainer; default what the SAE names")
-    command.add_argument("--dataset", help="text to evaluate on, as of python -m trainer; default what the SAE names")
-    command.add_argument("--text_column", help="field of a .jsonl, .parquet or Hugging Face record; default text")
-    command.add_argument("--eval_tokens", type=int, default=8192, help="held-out tokens for eval.json; default 8192")
+    each = commands.add_parser("export", help="write a checkpoint for SAELens")
+    each.set_defaults(run=export_checkpoint)
+    each.add_argument("path", type=Path, help="checkpoint directory")
+    each.add_argument("folder", type=Path, help="new folder, for sae_lens.SAE.load_from_disk")
+    each = commands.add_parser("import", help="make a checkpoint of a SAELens SAE of hook_z, and evaluate it")
+    each.set_defaults(run=import_checkpoint)
+    each.add_argument("folder", type=Path, help="folder with cfg.json and sae_weights.safetensors")
+    each.add_argument("path", type=Path, help="new checkpoint directory")
+    each.add_argument("--model", help="as of python -m trainer; default what the SAE names")
+    each.add_argument("--dataset", help="text to evaluate on, as of python -m trainer; default what the SAE names")
+    each.add_argument("--text_column", help="field of a .jsonl, .parquet or Hugging Face record; default text")
+    each.add_argument("--eval_tokens", type=int, default=8192, help="held-out tokens for eval.json; default 8192")
     options = vars(parser.parse_args(argv))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` is Ctrl-C: nothing half stays
-    try:
-        options.pop("run")(**options)
-    except KeyboardInterrupt:
-        print("Stopped; nothing was written.", file=sys.stderr)
-        return 130
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    run = options.pop("run")
+    return command.status(lambda: run(**options))
 
 
 if __name__ == "__main__":
