@@ -206,12 +206,8 @@ def match(first: Path, others: list[Path], tokens: int = 20_000, device: str = "
                 f"{each.path} reads {each.sae.d_in} dimensions, but {lm.name} has {lm.n_heads * lm.d_head}"
             )
     corpus = open_text(config["text"], lm.tokenizer)
-    n_contexts = -(-tokens // (corpus.context_size - 1))
-    if corpus.finite and corpus.n_held_out_contexts < n_contexts:
-        n_contexts = corpus.n_held_out_contexts
-        print(f"{corpus.name} has {n_contexts * (corpus.context_size - 1):,} held-out tokens, all are taken")
     saes = [each.sae.to(lm.device) for each in trained]
-    cofiring = firings(lm, config["model"]["hook_layer"], corpus.held_out(n_contexts), saes)
+    cofiring = firings(lm, config["model"]["hook_layer"], corpus.held_out_tokens(tokens), saes)
     text = {"name": corpus.name, "fingerprint": corpus.fingerprint, "context_size": corpus.context_size}
     written = []
     for i in range(1, len(trained)):

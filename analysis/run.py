@@ -152,12 +152,8 @@ def analyse(
         lm = open_model(first, pick_device(device))
         text = first["text"] | ({"name": cfg.dataset, "held_out_fraction": 1.0} if cfg.dataset else {})
         corpus = open_text(text, lm.tokenizer)
-        n_contexts = -(-cfg.tokens // (corpus.context_size - 1))
-        if corpus.finite and corpus.n_held_out_contexts < n_contexts:
-            n_contexts = corpus.n_held_out_contexts
-            print(f"{corpus.name} has {n_contexts * (corpus.context_size - 1):,} tokens to analyse, all are taken")
-        contexts = corpus.held_out(n_contexts)
-        key = {**asdict(cfg), "text": corpus.fingerprint, "n_contexts": n_contexts}
+        contexts = corpus.held_out_tokens(cfg.tokens)
+        key = {**asdict(cfg), "text": corpus.fingerprint, "n_contexts": len(contexts)}
         jobs = [Job(each, lm, key, cfg.examples) for each in group]
         for job in jobs:
             if resume:

@@ -305,7 +305,7 @@ def export(
     layer = config["model"]["hook_layer"]
     lm = lm or open_model(config, pick_device("auto"))
     corpus = open_text(config["text"], lm.tokenizer)
-    contexts = corpus.held_out(-(-tokens // (corpus.context_size - 1)))
+    contexts = corpus.held_out_tokens(tokens)
     chosen = first_features(sae, features_per_head) if features is None else torch.tensor(sorted(features))
     found = harvest(lm, sae, layer, contexts, chosen)
     data = vis_data(lm, sae, layer, found)

@@ -8,6 +8,8 @@ from analysis.dfa import SLOTS
 # Okabe and Ito's palette, distinguishable with every common colour vision.
 PALETTE = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#B8A800", "#7F7F7F"]
 GREY = PALETTE[-1]  # of marks that are no data: readable on light and dark
+# By what features of different heads are linked before they are counted once.
+CRITERIA = {"both": "co-firing and direction", "jaccard": "co-firing alone", "cosine": "direction alone"}
 SLOT_COLOURS = dict(
     zip(SLOTS, ["#9AA0A6", "#CC79A7", "#D55E00", "#E69F00", "#0072B2", "#56B4E9", "#009E73"], strict=True)
 )

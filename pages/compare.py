@@ -106,8 +106,8 @@ def merging(sides: list[Side]) -> None:
             without.append((side, str(error).split(": run")[0].replace(f"{common.folder()}{os.sep}", "")))
     if curves:
         criterion = st.segmented_control(
-            "Features of two heads are linked where they", list(compare_charts.CRITERIA), default="both", required=True,
-            format_func=compare_charts.CRITERIA.get, key="criterion", bind="query-params",
+            "Features of two heads are linked by", list(charts.CRITERIA), default="both", required=True,
+            format_func=charts.CRITERIA.get, key="criterion", bind="query-params",
         )  # fmt: skip
         frame = pd.concat(curves)
         frame = frame[frame["criterion"] == criterion]

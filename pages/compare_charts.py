@@ -5,12 +5,6 @@ import pandas as pd
 
 from pages.charts import PALETTE
 
-CRITERIA = {
-    "both": "fire together and write the same",
-    "jaccard": "fire together",
-    "cosine": "write the same",
-}
-
 
 def short_names(names: list[str]) -> list[str]:
     """Names without the words that all of them begin with, for the heads of columns."""

@@ -5,9 +5,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.dfa import SLOTS
-from pages.charts import GREY, PALETTE, SLOT
-
-_CRITERIA = {"both": "co-firing and direction", "jaccard": "co-firing alone", "cosine": "direction alone"}
+from pages.charts import CRITERIA, GREY, PALETTE, SLOT
 
 
 def role_card(head: pd.Series) -> alt.Chart:
@@ -82,7 +80,7 @@ def redundancy(counts: list[list[int]]) -> alt.LayerChart:
 
 def merging(curve: pd.DataFrame, l0: float) -> alt.LayerChart:
     """L0 where linked features of different heads count once, over the threshold from which they are linked."""
-    frame = curve.assign(linked=curve["criterion"].map(_CRITERIA))
+    frame = curve.assign(linked=curve["criterion"].map(CRITERIA))
     lines = (
         alt.Chart(frame)
         .mark_line(point=True)

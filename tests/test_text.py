@@ -91,3 +91,10 @@ def test_too_few_held_out_tokens_and_missing_files_are_refused(gpt2, text_file):
         Corpus("nowhere.jsonl", gpt2.tokenizer, 32)
     with pytest.raises(ValueError, match="could not be read"):
         list(Corpus("no-such/dataset", gpt2.tokenizer, 32).train())
+
+
+def test_held_out_tokens_are_at_least_as_many_as_asked_for_or_all(gpt2, text_file, capsys):
+    corpus = Corpus(str(text_file), gpt2.tokenizer, 32)
+    assert torch.equal(corpus.held_out_tokens(63), corpus.held_out(3)) and not capsys.readouterr().out
+    assert len(corpus.held_out_tokens(10**9)) == corpus.n_held_out_contexts
+    assert "held-out tokens, all are taken" in capsys.readouterr().out

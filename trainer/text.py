@@ -99,6 +99,14 @@ class Corpus:
             )
         return torch.stack(list(found))
 
+    def held_out_tokens(self, n_tokens: int) -> Int[Tensor, "context pos"]:
+        """Held-out contexts of at least so many tokens; where a text has fewer all of them, and a line says so."""
+        n_contexts = -(-n_tokens // (self.context_size - 1))
+        if self.finite and self.n_held_out_contexts < n_contexts:
+            n_contexts = self.n_held_out_contexts
+            print(f"{self.name} has {n_contexts * (self.context_size - 1):,} held-out tokens, all are taken")
+        return self.held_out(n_contexts)
+
     def documents(self, contexts: Int[Tensor, "context pos"]) -> Int[Tensor, "context pos"]:
         """Which document each token of what `held_out` returned belongs to.
 
