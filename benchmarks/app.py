@@ -8,6 +8,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Callable
@@ -16,7 +17,14 @@ from pathlib import Path
 
 from playwright.sync_api import Browser, Page, sync_playwright
 
+from analysis.run import AnalysisConfig, analyse
+from benchmarks.analysis import DEFAULT, wide_sae
+from trainer import checkpoint
+from trainer.origin import open_model, open_text
+
+ROOT = Path(__file__).parents[1]
 PORT, ROUNDS, SESSIONS = 8599, 5, 10
+WIDE = "wide"
 PAGES = ["Tradeoffs", "Heads", "Features", "Prompt", "Compare", "Runs"]
 TEXT = (
     "Fellow citizens of the Senate and of the House of Representatives, I congratulate you on the state of the nation. "
@@ -64,9 +72,9 @@ def resident(pid: int) -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e9
 
 
-def fill(page: Page, text: str) -> Callable[[], None]:
-    """Type a prompt; returns what sends it."""
-    box = page.get_by_role("textbox", name="Prompt")
+def fill(page: Page, name: str, text: str) -> Callable[[], None]:
+    """Type into a text box; returns what sends it."""
+    box = page.get_by_role("textbox", name=name)
     box.fill(text)
     return lambda: box.press("Control+Enter")
 
@@ -75,7 +83,7 @@ def prompts(page: Page, texts: list[str]) -> list[float]:
     """Seconds from sending each prompt to the page complete."""
     found = []
     for text in texts:
-        send = fill(page, text)
+        send = fill(page, "Prompt", text)
         started = time.perf_counter()
         send()
         idle(page)
@@ -85,7 +93,7 @@ def prompts(page: Page, texts: list[str]) -> list[float]:
 
 def together(pages: list[Page], texts: list[str]) -> list[float]:
     """Every session sends its prompt at the same moment; seconds until each is complete."""
-    sends = [fill(page, text) for page, text in zip(pages, texts, strict=True)]
+    sends = [fill(page, "Prompt", text) for page, text in zip(pages, texts, strict=True)]
     started = time.perf_counter()
     for send in sends:
         send()
@@ -97,6 +105,19 @@ def together(pages: list[Page], texts: list[str]) -> list[float]:
                 done[page] = time.perf_counter() - started
         pages[0].wait_for_timeout(30)
     return list(done.values())
+
+
+def with_a_wide_one(folder: Path) -> None:
+    """The shipped checkpoints, and one of 24,579 features that is analysed on 4,000 tokens."""
+    for path in checkpoint.list_checkpoints(ROOT / "checkpoints"):
+        (folder / path.path.name).symlink_to(path.path)
+    sae, config = checkpoint.load(DEFAULT)
+    lm = open_model(config)
+    layer = config["model"]["hook_layer"]
+    tokens = open_text(config["text"], lm.tokenizer).held_out_tokens(1000)
+    wide = wide_sae(sae, lm.hook_z(tokens, layer)[:, 1:].flatten(0, 1))
+    checkpoint.save(folder / WIDE, wide, {key: value for key, value in config.items() if key != "sae"})
+    analyse([folder / WIDE], AnalysisConfig(tokens=4000))
 
 
 def measure(browser: Browser, server: subprocess.Popen, address: str) -> None:
@@ -124,7 +145,16 @@ def measure(browser: Browser, server: subprocess.Popen, address: str) -> None:
             go(PAGES[(PAGES.index(name) + 1) % len(PAGES)])
             values.append(go(name))
         row(f"to {name}, caches warm", values)
-    go("Prompt")
+    visit = partial(page.goto, f"{address}/features?checkpoint={WIDE}")
+    row("24,579 features, first time", [seconds(page, visit, "Features")])
+    steps = {
+        "a token that fires": lambda i: fill(page, "Fires on", ["the", "of", "and", "to", "in"][i])(),
+        "the next feature": lambda i: page.get_by_role("button", name="Next", exact=True).click(),
+    }
+    for name, step in steps.items():
+        row(f"24,579 features, {name}", [seconds(page, partial(step, i), "Features") for i in range(ROUNDS)])
+    page.goto(f"{address}/prompt")
+    idle(page)
     print(f"| a new prompt of 66 tokens | | {spread(prompts(page, [f'{i} {TEXT * 3}' for i in range(ROUNDS)]))} |")
     print(f"| a new prompt of 1,016 tokens | | {spread(prompts(page, [f'{i} {TEXT * 44}' for i in range(3)]))} |")
     print(f"\nThe server holds {resident(server.pid):.1f} GB.")
@@ -140,9 +170,12 @@ def measure(browser: Browser, server: subprocess.Popen, address: str) -> None:
 
 
 def main() -> None:
+    folder = tempfile.mkdtemp()
+    with_a_wide_one(Path(folder))
     command = [sys.executable, "-m", "streamlit", "run", "app.py", "--server.headless=true", f"--server.port={PORT}"]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    server = subprocess.Popen(command, cwd=Path(__file__).parents[1], **quiet)
+    environment = os.environ | {"ATTN_SAES_CHECKPOINTS": folder}
+    server = subprocess.Popen(command, cwd=ROOT, env=environment, **quiet)
     address = f"http://localhost:{PORT}"
     try:
         for _ in range(100):
@@ -160,6 +193,7 @@ def main() -> None:
             browser.close()
     finally:
         server.terminate()
+        shutil.rmtree(folder)
 
 
 if __name__ == "__main__":
