@@ -1,5 +1,6 @@
 """One prompt through one checkpoint: which features fire, and from where their heads read."""
 
+import unicodedata
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -86,12 +87,13 @@ def run_prompt(lm: "LanguageModel", sae: BlockDiagSAE, layer: int, prompt: str) 
 
 
 def firing_map(run: PromptRun) -> pd.DataFrame:
-    """How many features fire: one row per head (or block of a dense SAE) and position but BOS."""
+    """How many features fire: one row per head (`all` of a dense SAE) and position but BOS."""
     counts = (run.f > 0).sum(-1)
+    total = run.f.sum(-1)
     rows = [
-        (head, position, run.label(position), int(counts[position, head]), float(run.f[position, head].sum()))
+        ("all" if run.dense else head, q, run.label(q), int(counts[q, head]), float(total[q, head]))
         for head in range(counts.shape[1])
-        for position in range(1, len(counts))
+        for q in range(1, len(counts))
     ]
     return pd.DataFrame(rows, columns=["head", "position", "token", "active", "activation"])
 
@@ -243,7 +245,13 @@ def role_table(shares: pd.DataFrame) -> pd.DataFrame:
 
 
 def visible(text: str) -> str:
-    """A token with its white space and control characters made visible and harmless."""
+    """A token with white space, control characters and what has no shape of its own made visible and harmless."""
     named = {" ": "\u00b7", "\n": "\u21b5", "\t": "\u21e5", "\r": "\u240d"}
-    shown = "".join(named.get(c, c if c.isprintable() else f"\\u{ord(c):04x}") for c in text)
-    return shown or "\u2205"
+    shown = []
+    for before, c in zip(" " + text, text, strict=False):
+        # A mark needs a letter to stand on; some printable characters are blank.
+        bare = unicodedata.category(c)[0] == "M" and unicodedata.category(before)[0] not in "LM"
+        blank = c in "\u034f\u115f\u1160\u2800\u3164\uffa0" or "\ufe00" <= c <= "\ufe0f"
+        plain = c.isprintable() and not bare and not blank
+        shown.append(named.get(c, c if plain else f"\\u{ord(c):04x}"))
+    return "".join(shown) or "\u2205"

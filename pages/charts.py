@@ -71,8 +71,8 @@ def firing_map(frame: pd.DataFrame, largest: int) -> alt.Chart:
     )
 
 
-def roles(frame: pd.DataFrame) -> alt.FacetChart:
-    """Where each head looks and what its features read: shares by source slot, two bars a head."""
+def roles(frame: pd.DataFrame) -> alt.Chart:
+    """Shares by source slot, two bars a head: above where it looks, below what its features read."""
     long = frame.melt(["head", "slot"], ["attention", "dfa"], var_name="measure", value_name="share")
     long["measure"] = long["measure"].map({"attention": "attention", "dfa": "DFA"})
     long["order"] = long["slot"].map({slot: index for index, slot in enumerate(SLOTS)})
@@ -80,14 +80,14 @@ def roles(frame: pd.DataFrame) -> alt.FacetChart:
         alt.Chart(long)
         .mark_bar()
         .encode(
-            x=alt.X("share:Q", title="Share", axis=alt.Axis(format="%")),
-            y=alt.Y("measure:N", title=None, sort=["attention", "DFA"]),
+            x=alt.X("share:Q", title="Share", axis=alt.Axis(format="%"), scale=alt.Scale(domain=[0, 1])),
+            y=alt.Y("head:O", title="Head"),
+            yOffset=alt.YOffset("measure:N", sort=["attention", "DFA"]),
             color=SLOT,
             order="order:Q",
             tooltip=["head", "measure", "slot", alt.Tooltip("share:Q", format=".1%")],
         )
-        .properties(height=34, width=460)
-        .facet(row=alt.Row("head:N", title="Head", header=alt.Header(labelAngle=0)), spacing=4)
+        .properties(height=alt.Step(19))
     )
 
 

@@ -6,12 +6,13 @@ are read once for all sessions, which must not change them.
 
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import streamlit as st
+from streamlit.errors import StreamlitAPIException
 from streamlit.runtime.pages_manager import PagesManager
 
 from analysis.artefacts import Analysis
@@ -77,12 +78,32 @@ def readable() -> list[checkpoint.Listed]:
     return found
 
 
+def select(column: Any, label: str, options: Sequence[str], key: str, **more: Any) -> str:
+    """A select box kept in the URL; a choice that is no option any more gives way to the first, also in the URL."""
+    if st.session_state.get(key, options[0]) not in options:
+        st.session_state[key] = options[0]
+    return column.selectbox(label, options, key=key, bind="query-params", **more)
+
+
 def pick_checkpoint(listed: list[checkpoint.Listed], label: str, key: str, index: int = 0) -> checkpoint.Listed:
-    """A select box over checkpoint names, kept in the URL under `key`; `index` counts from the default one."""
+    """A select box over checkpoint names, kept in the URL under `key`; `index` counts from the default one.
+
+    Streamlit leaves defaults out of the URL. Which checkpoint is the default changes as others are trained, so the box
+    has none: the name is written down, and a link means the same SAE tomorrow.
+    """
     by_name = {each.path.name: each for each in listed}
     names = list(by_name)
-    first = (names.index(_default(listed).path.name) + index) % len(names)
-    return by_name[st.selectbox(label, names, index=first, key=key, bind="query-params")]
+    default = names[(names.index(_default(listed).path.name) + index) % len(names)]
+    wanted = st.query_params.get(key)
+    if wanted is not None and wanted not in by_name:
+        st.warning(f"There is no checkpoint {wanted} in {folder().name}/: {default} is shown.")
+    name = st.session_state.get(key, wanted)
+    if name not in by_name:
+        name = st.session_state[key] = default
+    if wanted is None:
+        with suppress(StreamlitAPIException):  # refused where the box is already bound to it
+            st.query_params[key] = name
+    return by_name[st.selectbox(label, names, None, key=key, bind="query-params") or default]
 
 
 def _default(listed: list[checkpoint.Listed]) -> checkpoint.Listed:

@@ -124,6 +124,7 @@ def one_prompt(sides: list[Side], runs: list[analysis.PromptRun], head: int | No
     """The features of a prompt that fire in each checkpoint, two side by side, and the roles of its heads."""
     span = None if position is None else (position, position)
     maps = [analysis.firing_map(run) for run in runs]
+    columns = ["feature", "head", "token", "activation", "reads from", "slot"]
     largest = max(int(each["active"].max()) for each in maps)
     for start in range(0, len(sides), 2):
         for column, side, run, each in zip(st.columns(2), sides[start:], runs[start:], maps[start:], strict=False):
@@ -134,7 +135,7 @@ def one_prompt(sides: list[Side], runs: list[analysis.PromptRun], head: int | No
                     analysis.active_features(run, None if run.dense else head, span, limit=50),
                     hide_index=True,
                     height=260,
-                    column_order=["feature", "head", "token", "activation", "reads from", "slot"],
+                    column_order=[name for name in columns if name != "head" or not run.dense],
                     column_config={
                         "feature": st.column_config.NumberColumn(width=55),
                         "head": st.column_config.NumberColumn(width=40),
@@ -188,12 +189,10 @@ runs = [live.prompt_run(side.listed, prompt) for side in sides]
 same_tokens = all(run.strings == runs[0].strings for run in runs)
 left, right = st.columns(2)
 heads = [ALL, *map(str, range(len(runs[0].pattern)))]
-head = left.selectbox("Head", heads, key="head", bind="query-params")
+head = common.select(left, "Head", heads, "head")
 positions = {ALL: None} | {runs[0].label(p): p for p in range(1, len(runs[0].strings)) if same_tokens}
-token = right.selectbox(
-    "Token", list(positions), key="token", bind="query-params",
-    help=None if same_tokens else "the models cut this prompt into different tokens",
-)  # fmt: skip
+different = None if same_tokens else "the models cut this prompt into different tokens"
+token = common.select(right, "Token", list(positions), "token", help=different)
 where = None if head == ALL else int(head), positions[token]
 if view == "One prompt":
     one_prompt(sides, runs, *where)

@@ -1,5 +1,6 @@
 """The dashboard of one feature."""
 
+import numpy as np
 import pandas as pd
 import streamlit as st
 
@@ -18,8 +19,7 @@ def show(listed: checkpoint.Listed, analysis: Analysis, labels: Labels, order: l
     Raises:
         CheckpointError: an artefact is damaged.
     """
-    _navigation(analysis, order)
-    feature = int(st.session_state["feature"])
+    feature = _navigation(analysis, order)
     row = analysis.feature(feature)
     st.subheader(f"Feature {feature} of head {row['head']}", anchor=False)
     if row["head_share"] < 1:
@@ -95,26 +95,33 @@ def sae_vis_page(listed: checkpoint.Listed, features: list[int]) -> None:
     st.code(f"python -m analysis.sae_vis {common.shown_path(listed.path)} OUT.html", language="bash")
     if chosen and st.button("Make it"):
         page = live.sae_vis_page(listed, tuple(chosen))
-        st.download_button("Download the HTML", page, f"{listed.path.name}-sae-vis.html", "text/html")
+        st.download_button(
+            "Download the HTML", page, f"{listed.path.name}-sae-vis.html", "text/html", on_click="ignore"
+        )
 
 
-def _navigation(analysis: Analysis, order: list[int]) -> None:
+def _navigation(analysis: Analysis, order: list[int]) -> int:
+    """The feature shown, and steps to others."""
     d_sae = len(analysis.features)
-    if st.session_state.get("feature") is None:
-        st.session_state["feature"] = order[0] if order else 0
+    if (st.session_state.get("feature") or 0) >= d_sae:  # of another checkpoint
+        st.session_state["feature"] = None
+    first = order[0] if order else 0
     with st.container(horizontal=True, vertical_alignment="bottom"):
-        st.number_input("Feature id", 0, d_sae - 1, key="feature", bind="query-params", width=160)
-        feature = int(st.session_state["feature"])
+        chosen = st.number_input(
+            "Feature id", 0, d_sae - 1, None, key="feature", bind="query-params", width=160, placeholder=str(first)
+        )
+        feature = first if chosen is None else int(chosen)
         head = analysis.features["head"]
         place = order.index(feature) if feature in order else None
         steps = {"Previous": -1, "Next": 1}
         for name, step in steps.items():
-            at = None if place is None else place + step
-            target = order[at] if at is not None and 0 <= at < len(order) else None
+            at = max(0, step - 1) if place is None else place + step  # what is filtered away comes before the first
+            target = order[at] if 0 <= at < len(order) and (place is not None or step > 0) else None
             _go(name, target, "of the features above, in their order")
         for name, step in steps.items():
             of_head = head[(head == head[feature] + step) & (analysis.features["firings"] > 0)]
             _go(f"{name} head", int(of_head.index[0]) if len(of_head) else None, "its first feature that fires")
+    return feature
 
 
 def _go(name: str, target: int | None, what: str) -> None:
@@ -168,6 +175,7 @@ def _save(labels: Labels, feature: int) -> None:
     try:
         labels.put(feature, text, note, seen)
         st.session_state[f"seen_{feature}"] = labels.get(feature).changed
+        st.toast("Saved")
     except ValueError as error:
         st.session_state["label_refused"] = str(error)
 
@@ -190,7 +198,8 @@ def _examples(analysis: Analysis, row: pd.Series) -> None:
     for example in chosen.itertuples():
         texts = [analysis.strings[int(i)] for i in example.token_ids]
         position = int(example.position)
-        span = None if whole else strips.around(position, len(texts))
+        source = int(np.abs(example.dfa).argmax())
+        span = None if whole else strips.around(position, source, len(texts))
         parts = [
             strips.strip(texts, example.activations, "activation", strips.ORANGE, position, span),
             strips.strip(texts, example.dfa, "DFA", strips.GREEN, position, span),
@@ -204,7 +213,7 @@ def _examples(analysis: Analysis, row: pd.Series) -> None:
             st.caption(
                 f"activation {example.activation:.3f}{quantile} · document {example.document}, context "
                 f"{example.context}, position {position} · sources {example.dfa_sum:.3f}, "
-                f"constant {row['constant']:.3f}"
+                f"constant {row['constant']:.3f} · largest source {position - source} back"
             )
             st.html("".join(parts))
 
@@ -212,7 +221,7 @@ def _examples(analysis: Analysis, row: pd.Series) -> None:
 def _neighbours(analysis: Analysis, feature: int) -> None:
     table = analysis.neighbours(feature)
     table = table.join(analysis.features[["head", "description"]], on="other")
-    st.markdown("**Nearest features**, by how often they fire together and by what they write. A click goes there.")
+    st.markdown("**Nearest features**, by how often they fire together and by what they write. Tick one to go there.")
     for column, across in zip(st.columns(2), (False, True), strict=True):
         with column:
             st.caption("of other heads" if across else "of its own head")

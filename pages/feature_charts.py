@@ -39,7 +39,7 @@ def slots(row: pd.Series) -> alt.Chart:
         .encode(
             y=alt.Y("on:N", title=None, sort=["text", "repeated tokens"]),
             x=alt.X("share:Q", title="Share of positive DFA", axis=alt.Axis(format="%", tickCount=5)),
-            color=SLOT.title(None).legend(orient="top", columns=3, symbolLimit=7),
+            color=SLOT.title(None).legend(orient="top", columns=2, symbolLimit=7),
             order="order:Q",
             tooltip=["on", "slot", alt.Tooltip("share:Q", format=".1%")],
         )

@@ -92,6 +92,8 @@ if noted:
 by, ascending = SORTS[sort]
 found = found.sort_values(by, ascending=ascending, kind="stable", na_position="last")
 n_pages = max(1, -(-len(found) // PER_PAGE))
+if st.session_state.get("page", 1) > n_pages:
+    st.session_state["page"] = 1
 page = right.number_input(f"Page of {n_pages}", 1, n_pages, key="page", bind="query-params")
 shown = found.iloc[(page - 1) * PER_PAGE : page * PER_PAGE]
 alive = int((features["firings"] > 0).sum())
@@ -121,9 +123,6 @@ else:
             "description": st.column_config.TextColumn(width="large"),
         },
     )
-    first = ids[0]
-    if st.session_state.get("feature") is None and "feature" not in st.query_params:
-        st.session_state["feature"] = first
 
 order = found["feature"].tolist()
 with common.sentences():

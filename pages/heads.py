@@ -52,9 +52,11 @@ st.caption(
 )
 
 st.subheader("L0 per token")
-if listed.config["block"] == "dense":
+dense = listed.config["block"] == "dense"
+if dense:
     st.caption("A dense SAE has no heads of its own: one panel for all of it.")
-st.altair_chart(charts.l0_histograms(tables.histograms(figures)))
+histograms = tables.histograms(figures)
+st.altair_chart(charts.l0_histograms(histograms.assign(head="all heads") if dense else histograms))
 
 st.subheader("Per head")
 frame = tables.per_head(figures, model["n_heads"])

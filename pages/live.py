@@ -146,8 +146,7 @@ def _weights(listed: checkpoint.Listed) -> float:
 
 def prompt_box() -> str:
     """The prompt and a tour of four examples, each with what to see; the prompt is in the URL."""
-    st.session_state.setdefault("prompt", EXAMPLES["Induction"][0])
-    prompt = st.text_area("Prompt", key="prompt", bind="query-params", height=90)
+    prompt = st.text_area("Prompt", EXAMPLES["Induction"][0], key="prompt", bind="query-params", height=90)
     with st.container(horizontal=True):
         for name, (text, _) in EXAMPLES.items():
             st.button(name, key=f"example_{name}", on_click=_set_prompt, args=(text,), help=text)

@@ -180,7 +180,7 @@ _FIGURES = {
 
 def _pairs(view: View) -> None:
     """The table of pairs, and one of them along the prompt."""
-    st.markdown("**Matched features**, head by head. A click on a row draws its pair along the prompt.")
+    st.markdown("**Matched features**, head by head. Tick a row to draw its pair along the prompt.")
     table = view.of_head(aligned.aligned(view.match, *view.runs, view.position, view.firing))
     if table.empty:
         st.info("No pair fires here. Choose another token or head, or show also features that do not fire.")
@@ -203,7 +203,7 @@ def _pairs(view: View) -> None:
     where = "at the chosen token" if view.position is not None else "the largest on the prompt"
     cut = f" The first {_TABLE_ROWS:,} of {len(table):,} pairs." if len(table) > len(shown) else ""
     st.caption(f"Activations: {where}, each in the units of its own SAE.{cut}")
-    chosen = st.selectbox("Pair", keys, key="pair", bind="query-params")
+    chosen = common.select(st, "Pair", keys, "pair")
     row = shown.iloc[keys.index(chosen)]
     features = list(zip(view.sides, (int(row["a"]), int(row["b"])), strict=True))
     lines = [(f"{side.short}: {f}", run, f) for run, (side, f) in zip(view.runs, features, strict=True)]
@@ -213,7 +213,7 @@ def _pairs(view: View) -> None:
 
 def _split(view: View) -> None:
     """Dense features with their parts: all of them, then one along the prompt."""
-    st.markdown("**What dense features split into.** A click on a row shows its parts.")
+    st.markdown("**What dense features split into.** Tick a row to see its parts.")
     (dense, block), (dense_run, block_run) = view.sides, view.runs
     table = view.of_head(aligned.split_on(view.match, dense_run, view.position, view.firing))
     if table.empty:
@@ -231,7 +231,7 @@ def _split(view: View) -> None:
             selection_mode="single-row",
             column_config=_FIGURES | {"parts": st.column_config.NumberColumn(width=60)},
         )
-    chosen = left.selectbox("Dense feature", keys, key="dense", bind="query-params")
+    chosen = common.select(left, "Dense feature", keys, "dense")
     row = table.iloc[keys.index(chosen)]
     with right:
         st.altair_chart(compare_charts.norm_shares(row["norm_shares"].tolist(), dense.colour))

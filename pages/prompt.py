@@ -13,8 +13,8 @@ WIDEST = 96  # tokens of the map that can be read side by side
 
 common.begin(
     "Prompt",
-    "Type a prompt: the map counts the features that fire in each head at each token. Pick a head or a token, then a "
-    "feature, to see which earlier tokens it reads from and what changes without it.",
+    "Type a prompt: the map counts the features that fire in each head at each token. Click a cell or pick a head and "
+    "a token, then a feature, to see which earlier tokens it reads from and what changes without it.",
 )
 
 listed = common.pick_checkpoint(common.readable(), "Checkpoint", "checkpoint")
@@ -48,12 +48,13 @@ st.altair_chart(
     charts.firing_map(counts, largest), width="stretch", key="map", on_select=pick_cell, selection_mode="cell"
 )
 left, middle, right = st.columns(3)
-head = left.selectbox("Head", [ALL, *map(str, range(n_blocks))], key="head", bind="query-params")
-token = middle.selectbox("Token", [ALL, *tokens], key="token", bind="query-params")
+heads = [ALL, *map(str, range(0 if run.dense else n_blocks))]
+head = common.select(left, "Head", heads, "head")
+token = common.select(middle, "Token", [ALL, *tokens], "token")
 position = None if token == ALL else 1 + tokens.index(token)
 span = None
 if position is not None:
-    until = right.selectbox("to token", tokens[position - 1 :], key="until", bind="query-params")
+    until = common.select(right, "to token", tokens[position - 1 :], "until")
     span = (position, 1 + tokens.index(until))
 
 left, right = st.columns([2, 2], vertical_alignment="bottom")
@@ -61,12 +62,12 @@ rank = left.selectbox("Rank by", RANKS, key="rank", bind="query-params")
 block = None if head == ALL else int(head)
 choice: dict = {}
 if rank == RANKS[2]:
-    source = right.selectbox("Source", [run.label(0), *tokens], key="source", bind="query-params")
+    source = common.select(right, "Source", [run.label(0), *tokens], "source")
     choice = {"source": [run.label(0), *tokens].index(source)}
 elif rank == RANKS[1]:
     predicted = live.predictions(listed, prompt, (span[1] if span else length - 1))
     names = [f"{row.token} ({row.id})" for row in predicted.itertuples()]
-    wanted = right.selectbox("Next token", names, key="next", bind="query-params")
+    wanted = common.select(right, "Next token", names, "next")
     choice = {"effect": live.direct_effects_on(listed, prompt, int(predicted["id"].iloc[names.index(wanted)]))}
     st.caption("What each firing adds to that token's logit at its own position, by the direct path alone.")
 
@@ -85,6 +86,7 @@ else:
         on_select=partial(pick_row, names),
         selection_mode="single-row",
         column_config={
+            "head": None if run.dense else st.column_config.NumberColumn(),
             "share": st.column_config.ProgressColumn("share of the head", format="percent", min_value=0, max_value=1),
             "source share": st.column_config.NumberColumn("share of its DFA", format="percent"),
             "activation": st.column_config.NumberColumn(format="%.3f"),
@@ -94,7 +96,7 @@ else:
     )
     st.subheader("Where a feature reads from", anchor=False)
     left, right = st.columns([3, 1], vertical_alignment="bottom")
-    chosen = left.selectbox("Feature @ position", names, key="firing", bind="query-params")
+    chosen = common.select(left, "Feature @ position", names, "firing")
     row = features.iloc[names.index(chosen)]
     common.feature_link(right, listed, int(row["feature"]))
     sources = analysis.source_attribution(
@@ -104,10 +106,10 @@ else:
         strongest = sources.reindex(sources["dfa"].abs().nlargest(60).index).sort_index()
         st.caption(f"The 60 sources with the largest |DFA| of {len(sources)}, in order.")
         sources = strongest
-    owner = "of all heads" if run.dense else f"of head **{row['head']}**"
-    st.markdown(
-        f"Feature **{row['feature']}** {owner} at `{row['token']}` "
-        f"fires with {row['activation']:.3f}; its largest source is `{row['reads from']}` ({row['slot']})."
+    owner = "of all heads" if run.dense else f"of head {row['head']}"
+    st.text(
+        f"Feature {row['feature']} {owner} at {row['token']} "
+        f"fires with {row['activation']:.3f}; its largest source is {row['reads from']} ({row['slot']})."
     )
     st.altair_chart(charts.source_strips(sources))
 
@@ -125,7 +127,8 @@ kind, numbers = wheres[what]
 which = 0
 if numbers:
     which = middle.selectbox("Which head", list(range(numbers)), key="which", bind="query-params")
-at = right.selectbox("Predict after token", tokens, index=len(tokens) - 1, key="predict", bind="query-params")
+usual = "where the feature fires" if kind == "feature" else "the last token"
+at = common.select(right, "Predict after token", [usual, *tokens], "predict")
 if kind == "feature" and chosen is None:
     st.caption("Pick a feature above first.")
 else:
@@ -135,10 +138,14 @@ else:
         "At every position but BOS. p: the probability as it is. Direct: everything else frozen, the final norm's "
         "scale too. Full: the rest of the model run again. Changes are of the logit and of log p (nats)."
     )
-    changed = live.ablation(listed, prompt, kind, which, 1 + tokens.index(at))
+    after = 1 + tokens.index(at) if at != usual else length - 1
+    if at == usual and kind == "feature":
+        after = int(row["position"])
+    changed = live.ablation(listed, prompt, kind, which, after)
     best = changed.iloc[0]
     st.text(
-        f"{best['token']}: {best['probability']:.1%} as it is, {best['full probability']:.1%} without (full), "
+        f"After {run.label(after)}: {best['token']} {best['probability']:.1%} as it is, "
+        f"{best['full probability']:.1%} without (full), "
         f"{best['direct probability']:.1%} by the direct path alone"
     )
     st.dataframe(
@@ -162,9 +169,9 @@ else:
 
 st.subheader("What each head does on this prompt", anchor=False)
 st.caption(
-    "Shares over all destinations but BOS. Attention: where the head looks. DFA: what the features that fire read. "
-    "Slots are exclusive; the first that applies counts: bos, self, induction (after an earlier copy of this token), "
-    "duplicate (an earlier copy), previous, local (2 to 5 back), other."
+    "Shares over all destinations but BOS. Upper bar, attention: where the head looks. Lower bar, DFA: what the "
+    "features that fire read. Slots are exclusive; the first that applies counts: bos, self, induction (after an "
+    "earlier copy of this token), duplicate (an earlier copy), previous, local (2 to 5 back), other."
 )
 shares = analysis.roles(run)
 left, right = st.columns([3, 2])

@@ -1,5 +1,7 @@
 """The parts of the Heads page that read the analysis: role cards, monosemanticity, redundancy across heads."""
 
+from urllib.parse import quote
+
 import pandas as pd
 import streamlit as st
 
@@ -16,13 +18,13 @@ def cards(listed: checkpoint.Listed, analysis: Analysis) -> None:
     heads = analysis.heads
     st.caption(
         f"On {analysis.meta['head_tokens']:,} tokens of text and on repeated random tokens. Role: the largest source "
-        "slot, by attention (besides BOS, on which heads rest) and by the DFA of the head's features. Click a row for "
+        "slot, by attention (besides BOS, on which heads rest) and by the DFA of the head's features. Tick a row for "
         "its card."
     )
     shown = heads[
         ["head", "role_attention", "role_attention_besides_bos", "role_dfa", "agree", "repeated_role_attention",
-         "repeated_role_dfa", "repeated_agree", "copying", "copying_se", "L0_share", "explained_share", "KL_share",
-         "FVU"]
+         "repeated_role_attention_besides_bos", "repeated_role_dfa", "repeated_agree", "copying", "copying_se",
+         "L0_share", "explained_share", "KL_share", "FVU"]
     ]  # fmt: skip
     st.dataframe(
         shown,
@@ -35,7 +37,9 @@ def cards(listed: checkpoint.Listed, analysis: Analysis) -> None:
             "role_attention_besides_bos": "besides BOS",
             "role_dfa": "DFA",
             "repeated_role_attention": "attention, repeated",
+            "repeated_role_attention_besides_bos": "besides BOS, repeated",
             "repeated_role_dfa": "DFA, repeated",
+            "agree": st.column_config.CheckboxColumn(help="DFA with attention, or with attention besides BOS"),
             "repeated_agree": "agree, repeated",
             "copying": st.column_config.NumberColumn(format="%.2f", help="1 copies, 0 is chance, -1 suppresses"),
             "copying_se": st.column_config.NumberColumn("±", format="%.2f"),
@@ -114,9 +118,9 @@ def monosemanticity(listed: checkpoint.Listed, analysis: Analysis) -> None:
             "None: every feature judged has the head's role." if row["mono_n"] else "No feature could be judged."
         )
         return
-    st.caption(f"{len(deviants)} of {row['mono_n']} judged. A click on a row opens the feature with its examples.")
+    st.caption(f"{len(deviants)} of {row['mono_n']} judged. A click on a number opens the feature in a new tab.")
     columns = ["feature", f"{prefix}role", f"{prefix}role_share", "firings", "description"]
-    _open_on_click(deviants[columns], listed, "deviants", {f"{prefix}role_share": _PERCENT})
+    _linked(deviants[columns], listed, {f"{prefix}role_share": _PERCENT})
 
 
 def redundancy(listed: checkpoint.Listed, analysis: Analysis) -> None:
@@ -134,7 +138,7 @@ def redundancy(listed: checkpoint.Listed, analysis: Analysis) -> None:
     with right:
         st.markdown("**Features with a redundant partner** (both at least 0.5)")
         st.altair_chart(head_charts.redundancy(found["heads"]))
-    st.markdown("**The most redundant pairs**, by the smaller of Jaccard and cosine; a click opens the first feature")
+    st.markdown("**The most redundant pairs**, by the smaller of Jaccard and cosine; a click on a number opens it")
     pairs = analysis.table("pairs", filters=[("across", "==", True)])
     pairs = pairs[pairs["feature"] < pairs["other"]]
     pairs["both"] = pairs[["jaccard", "cosine"]].min(axis=1)
@@ -152,7 +156,7 @@ def redundancy(listed: checkpoint.Listed, analysis: Analysis) -> None:
     table = pairs[["feature", "head", "other", "other head", "both", "jaccard", "correlation", "cosine"]].assign(
         reads=pairs["feature"].map(description), other_reads=pairs["other"].map(description)
     )
-    _open_on_click(table, listed, "pairs", {})
+    _linked(table, listed, {})
 
 
 def _head(heads: pd.DataFrame) -> int:
@@ -166,20 +170,16 @@ def _pick_head(table: str = "roles") -> None:
         st.session_state["of_head"] = rows[0]
 
 
-def _open_on_click(table: pd.DataFrame, listed: checkpoint.Listed, key: str, config: dict) -> None:
-    """A table of which a click on a row opens its feature."""
-    picked = st.dataframe(
-        table,
-        hide_index=True,
-        height=280,
-        key=key,
-        on_select="rerun",
-        selection_mode="single-row",
-        column_config=config,
-    )
-    if picked["selection"]["rows"]:
-        feature = int(table["feature"].iloc[picked["selection"]["rows"][0]])
-        st.switch_page("pages/features.py", query_params={"checkpoint": listed.path.name, "feature": str(feature)})
+def _linked(table: pd.DataFrame, listed: checkpoint.Listed, config: dict) -> None:
+    """A table in which the numbers of features are links to their dashboards.
+
+    Links, because a page whose widgets are in its address cannot switch to another one with the same keys.
+    """
+    numbers = [name for name in ("feature", "other") if name in table]
+    address = f"features?checkpoint={quote(listed.path.name)}&feature="
+    links = {name: st.column_config.LinkColumn(display_text=r"feature=(\d+)$") for name in numbers}
+    table = table.assign(**{name: address + table[name].astype(str) for name in numbers})
+    st.dataframe(table, hide_index=True, height=280, column_config=config | links)
 
 
 def _copying(analysis: Analysis, head: int) -> pd.DataFrame:

@@ -74,7 +74,7 @@ def draw_progress(frame: pd.DataFrame) -> None:
     )
     st.caption(
         "Figures are of the last training batch that was logged. A run counts as stopped when it has logged nothing "
-        "for five times its usual interval (a minute at least), or for an hour after its last step. Click a row to see "
+        "for five times its usual interval (a minute at least), or for an hour after its last step. Tick a row to see "
         "its commands."
     )
 

@@ -44,6 +44,6 @@ def strip(
     )
 
 
-def around(position: int, length: int, before: int = 40, after: int = 12) -> tuple[int, int]:
-    """The part of a context to show around a position."""
-    return max(0, position - before), min(length - 1, position + after)
+def around(position: int, source: int, length: int, before: int = 40, after: int = 12) -> tuple[int, int]:
+    """The part of a context to show around a position, with the source that matters most to it."""
+    return max(0, min(position - before, source - 3)), min(length - 1, position + after)

@@ -103,13 +103,14 @@ def draw_frontier(
 
 def draw_table(frame: pd.DataFrame) -> None:
     """Figures and costs."""
-    costs = ["parameters", "tokens_seen", "training_seconds"]
+    costs = ["parameters", "tokens_seen", "training_minutes"]
+    hidden = {"training_seconds", "block", "model", "hook_layer"}
     first = ["name", "recipe", "sparsity", "L0", "FVU", "CE_score", "KL_score", *costs, "status", "figures", "MSE"]
     st.dataframe(
-        frame.assign(training_seconds=frame["training_seconds"] / 60),
+        frame.assign(training_minutes=frame["training_seconds"] / 60),
         hide_index=True,
         width="stretch",
-        column_order=[*first, *(c for c in frame if c not in {*first, "block", "model", "hook_layer"})],
+        column_order=[*first, *(c for c in frame if c not in {*first, *hidden})],
         column_config={
             "name": st.column_config.TextColumn(pinned=True),
             "L0": st.column_config.NumberColumn(format="%.1f"),
@@ -124,7 +125,7 @@ def draw_table(frame: pd.DataFrame) -> None:
             "n_tokens": st.column_config.NumberColumn("evaluated on", format="localized"),
             "parameters": st.column_config.NumberColumn(format="localized"),
             "tokens_seen": st.column_config.NumberColumn("training tokens", format="localized"),
-            "training_seconds": st.column_config.NumberColumn("training minutes", format="%.1f"),
+            "training_minutes": st.column_config.NumberColumn("training minutes", format="%.1f"),
             "d_sae": st.column_config.NumberColumn("features", format="localized"),
         },
     )

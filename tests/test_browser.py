@@ -148,7 +148,7 @@ def test_from_a_token_to_the_reason_why(visitor, chromium, address):
     restored = fresh.page.get_by_text("of head 4 at 19").first
     restored.wait_for()
     assert restored.inner_text() == shown, "the address restores the page"
-    fresh.page.get_by_text("mat: 46.7% as it is, 32.7% without (full)").wait_for()
+    fresh.page.get_by_text("After 19: \u00b7the: \u00b7mat 46.7% as it is, 32.7% without (full)").wait_for()
     dashboard = fresh.page.get_by_role("link", name="Its dashboard")
     dashboard.click()
     fresh.page.get_by_role("heading", name=re.compile(r"Feature \d+ of head 4")).wait_for()
@@ -165,9 +165,49 @@ def test_two_sessions_at_once_get_their_own_answers(chromium, address):
         each.page.get_by_text("Where a feature reads from").wait_for()
     for each, text in zip(visitors, prompts, strict=True):
         each.prompt(text)
+    for each, text in zip(visitors, prompts, strict=True):
+        each.page.wait_for_url(f"**{text.split()[0]}*")
+        each.choose("Take away or replace", "the whole layer, by its reconstruction")
     for each, following in zip(visitors, prompts.values(), strict=True):
-        each.page.get_by_text(f"\u00b7{following}: ").first.wait_for()
+        each.page.get_by_text(re.compile(rf"After \d+: \S+: \u00b7{following} \d")).wait_for()
         each.leave()
+
+
+def test_a_deviant_feature_is_one_click_away(visitor):
+    page = visitor.page
+    visitor.open("heads?show=Monosemanticity&of_head=8")
+    page.get_by_role("heading", name="Features of head 8 that deviate").wait_for()
+    visitor.idle()
+    table = page.locator("[data-testid=stDataFrame]").nth(1)
+    table.scroll_into_view_if_needed()
+    place = table.bounding_box()
+    with page.context.expect_page() as opened:
+        for step in (0, 2):  # a canvas: the mouse must come before it clicks
+            page.mouse.move(place["x"] + 16 + step, place["y"] + 51 + step)
+            page.wait_for_timeout(400)
+        page.mouse.down()
+        page.mouse.up()
+    opened.value.get_by_role("heading", name=re.compile(r"Feature \d+ of head 8")).wait_for()
+
+
+def test_the_address_says_what_is_shown(visitor):
+    """Streamlit leaves in the address what is no option any more, and leaves defaults out of it."""
+    page = visitor.page
+    visitor.open("prompt?token=18%3A+%C2%B7on&predict=10%3A+%C2%B7ran")
+    page.get_by_text("of head").first.wait_for()
+    for name in ("Duplicate token", "Induction"):
+        page.get_by_role("button", name=name, exact=True).click()
+        page.wait_for_timeout(500)
+        visitor.idle()
+    assert page.url == f"{visitor.address}/prompt?checkpoint=smollm2-135m-L17-batchtopk-x8-k32"
+    other = "smollm2-135m-L17-batchtopk-x8-k64"
+    visitor.choose("Checkpoint", other)
+    page.wait_for_url(f"**checkpoint={other}*")
+    visitor.idle()
+    page.get_by_role("link", name="Its dashboard").click()
+    page.get_by_text("Nearest features").wait_for()
+    visitor.idle()
+    assert f"checkpoint={other}" in page.url and "feature=" in page.url
 
 
 def test_markup_in_a_prompt_only_appears(visitor):

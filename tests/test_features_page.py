@@ -10,6 +10,7 @@ from test_pages import open_page, said
 from analysis.__main__ import main
 from analysis.artefacts import Analysis
 from analysis.labels import Labels
+from pages import strips
 
 NAMES = ["block-l1_1", "dense", "batchtopk"]
 
@@ -34,7 +35,8 @@ def folder(analysed, tmp_path, monkeypatch):
 
 
 def shown_feature(app) -> int:
-    return int(app.number_input(key="feature").value)
+    box = app.number_input(key="feature")
+    return int(box.placeholder if box.value is None else box.value)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -77,6 +79,36 @@ def test_filters_narrow_the_browser(folder):
     app.text_input(key="fires").set_value("").run()
     app.selectbox(key="role").set_value("all").run()
     assert len(app.dataframe[0].value) == before
+
+
+def test_a_feature_of_a_larger_checkpoint_gives_way(folder):
+    app = open_page("pages/features.py", checkpoint="block-l1_1")
+    app.session_state["feature"], app.session_state["page"] = 10**6, 99  # as they were there
+    app.run()
+    assert not app.exception
+    assert shown_feature(app) == int(Analysis(folder / "block-l1_1").search()["feature"].iloc[0])
+
+
+def test_a_checkpoint_that_is_not_there_is_named(folder):
+    app = open_page("pages/features.py", checkpoint="nope", feature="1")
+    assert "There is no checkpoint nope" in app.warning[0].value and not app.exception
+
+
+def test_from_a_feature_that_is_filtered_away_next_is_the_first(folder):
+    analysis = Analysis(folder / "block-l1_1")
+    app = open_page("pages/features.py", checkpoint="block-l1_1", head="2")
+    away = int(analysis.search(head=1)["feature"].iloc[0])
+    app.number_input(key="feature").set_value(away).run()
+    assert shown_feature(app) == away
+    assert app.button(key="go_Previous").disabled
+    app.button(key="go_Next").click().run()
+    assert shown_feature(app) == int(analysis.search(head=2)["feature"].iloc[0])
+
+
+def test_a_strip_holds_the_source_that_matters_most():
+    assert strips.around(100, 99, 200) == (60, 112)
+    assert strips.around(100, 20, 200) == (17, 112)
+    assert strips.around(5, 0, 8) == (0, 7)
 
 
 def test_previous_next_and_the_next_head(folder):
@@ -159,7 +191,9 @@ def test_heads_read_the_analysis(folder, name, show):
         head = int(np.argmax(sheet["deviants"]))
         listed = open_page("pages/heads.py", checkpoint=name, show=show, of_head=str(head))
         if sheet["deviants"][head]:
-            assert listed.dataframe[1].value["feature"].tolist() == heads["mono_deviants"][head].tolist()
+            links = listed.dataframe[1].value["feature"]
+            deviants = heads["mono_deviants"][head]
+            assert links.tolist() == [f"features?checkpoint={name}&feature={each}" for each in deviants]
     if show == "Roles":
         assert app.dataframe[0].value["role_dfa"].tolist() == heads["role_dfa"].tolist()
 

@@ -1,5 +1,7 @@
 """The language model agrees with Hugging Face, stops at the hook, and splices exactly."""
 
+from copy import copy
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -100,3 +102,18 @@ def test_a_named_model_that_is_not_in_the_cache_is_a_sentence(tmp_path, monkeypa
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ValueError, match="model 'pythia-14m' could not be loaded"):
         LanguageModel.load("pythia-14m")
+
+
+def test_bytes_that_are_no_character_are_written_out(gpt2):
+    class Tokenizer:
+        """A byte-level BPE cuts characters into tokens; others name bytes themselves."""
+
+        def batch_decode(self, ids, **options):
+            return ["\ufffd", " \ufffd", "\ufffd", "\u00d7"]
+
+        def convert_ids_to_tokens(self, ids):
+            return ["\u00d7", "\u0120\u00a9", "<0xD7>", "\u00c3\u0139"]
+
+    other = copy(gpt2)
+    other.tokenizer = Tokenizer()
+    assert other.token_strings([0, 1, 2, 3]) == ["<D7>", " <A9>", "<0xD7>", "\u00d7"]

@@ -68,7 +68,7 @@ def test_what_a_point_costs(folder):
         lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines] == [5, 10, 15, 20]
         assert row["tokens_seen"] == 20 * 128
-        assert row["training_seconds"] * 60 == pytest.approx(sum(5 * 128 / line["tokens_per_second"] for line in lines))
+        assert row["training_minutes"] * 60 == pytest.approx(sum(5 * 128 / line["tokens_per_second"] for line in lines))
 
 
 def test_an_unknown_cost_is_empty(folder):
@@ -76,7 +76,7 @@ def test_an_unknown_cost_is_empty(folder):
     lines = checkpoint.load_metrics(folder / "topk")
     del lines[1]["tokens_per_second"]
     (folder / "topk" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    shown = table(open_page())["training_seconds"]
+    shown = table(open_page())["training_minutes"]
     assert shown[["dense", "topk"]].isna().all()
     assert shown.drop(["dense", "topk"]).notna().all()
 
@@ -185,7 +185,7 @@ def test_an_imported_checkpoint_stands_beside_ours(folder):
     app = open_page(runs="topk")
     assert not app.exception and not app.error
     row = table(app).loc["topk"]
-    assert row["recipe"] == "SAELens topk" and np.isnan(row["tokens_seen"]) and np.isnan(row["training_seconds"])
+    assert row["recipe"] == "SAELens topk" and np.isnan(row["tokens_seen"]) and np.isnan(row["training_minutes"])
     assert "Nothing was logged" in said(app)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformer_lens import loading_from_pretrained as tl_loading
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from trainer import embedded
 
@@ -31,6 +32,7 @@ PROCESSING = {
 }
 
 # TransformerLens keeps an n_ctx x n_ctx mask in every layer: 2 GB for 30 layers of 8,192.
+_BYTES = {character: byte for byte, character in bytes_to_unicode().items()}  # of a byte-level BPE
 MAX_CONTEXT = 2048
 
 
@@ -162,10 +164,10 @@ class LanguageModel:
         return tokens
 
     def token_strings(self, ids: list[int]) -> list[str]:
-        """One readable string per token id; a byte that is no character alone shows as its raw token."""
+        """One readable string per token id; bytes that are no character alone show as `<D7>`."""
         texts = self.tokenizer.batch_decode([[i] for i in ids], clean_up_tokenization_spaces=False)
         raw = self.tokenizer.convert_ids_to_tokens(ids)
-        return [r if "\ufffd" in t or not t else t for t, r in zip(texts, raw, strict=True)]
+        return [_bytes_of(r) if "\ufffd" in t or not t else t for t, r in zip(texts, raw, strict=True)]
 
     def hook_z(self, tokens: Int[Tensor, "batch pos"], layer: int) -> Float[Tensor, "batch pos head d_head"]:
         """Head outputs of one layer; nothing after the hook is computed."""
@@ -309,6 +311,13 @@ class LanguageModel:
         with self._hooked([*edits, *((name, keep) for name in names)]), suppress(_StopForward):
             self.model(inputs.to(self.device), return_type=None, start_at_layer=start_at_layer)
         return got
+
+
+def _bytes_of(raw: str) -> str:
+    """A raw token with its bytes written out, where it is one of a byte-level BPE; else as it is (`<0xD7>`)."""
+    if not all(c in _BYTES for c in raw):
+        return raw
+    return "".join(chr(b) if 32 <= b < 127 else f"<{b:02X}>" for b in (_BYTES[c] for c in raw))
 
 
 def _load_named(name: str, device: str, dtype: str) -> HookedTransformer:
