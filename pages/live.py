@@ -161,7 +161,6 @@ def show_role_table(shares: pd.DataFrame) -> None:
     st.dataframe(
         role_table(shares),
         hide_index=True,
-        width="content",
         column_config={
             "head": st.column_config.NumberColumn(width=50),
             "by attention": st.column_config.TextColumn(width=90),
