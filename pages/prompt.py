@@ -20,7 +20,7 @@ common.begin(
 listed = common.pick_checkpoint(common.readable(), "Checkpoint", "checkpoint")
 prompt = live.prompt_box()
 run = live.prompt_run(listed, prompt)
-n_blocks, length = run.f.shape[1], len(run.strings)
+length = len(run.strings)
 tokens = [run.label(position) for position in range(1, length)]
 
 
@@ -48,7 +48,7 @@ st.altair_chart(
     charts.firing_map(counts, largest), width="stretch", key="map", on_select=pick_cell, selection_mode="cell"
 )
 left, middle, right = st.columns(3)
-heads = [ALL, *map(str, range(0 if run.dense else n_blocks))]
+heads = [ALL, *map(str, range(0 if run.dense else len(run.pattern)))]
 head = common.select(left, "Head", heads, "head")
 token = common.select(middle, "Token", [ALL, *tokens], "token")
 position = None if token == ALL else 1 + tokens.index(token)

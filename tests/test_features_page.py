@@ -4,6 +4,7 @@ import shutil
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from test_pages import open_page, said
 
@@ -223,3 +224,8 @@ def test_a_long_prompt_stays_usable(folder):
     app = open_page("pages/prompt.py", checkpoint="block-l1_1", prompt="a head reads " * 18)
     assert not app.exception
     assert app.slider(key="from").max == len("a head reads " * 18) + 1 - 96
+    app.slider(key="from").set_value(100).run()
+    app.text_area(key="prompt").set_value("a head reads " * 9).run()
+    assert not app.exception
+    (chart, *_) = app.get("vega_lite_chart")
+    assert len(pa.ipc.open_stream(chart.proto.datasets[0].data.data).read_all()), "the map of the shorter prompt"
