@@ -87,6 +87,18 @@ def test_direct_and_full(lm, sae, kind):
     assert row["full log-probability change"] == pytest.approx(expected, abs=1e-3)
 
 
+def test_the_prediction_after_an_earlier_token(lm, sae):
+    tokens = lm.to_tokens(PROMPT)
+    z = lm.hook_z(tokens, LAYER)[0]
+    wanted = ablated_z(lm, sae, z, "features of head", 1)
+    full = lm.model.run_with_hooks(
+        tokens, fwd_hooks=[(f"blocks.{LAYER}.attn.hook_z", lambda value, hook: wanted[None])]
+    )
+    found = ablate(lm, sae, LAYER, run_prompt(lm, sae, LAYER, PROMPT), "features of head", 1, position=4)
+    assert torch.allclose(found.clean, lm.model(tokens)[0, 4], atol=1e-4)
+    assert torch.allclose(found.full, full[0, 4], atol=1e-4)
+
+
 def test_one_position_only(lm, sae):
     tokens = lm.to_tokens(PROMPT)
     z = lm.hook_z(tokens, LAYER)[0]

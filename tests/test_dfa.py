@@ -65,6 +65,25 @@ def test_the_table_of_one_feature_adds_up(model, request):
         assert sources["attention"].sum() == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.parametrize("dense", [False, True])
+def test_sources_of_a_prompt_leave_value_biases_out(dense, monkeypatch):
+    """Their sum and the constant are the activation; what a feature reads from most is the largest of them."""
+    lm = with_value_bias(2)
+    torch.manual_seed(1)
+    sae = (BlockDiagSAE(1, 24, 40) if dense else BlockDiagSAE(6, 4, 10)).requires_grad_(False)
+    tokens = torch.randint(50, (1, 20))
+    monkeypatch.setattr(lm, "to_tokens", lambda prompt: tokens)
+    monkeypatch.setattr(lm, "token_strings", lambda ids: [str(i) for i in ids])
+    run, W_enc = run_prompt(lm, sae, 1, "any"), dfa.head_encoders(sae, 6, 4)
+    constant = dfa.constants(lm.value_bias(1), W_enc, torch.zeros(6, W_enc.shape[2]))
+    constant = (constant.sum(0)[None] if dense else constant) + sae.b_enc
+    for row in active_features(run, None, None).head(20).itertuples():
+        block, index = divmod(row.feature, run.features_per_block)
+        sources = source_attribution(run, block, index, row.position).groupby("source")["dfa"].sum()
+        assert sources.sum() + constant[block, index].item() == pytest.approx(row.activation, abs=1e-4)
+        assert row._7 == run.label(sources.idxmax())  # "reads from"
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 4), min_size=0, max_size=14))
 def test_slots_against_their_definitions(ids):
