@@ -204,8 +204,10 @@ def test_the_prompt_page_links_ranks_and_ablates(folder):
     assert not app.exception
     assert len(app.dataframe) >= 3
     ablation = app.dataframe[1].value
-    strongest = app.dataframe[0].value.iloc[0]
-    assert f"After {strongest['token']}: " in said(app), "the next token is that of where the feature fires"
+    firing = app.dataframe[0].value
+    firing = firing[firing["position"].between(2, 20)].iloc[0]
+    app.selectbox(key="firing").set_value(f"{firing['feature']}@{firing['position']}").run()
+    assert f"After {firing['token']}: " in said(app), "the next token is that of where the feature fires"
     app.selectbox(key="ablate").set_value("all features of a head").run()
     assert "After 23: " in said(app), "a head's is that of the last token"
     app.selectbox(key="ablate").set_value("the feature chosen above").run()
