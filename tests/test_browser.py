@@ -193,8 +193,11 @@ def test_a_deviant_feature_is_one_click_away(visitor):
 def test_the_address_says_what_is_shown(visitor):
     """Streamlit leaves in the address what is no option any more, and leaves defaults out of it."""
     page = visitor.page
-    visitor.open("prompt?token=18%3A+%C2%B7on&predict=10%3A+%C2%B7ran")
+    visitor.open("prompt")
     page.get_by_text("of head").first.wait_for()
+    visitor.choose("Token", "17: \u00b7sat")
+    visitor.choose("Predict after token", "10: \u00b7ran")
+    page.wait_for_url("**predict=10*token=17*")
     for name in ("Duplicate token", "Induction"):
         page.get_by_role("button", name=name, exact=True).click()
         page.wait_for_timeout(500)
