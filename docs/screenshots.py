@@ -1,10 +1,12 @@
-"""Screenshots of the pages of a running app: `python docs/screenshots.py http://localhost:8501 OUT [page ...]`."""
+"""Screenshots of the pages of a running app: `python -m docs.screenshots http://localhost:8501 OUT [page ...]`."""
 
 import shutil
 import sys
 from pathlib import Path
 
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import sync_playwright
+
+from benchmarks.app import idle
 
 SIZES = {"tablet": (820, 1180), "laptop": (1280, 800), "desk": (1920, 1080)}
 K32, K64 = (f"smollm2-135m-L17-batchtopk-x8-k{k}" for k in (32, 64))
@@ -23,16 +25,6 @@ PAGES = {
     "compare-dense": f"compare?a={DENSE}&b={K32}&show=Features",
     "runs": "runs",
 }
-IDLE = """() => document.querySelector('[data-testid=stApp]')?.dataset.testScriptState === 'notRunning'
-    && !document.querySelector('[data-stale=true], [data-testid=stSkeleton], [data-testid=stSpinner]')"""
-
-
-def settle(page: Page) -> None:
-    """Wait until the script has not run for half a second."""
-    calm = 0
-    while calm < 5:
-        page.wait_for_timeout(100)
-        calm = calm + 1 if page.evaluate(IDLE) else 0
 
 
 def main(address: str, out: Path, only: list[str]) -> None:
@@ -52,11 +44,11 @@ def main(address: str, out: Path, only: list[str]) -> None:
                     page.set_default_timeout(120_000)
                     page.goto(f"{address}/{path}")
                     page.get_by_role("button", name="Copy link").wait_for()
-                    settle(page)
+                    idle(page)
                     # The page scrolls inside a frame of the window's height: a window that holds all of it.
                     whole = page.evaluate("document.querySelector('[data-testid=stMainBlockContainer]').scrollHeight")
                     page.set_viewport_size({"width": width, "height": min(whole + 80, 6000)})
-                    settle(page)
+                    idle(page)
                     page.screenshot(path=out / f"{name}-{size}-{scheme}.png")
                     page.close()
                 context.close()

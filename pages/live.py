@@ -109,15 +109,10 @@ def predictions(listed: checkpoint.Listed, prompt: str, position: int) -> pd.Dat
     return ablation(listed, prompt, "layer by reconstruction", 0, position)
 
 
-@st.cache_resource(max_entries=4, show_spinner=False)
-def _direct_effects(path: str, modified: float, prompt: str, token: int) -> Any:
-    lm, sae, layer = _loaded(path)
-    return direct_effects(lm, sae, layer, _prompt_run(path, modified, prompt), token)
-
-
 def direct_effects_on(listed: checkpoint.Listed, prompt: str, token: int) -> Any:
     """What each firing adds to the logit of a token, `[pos, block, feature]`."""
-    return _direct_effects(str(listed.path), _weights(listed), prompt, token)
+    path = str(listed.path)
+    return direct_effects(*_loaded(path), _prompt_run(path, _weights(listed), prompt), token)
 
 
 @st.cache_data(max_entries=4, show_spinner="Running the model and drawing with sae-vis")

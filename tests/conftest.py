@@ -134,9 +134,18 @@ def trained(tmp_path_factory, gpt2_folder, text_file):
 
 
 @pytest.fixture
-def folder(trained, tmp_path, monkeypatch):
-    """A copy that a test may change, and the app pointed at it."""
-    copy = tmp_path / "checkpoints"
-    shutil.copytree(trained, copy)
-    monkeypatch.setenv("ATTN_SAES_CHECKPOINTS", str(copy))
-    return copy
+def show_copy(tmp_path, monkeypatch):
+    """Copies a folder of checkpoints, so that a test may change it, and points the app at the copy."""
+
+    def show(checkpoints: Path) -> Path:
+        copy = tmp_path / "checkpoints"
+        shutil.copytree(checkpoints, copy)
+        monkeypatch.setenv("ATTN_SAES_CHECKPOINTS", str(copy))
+        return copy
+
+    return show
+
+
+@pytest.fixture
+def folder(trained, show_copy):
+    return show_copy(trained)

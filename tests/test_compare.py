@@ -39,11 +39,8 @@ def folder(made, monkeypatch):
 
 
 @pytest.fixture
-def copy(made, tmp_path, monkeypatch):
-    """A copy that a test may change, and the app pointed at it."""
-    shutil.copytree(made, tmp_path / "checkpoints")
-    monkeypatch.setenv("ATTN_SAES_CHECKPOINTS", str(tmp_path / "checkpoints"))
-    return tmp_path / "checkpoints"
+def copy(made, show_copy):
+    return show_copy(made)
 
 
 def compare(*names: str, show: str = "Figures", **query):

@@ -28,11 +28,8 @@ def analysed(trained, tmp_path_factory):
 
 
 @pytest.fixture
-def folder(analysed, tmp_path, monkeypatch):
-    copy = tmp_path / "checkpoints"
-    shutil.copytree(analysed, copy)
-    monkeypatch.setenv("ATTN_SAES_CHECKPOINTS", str(copy))
-    return copy
+def folder(analysed, show_copy):
+    return show_copy(analysed)
 
 
 def shown_feature(app) -> int:

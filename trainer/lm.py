@@ -31,8 +31,8 @@ PROCESSING = {
     "fold_value_biases": True,
 }
 
-# TransformerLens keeps an n_ctx x n_ctx mask in every layer: 2 GB for 30 layers of 8,192.
 _BYTES = {character: byte for byte, character in bytes_to_unicode().items()}  # of a byte-level BPE
+# TransformerLens keeps an n_ctx x n_ctx mask in every layer: 2 GB for 30 layers of 8,192.
 MAX_CONTEXT = 2048
 
 
