@@ -5,8 +5,8 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from analysis.run import AnalysisConfig, analyse
-from trainer import command
+from analysis.corpus.run import AnalysisConfig, analyse
+from trainer import cli
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         cfg = AnalysisConfig(**{field.name: getattr(options, field.name) for field in fields(AnalysisConfig)})
         analyse(options.checkpoints, cfg, options.resume, options.device, options.wandb)
 
-    return command.status(run, "Stopped.")
+    return cli.status(run, "Stopped.")
 
 
 if __name__ == "__main__":

@@ -32,12 +32,12 @@ from sae_vis.utils_fns import RollingCorrCoef
 from torch import Tensor
 from tqdm import tqdm
 
-from analysis import dfa
-from analysis.prompt import visible
-from trainer import checkpoint, command
+from analysis import attribution as dfa
+from analysis.prompt.run import visible
+from trainer import checkpoint, cli
 from trainer.block_diag import BlockDiagSAE
 from trainer.config import require
-from trainer.lm import LanguageModel, pick_device
+from trainer.model.lm import LanguageModel, pick_device
 from trainer.origin import open_model, open_text
 
 _BATCH_TOKENS = 2048  # of one forward pass
@@ -339,7 +339,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--features_per_head", type=int, default=10, help="the first so many of each head; default 10")
     parser.add_argument("--tokens", type=int, default=20_000, help="held-out tokens to choose examples from")
     options = parser.parse_args(argv)
-    return command.status(lambda: export(options.checkpoint, options.out, options.features_per_head, options.tokens))
+    return cli.status(lambda: export(options.checkpoint, options.out, options.features_per_head, options.tokens))
 
 
 if __name__ == "__main__":

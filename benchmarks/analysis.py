@@ -14,15 +14,15 @@ from pathlib import Path
 
 import torch
 
-from analysis.artefacts import Analysis
-from analysis.passes import first_pass
-from analysis.run import AnalysisConfig, analyse
-from analysis.statistics import FeatureStatistics
+from analysis.corpus.passes import first_pass
+from analysis.corpus.run import AnalysisConfig, analyse
+from analysis.corpus.running import FeatureStatistics
+from analysis.store import Analysis
 from benchmarks.data import report
 from benchmarks.timing import peak_mb, rounds
 from trainer import checkpoint
 from trainer.block_diag import BlockDiagSAE
-from trainer.lm import LanguageModel
+from trainer.model.lm import LanguageModel
 from trainer.origin import open_model, open_text
 
 DEFAULT = "checkpoints/smollm2-135m-L17-batchtopk-x8-k32"

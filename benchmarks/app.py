@@ -17,7 +17,7 @@ from pathlib import Path
 
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from analysis.run import AnalysisConfig, analyse
+from analysis.corpus.run import AnalysisConfig, analyse
 from benchmarks.analysis import DEFAULT, wide_sae
 from trainer import checkpoint
 from trainer.origin import open_model, open_text

@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.timing import rounds, spread
-from trainer.buffer import CachedActivations, CacheKey, LiveActivations, batches
 from trainer.config import TrainingConfig
-from trainer.initialise import initial_params, input_scale
-from trainer.lm import LanguageModel
+from trainer.data.buffer import CachedActivations, CacheKey, LiveActivations, batches
+from trainer.data.text import Corpus
+from trainer.model.lm import LanguageModel
+from trainer.optimise.initialise import initial_params, input_scale
+from trainer.optimise.stack import Stack
 from trainer.recipes import SAEConfig
-from trainer.stack import Stack
-from trainer.text import Corpus
 
 LAYER, ROUNDS, BATCH = 17, 5, 2048
 

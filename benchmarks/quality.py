@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from analysis.artefacts import Analysis
+from analysis.store import Analysis
 from trainer import checkpoint
 
 

@@ -15,9 +15,10 @@ import torch
 
 from benchmarks.foreign import reference_step, saelens_step
 from benchmarks.timing import peak_mb, rounds, spread
-from trainer import sparse, stack
 from trainer.config import TrainingConfig
-from trainer.initialise import initial_params, input_scale
+from trainer.kernels import sparse
+from trainer.optimise import stack
+from trainer.optimise.initialise import initial_params, input_scale
 from trainer.recipes import SAEConfig
 
 HEADS, D_HEAD, FEATURES = 12, 64, 2048

@@ -5,10 +5,13 @@ import os
 import pandas as pd
 import streamlit as st
 
-from analysis import prompt as analysis
-from analysis import tables
-from pages import charts, common, compare_charts, live, matched
-from pages.matched import Side
+from analysis.prompt import run as analysis
+from analysis.runs import tables
+from pages.charts import common as charts
+from pages.charts import compare as compare_charts
+from pages.sections import matched
+from pages.sections.matched import Side
+from pages.shared import common, live
 from trainer import checkpoint
 
 ORDINALS = ("first", "second", "third", "fourth")

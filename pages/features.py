@@ -3,9 +3,10 @@
 import pandas as pd
 import streamlit as st
 
-from analysis.dfa import SLOTS
+from analysis.attribution import SLOTS
 from analysis.labels import Labels
-from pages import common, dashboard
+from pages.sections import dashboard
+from pages.shared import common
 
 ALL = "all"
 PER_PAGE = 200

@@ -2,8 +2,10 @@
 
 import streamlit as st
 
-from analysis import tables
-from pages import charts, common, roles
+from analysis.runs import tables
+from pages.charts import common as charts
+from pages.sections import roles
+from pages.shared import common
 
 SECTIONS = {
     "Roles": roles.cards,

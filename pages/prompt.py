@@ -4,8 +4,9 @@ from functools import partial
 
 import streamlit as st
 
-from analysis import prompt as analysis
-from pages import charts, common, live
+from analysis.prompt import run as analysis
+from pages.charts import common as charts
+from pages.shared import common, live
 
 ALL = "all"
 RANKS = ("activation", "direct effect on a next token", "DFA from a source")

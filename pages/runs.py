@@ -8,9 +8,9 @@ from typing import Any
 import pandas as pd
 import streamlit as st
 
-from analysis import commands, runs, tables
-from analysis.background import Processes, tail
-from pages import common
+from analysis.runs import commands, progress, tables
+from analysis.runs.background import Processes, tail
+from pages.shared import common
 from trainer import checkpoint
 
 DEFAULT = "default"
@@ -40,7 +40,7 @@ def pick_run(names: list[str]) -> None:
 def overview() -> None:
     """All runs, and one of them."""
     listed = common.readable()
-    frame = runs.progress(listed, time.time())
+    frame = progress.progress(listed, time.time())
     waits = frame["state"].isin(["complete", "imported"])
     frame = frame.assign(waits=waits).sort_values(["waits", "name"]).drop(columns="waits")
     draw_progress(frame)
@@ -50,10 +50,20 @@ def overview() -> None:
 
 def draw_progress(frame: pd.DataFrame) -> None:
     """The table of all runs."""
-    durations = {key: frame[key].map(runs.ago, na_action="ignore") for key in ("last_line", "left")}
+    durations = {key: frame[key].map(progress.ago, na_action="ignore") for key in ("last_line", "left")}
     st.dataframe(
         frame.assign(**durations),
-        column_order=["name", "state", "done", "step", "steps", "last_line", "left", "tokens_per_second", *runs.SHOWN],
+        column_order=[
+            "name",
+            "state",
+            "done",
+            "step",
+            "steps",
+            "last_line",
+            "left",
+            "tokens_per_second",
+            *progress.SHOWN,
+        ],
         hide_index=True,
         width="stretch",
         key="progress",
@@ -110,7 +120,7 @@ def draw_commands(each: checkpoint.Listed, row: pd.Series) -> None:
     path, config = each.path, each.config
     if config["status"] == "training":
         arguments = commands.resume(config, path.name, OUT)
-        saved = runs.saved_step(path)
+        saved = progress.saved_step(path)
         begins = f"from step {saved:,}, its last save" if saved else "from the beginning, because it has not saved yet"
         if row["state"] == "stopped":
             st.markdown(f"**Resume it** {begins}")
@@ -129,7 +139,7 @@ def draw_commands(each: checkpoint.Listed, row: pd.Series) -> None:
 
 def draw_wandb(each: checkpoint.Listed) -> None:
     """Where W&B has the run, or how it gets there."""
-    url, folders = each.config.get("wandb_url") or "", runs.unsent(each.path)
+    url, folders = each.config.get("wandb_url") or "", progress.unsent(each.path)
     if url.startswith("https://"):  # config.json may come from somebody else
         st.link_button("Open the run on Weights & Biases", url)
     if folders:
@@ -223,7 +233,7 @@ def started() -> None:
     for process in found:
         with st.container(border=True):
             left, right = st.columns([5, 1], vertical_alignment="center")
-            since = runs.ago(time.time() - process.begun)
+            since = progress.ago(time.time() - process.begun)
             left.text(f"{', '.join(process.names)}: {process.state}, started {since} ago, process {process.popen.pid}")
             if process.state == "running":
                 name = process.names[0]

@@ -5,8 +5,9 @@ from functools import partial
 import pandas as pd
 import streamlit as st
 
-from analysis import tables
-from pages import common, tradeoff_charts
+from analysis.runs import tables
+from pages.charts import tradeoffs as tradeoff_charts
+from pages.shared import common
 from trainer import checkpoint
 
 ALL, TEXT, REPEATED = "all", "Held-out text", "Repeated random tokens"

@@ -1,80 +1,12 @@
-"""Small models, texts and SAEs that the tests make themselves; nothing is downloaded."""
+"""Fixtures that several test files share: small models, texts and trained checkpoints; nothing is downloaded."""
 
-import json
 import os
 import shutil
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
 from pathlib import Path
 
 import pytest
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-ROOT = Path(__file__).parents[1]
-OTHERS = {"bricken": "--l1_coefficients=0.3", "gated": "--l1_coefficients=2", "jumprelu": "--l1_coefficients=2",
-          "topk": "--k=9", "batchtopk": "--k=9"}  # fmt: skip
-torch.set_num_threads(1)  # the models are tiny and pytest runs two workers: more threads only wait for each other
-
-
-def save_tokenizer(folder: Path) -> None:
-    """A byte-level tokenizer without merges: 256 bytes and <|endoftext|>."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<|endoftext|>": 0} | {letter: index for index, letter in enumerate(alphabet, start=1)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    end = "<|endoftext|>"
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=end, eos_token=end, unk_token=end, pad_token=end
-    ).save_pretrained(folder)
-
-
-def save_tiny_gpt2(folder: Path) -> None:
-    """A randomly initialised GPT-2 with 6 layers of 4 heads, large weights so that heads differ."""
-    torch.manual_seed(0)
-    config = GPT2Config(vocab_size=257, n_positions=256, n_embd=32, n_layer=6, n_head=4, initializer_range=0.2)
-    config.n_ctx = 256  # as the real gpt2's config has it, and TransformerLens reads it
-    config.bos_token_id = config.eos_token_id = 0
-    model = GPT2LMHeadModel(config)
-    for block in model.transformer.h:  # Hugging Face starts with zero biases, which would hide b_V
-        block.attn.c_attn.bias.data.normal_(std=0.5)
-    model.save_pretrained(folder)
-    save_tokenizer(folder)
-
-
-def save_tiny_llama(folder: Path) -> None:
-    """A randomly initialised Llama with grouped-query attention: 6 query heads, 2 key-value heads."""
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=257,
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.2,
-        rope_theta=50_000.0,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    save_tokenizer(folder)
-
-
-def write_text(path: Path, documents: int = 60, words: int = 300) -> Path:
-    """Documents of words drawn from a small vocabulary, one JSON record a line."""
-    generator = torch.Generator().manual_seed(2)
-    vocabulary = ["the", "head", "reads", "a", "token", "from", "layer", "and", "writes", "it", "back", "again"]
-    with path.open("w") as file:
-        for _ in range(documents):
-            picks = torch.randint(len(vocabulary), (words,), generator=generator)
-            file.write(json.dumps({"text": " ".join(vocabulary[i] for i in picks)}) + "\n")
-    return path
+from tests.helpers import OTHERS, save_tiny_gpt2, save_tiny_llama, write_text
 
 
 @pytest.fixture(scope="session")
@@ -98,14 +30,14 @@ def text_file(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def gpt2(gpt2_folder):
-    from trainer.lm import LanguageModel
+    from trainer.model.lm import LanguageModel
 
     return LanguageModel.load(str(gpt2_folder))
 
 
 @pytest.fixture(scope="session")
 def llama(llama_folder):
-    from trainer.lm import LanguageModel
+    from trainer.model.lm import LanguageModel
 
     return LanguageModel.load(str(llama_folder))
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import jsonargparse
 
-from trainer import command
+from trainer import cli
 from trainer.config import ActivationsConfig, TrainingConfig
 from trainer.recipes import LISTED, SAEConfig, SweepConfig
 
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
 
         train(activations, saes, training)
 
-    return command.status(run, "Stopped. Activations harvested and steps saved so far are kept.")
+    return cli.status(run, "Stopped. Activations harvested and steps saved so far are kept.")
 
 
 def _build(group: type, options: dict[str, Any]) -> Any:

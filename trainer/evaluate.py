@@ -18,9 +18,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from trainer import checkpoint, command
+from trainer import checkpoint, cli
 from trainer.block_diag import BlockDiagSAE
-from trainer.lm import LanguageModel, pick_device
+from trainer.model.lm import LanguageModel, pick_device
 from trainer.origin import load_by_origin, open_model, open_text
 
 _PER_HEAD_TOKENS = 2048  # replacing one head at a time is 2 n_heads forwards a batch, so fewer tokens have to do
@@ -245,7 +245,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, help="held-out tokens; default as many as when they were trained")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto")
     options = parser.parse_args(argv)
-    return command.status(lambda: evaluate_checkpoints(options.checkpoints, options.tokens, options.device), "Stopped.")
+    return cli.status(lambda: evaluate_checkpoints(options.checkpoints, options.tokens, options.device), "Stopped.")
 
 
 if __name__ == "__main__":

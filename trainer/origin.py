@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 from trainer import checkpoint
 from trainer.block_diag import BlockDiagSAE
-from trainer.lm import LanguageModel
-from trainer.text import Corpus
+from trainer.data.text import Corpus
+from trainer.model.lm import LanguageModel
 
 
 class Trained(NamedTuple):

@@ -23,14 +23,14 @@ from jaxtyping import Float
 from safetensors import SafetensorError
 from torch import Tensor
 
-from trainer import checkpoint, command
+from trainer import checkpoint, cli
 from trainer.block_diag import BlockDiagSAE
 from trainer.config import require
 
 if TYPE_CHECKING:
     from sae_lens import SAE
 
-    from trainer.lm import LanguageModel
+    from trainer.model.lm import LanguageModel
 
 _ARCHITECTURES = ("standard", "jumprelu", "topk", "batchtopk", "gated")
 # Kept in the metadata for the way back.
@@ -179,7 +179,7 @@ def import_checkpoint(
 
         # They import transformer_lens, for which a wrong option should not wait.
         from trainer.evaluate import evaluate_checkpoints
-        from trainer.lm import LanguageModel
+        from trainer.model.lm import LanguageModel
 
         lm = LanguageModel.load(model)
         sae = _fitted(theirs, scale, lm, int(hook[1]), folder)
@@ -212,7 +212,7 @@ def _describe(
     theirs: "SAE", sae: BlockDiagSAE, lm: "LanguageModel", layer: int, text: dict[str, Any], eval_tokens: int
 ) -> dict[str, Any]:
     """config.json, as far as it is known how the SAE was trained."""
-    from trainer.lm import PROCESSING
+    from trainer.model.lm import PROCESSING
     from trainer.origin import open_text
 
     architecture, metadata = theirs.cfg.architecture(), theirs.cfg.metadata
@@ -303,7 +303,7 @@ def main(argv: list[str] | None = None) -> int:
     each.add_argument("--eval_tokens", type=int, default=8192, help="held-out tokens for eval.json; default 8192")
     options = vars(parser.parse_args(argv))
     run = options.pop("run")
-    return command.status(lambda: run(**options))
+    return cli.status(lambda: run(**options))
 
 
 if __name__ == "__main__":

@@ -12,16 +12,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from trainer import checkpoint, embedded
-from trainer.buffer import CachedActivations, Source, batches, batches_in, open_source
 from trainer.config import ActivationsConfig, TrainingConfig
+from trainer.data.buffer import CachedActivations, Source, batches, batches_in, open_source
+from trainer.data.text import EMBEDDED, Corpus
 from trainer.evaluate import evaluate, evaluate_tokens
-from trainer.initialise import initial_params, input_scale
 from trainer.interrupts import Interrupted, deferred_interrupts
-from trainer.lm import PROCESSING, LanguageModel, pick_device
+from trainer.model.lm import PROCESSING, LanguageModel, pick_device
+from trainer.optimise.initialise import initial_params, input_scale
+from trainer.optimise.stack import Stack
 from trainer.recipes import SAEConfig
 from trainer.run import Run, plan
-from trainer.stack import Stack
-from trainer.text import EMBEDDED, Corpus
 
 _STATISTICS_ROWS = 32_768  # rows from which the input scale and the biases are estimated
 _SHORT_EVAL_TOKENS = 2048

@@ -1,0 +1,164 @@
+"""Pairs of features: neighbours, and redundancy across heads.
+
+Two features are redundant where they fire on the same tokens (Jaccard: tokens on which both fire over tokens on
+which either does) and write the same direction (cosine of what they add to the residual stream). Co-firing comes
+from sparse matrix products, a block of rows at a time; no d_sae x d_sae matrix is ever held.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+import torch
+from jaxtyping import Float
+from scipy.sparse.csgraph import connected_components, minimum_spanning_tree
+from torch import Tensor
+
+from analysis.corpus.running import Cofiring
+
+N_NEIGHBOURS = 8  # kept of a feature by each measure, within its head and across heads
+MIN_FIRINGS = 10  # in the co-firing sample: two features that fire once, on the same token, say nothing
+REDUNDANT = 0.5  # Jaccard and cosine from which a pair is counted in the head x head map
+THRESHOLDS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
+CRITERIA = ("both", "jaccard", "cosine")
+_ROWS = 256
+_PRODUCTS = 4e9  # multiplications that the co-firing products may take: with a high L0 fewer tokens have to do
+_CURVE_PAIRS = 2_000_000  # (token, feature) pairs on which L0 after merging is counted
+
+
+class Redundancy(NamedTuple):
+    """What `compare_features` returns."""
+
+    neighbours: pd.DataFrame
+    """feature, other, across, jaccard, correlation, cosine: the nearest by either measure."""
+    merging: pd.DataFrame
+    """criterion, threshold, L0, clusters, largest: L0 where a cluster of linked features counts once."""
+    heads: list[list[int]]
+    """[head][other]: live features of a head that have a redundant partner in the other."""
+    n_tokens: int
+    """Tokens of the co-firing sample."""
+    l0: float
+    """L0 without merging, on the tokens of the curve."""
+
+
+def compare_features(
+    cofiring: Cofiring, written: Float[Tensor, "feature d_model"], head: np.ndarray, n_heads: int
+) -> Redundancy:
+    """Compare every feature with every other one.
+
+    Features are linked across heads only: by `both` where Jaccard and cosine reach the threshold, by `jaccard` or
+    `cosine` where that one does. Clusters are connected components (single linkage), so at low thresholds they
+    chain; `largest` shows where.
+
+    Args:
+        head: of each feature.
+    """
+    matrix = _sample(cofiring, len(head))
+    n_tokens = matrix.shape[0]
+    binary = matrix.astype(bool).astype(np.float32)
+    rows, columns = binary.T.tocsr(), binary.tocsr()
+    value_rows = matrix.T.tocsr()
+    count = np.asarray(binary.sum(0)).ravel()
+    mean = np.asarray(matrix.sum(0)).ravel() / n_tokens
+    deviation = np.sqrt(np.maximum(np.asarray(matrix.multiply(matrix).sum(0)).ravel() / n_tokens - mean**2, 1e-30))
+    direction = torch.nn.functional.normalize(written, dim=1).cpu().numpy()
+    live = np.flatnonzero(count >= MIN_FIRINGS)
+    forests = {name: _empty_forest(len(head)) for name in CRITERIA}
+    partners = np.zeros((n_heads, n_heads), dtype=int)
+    neighbours = []
+    for start in range(0, len(live), _ROWS):
+        block = live[start : start + _ROWS]
+        together = (rows[block] @ columns).toarray()[:, live]
+        jaccard = together / (count[block][:, None] + count[live] - together)
+        moment = (value_rows[block] @ matrix).toarray()[:, live] / n_tokens
+        correlation = (moment - mean[block][:, None] * mean[live]) / (deviation[block][:, None] * deviation[live])
+        cosine = direction[block] @ direction[live].T
+        across = head[block][:, None] != head[live]
+        own = np.arange(start, start + len(block))
+        jaccard[np.arange(len(block)), own] = cosine[np.arange(len(block)), own] = -1
+        neighbours.append(_nearest(block, live, across, jaccard, correlation, cosine))
+        both = np.minimum(jaccard, cosine)
+        redundant = (both >= REDUNDANT) & across
+        for other in range(n_heads):
+            has = redundant[:, head[live] == other].any(1)
+            partners[:, other] += np.bincount(head[block][has], minlength=n_heads)
+        later = np.arange(len(live)) > own[:, None]  # each pair once
+        for name, score in (("both", both), ("jaccard", jaccard), ("cosine", cosine)):
+            a, b = np.nonzero((score >= THRESHOLDS[-1]) & across & later)
+            forests[name] = _spanning_forest(forests[name], block[a], live[b], score[a, b])
+    counted = columns[: _first_tokens(columns, _CURVE_PAIRS)]
+    empty = _nearest(live[:0], live[:0], *np.zeros((4, 0, 0)))
+    table = pd.concat([empty, *neighbours], ignore_index=True)
+    merging = _merging_curve(counted, forests)
+    return Redundancy(table, merging, partners.tolist(), n_tokens, counted.nnz / counted.shape[0])
+
+
+def _sample(cofiring: Cofiring, d_sae: int) -> sp.csr_matrix:
+    """Activations of the first tokens, as many as the products have time for."""
+    n = max(1, int(np.searchsorted(np.cumsum(cofiring.tokens().astype(float) ** 2), _PRODUCTS)))
+    return cofiring.matrix(n, d_sae)
+
+
+def _nearest(
+    block: np.ndarray,
+    live: np.ndarray,
+    across: np.ndarray,
+    jaccard: np.ndarray,
+    correlation: np.ndarray,
+    cosine: np.ndarray,
+) -> pd.DataFrame:
+    """The nearest features of each row by either measure, within its head and across heads."""
+    wanted = np.zeros(across.shape, dtype=bool)
+    for measure in (jaccard, cosine):
+        for where in (across, ~across.astype(bool)):
+            score = np.where(where, measure, -np.inf)
+            n = min(N_NEIGHBOURS, score.shape[1])
+            best = np.argpartition(-score, n - 1, axis=1)[:, :n] if n else np.zeros((len(block), 0), int)
+            row, place = np.nonzero(np.take_along_axis(score, best, 1) > 0)
+            wanted[row, best[row, place]] = True
+    a, b = np.nonzero(wanted)
+    return pd.DataFrame(
+        {
+            "feature": block[a].astype(np.int32),
+            "other": live[b].astype(np.int32),
+            "across": across[a, b].astype(bool),
+            "jaccard": jaccard[a, b].astype(np.float32),
+            "correlation": correlation[a, b].astype(np.float32),
+            "cosine": cosine[a, b].astype(np.float32),
+        }
+    )
+
+
+def _empty_forest(n: int) -> sp.coo_matrix:
+    return sp.coo_matrix((n, n))
+
+
+def _spanning_forest(forest: sp.coo_matrix, a: np.ndarray, b: np.ndarray, score: np.ndarray) -> sp.coo_matrix:
+    """The maximum spanning forest of a forest and new links.
+
+    It has the components of all links seen so far at every threshold (Gower and Ross 1969), in d_sae - 1 links.
+    """
+    rows, columns = np.concatenate([forest.row, a]), np.concatenate([forest.col, b])
+    weight = 2 - np.concatenate([forest.data, score])  # positive: a stored 0 would be no link
+    tree = minimum_spanning_tree(sp.csr_matrix((weight, (rows, columns)), shape=forest.shape)).tocoo()
+    return sp.coo_matrix((2 - tree.data, (tree.row, tree.col)), shape=forest.shape)
+
+
+def _merging_curve(fires: sp.csr_matrix, forests: dict[str, sp.coo_matrix]) -> pd.DataFrame:
+    """L0 where features that are linked count once, over the threshold from which they are linked."""
+    token = np.repeat(np.arange(fires.shape[0]), np.diff(fires.indptr))
+    found = []
+    for name, forest in forests.items():
+        for threshold in THRESHOLDS:
+            kept = forest.data >= threshold - 1e-5  # rounding of a cosine of 1
+            links = sp.coo_matrix((forest.data[kept], (forest.row[kept], forest.col[kept])), shape=forest.shape)
+            n_clusters, label = connected_components(links, directed=False)
+            distinct = np.unique(token * np.int64(n_clusters) + label[fires.indices])
+            sizes = np.bincount(label)
+            found.append((name, threshold, len(distinct) / fires.shape[0], int((sizes > 1).sum()), int(sizes.max())))
+    return pd.DataFrame(found, columns=["criterion", "threshold", "L0", "clusters", "largest"])
+
+
+def _first_tokens(fires: sp.csr_matrix, pairs: int) -> int:
+    return max(1, int(np.searchsorted(fires.indptr, pairs, "right")) - 1)

@@ -1,0 +1,372 @@
+"""Running statistics of every feature of one SAE over a stream of tokens, in memory that does not grow with it.
+
+All that is kept is tensors, so that an interrupted pass goes on from `state`.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from analysis import attribution as dfa
+from trainer.block_diag import BlockDiagSAE
+
+BINS = 64  # of an activation histogram
+SAMPLE = 64  # firings of a feature drawn uniformly, from which its quantile examples are taken
+DFA_FIRINGS = 1024  # of a feature, after which its sources are no longer tallied: shares are known to 1.6 %
+HEAD_TOKENS = 16_384  # tokens over which attention and DFA of whole heads are summed
+COFIRING_PAIRS = 16_000_000  # (token, feature) pairs kept for co-firing, from the first tokens on
+_TILE = 2**22  # (firing, source) pairs attributed at a time
+
+
+class Chunk(NamedTuple):
+    """Whole contexts as one attention layer sees them."""
+
+    index: Int[Tensor, " context"]  # of each context in the text
+    tokens: Int[Tensor, "context pos"]
+    z: Float[Tensor, "context pos head d_head"]
+    v: Float[Tensor, "context pos head d_head"]
+    pattern: Float[Tensor, "context head query source"]
+    slots: Int[Tensor, "context query source"]
+
+
+class Firings(NamedTuple):
+    """Every activation above 0 of a chunk."""
+
+    context: Int[Tensor, " firing"]  # within the chunk
+    position: Int[Tensor, " firing"]
+    feature: Int[Tensor, " firing"]  # global id
+    value: Float[Tensor, " firing"]
+
+    @classmethod
+    def of(cls, f: Float[Tensor, "context pos block feature"]) -> "Firings":
+        """The firings among activations, in reading order."""
+        flat = f.flatten(2)
+        at = flat.nonzero().unbind(1)
+        return cls(*at, flat[at])
+
+    def where(self, keep: Tensor) -> "Firings":
+        """The firings for which `keep` is true."""
+        return Firings(*(each[keep] for each in self))
+
+
+class FeatureStatistics:
+    """What all features of one SAE did so far.
+
+    Args:
+        sae: for raw hook_z.
+        b_V: value biases of the layer.
+        d_vocab: of the language model.
+        n_top: contexts kept of each feature in which it fires most.
+    """
+
+    def __init__(self, sae: BlockDiagSAE, b_V: Float[Tensor, "head d_head"], d_vocab: int, n_top: int) -> None:
+        self._sae, self._b_V = sae, b_V
+        n_heads, d_sae = len(b_V), sae.d_sae
+        self._W_enc = dfa.head_encoders(sae, *b_V.shape)
+        self._dense = sae.n_heads != n_heads
+        self.n_tokens = torch.tensor(0)
+        self.firings = torch.zeros(d_sae, dtype=torch.int64)
+        self.total = torch.zeros(d_sae, dtype=torch.float64)
+        self.maximum = torch.zeros(d_sae)
+        self.histogram = torch.zeros(d_sae, BINS, dtype=torch.int64)
+        self.exponent = torch.zeros(d_sae, dtype=torch.int32)  # the histogram covers 0 to 2**exponent
+        self.top = Largest(d_sae, n_top)
+        self.sample = Largest(d_sae, SAMPLE)
+        self.fires_on = Tally(d_vocab)
+        self.sources = Sources(d_sae, n_heads, d_vocab)
+        self.l0 = torch.zeros(sae.n_heads, dtype=torch.float64)
+        self.error = torch.zeros(n_heads, dtype=torch.float64)
+        self.z_sum = torch.zeros(b_V.shape, dtype=torch.float64)
+        self.z_squared = torch.zeros(n_heads, dtype=torch.float64)
+        self.cofiring = Cofiring()
+
+    @torch.no_grad()
+    def update(self, chunk: Chunk) -> None:
+        """Add a chunk; BOS positions count nowhere."""
+        z = chunk.z.float()
+        f = self._sae.encode(z)
+        f[:, 0] = 0
+        n = chunk.tokens[:, 1:].numel()
+        self.n_tokens += n
+        z, z_hat = z[:, 1:], self._sae.decode(f[:, 1:]).reshape(z[:, 1:].shape)
+        self.error += (z - z_hat).pow(2).sum(-1).double().sum((0, 1)).cpu()
+        self.z_sum += z.double().sum((0, 1)).cpu()
+        self.z_squared += z.pow(2).sum(-1).double().sum((0, 1)).cpu()
+
+        firings = Firings.of(f)
+        self.cofiring.add(firings, chunk.tokens.shape)
+        self._add_activations(firings)
+        self._add_examples(firings, chunk)
+        self.fires_on.add(firings.feature, chunk.tokens[firings.context, firings.position])
+        reads = dfa.reads_by_feature(chunk.v.float(), self._b_V.float(), self._W_enc)
+        self.sources.add_features(firings, chunk, reads, self._dense)
+        if self.sources.head_tokens < HEAD_TOKENS:
+            self.sources.add_heads(chunk, reads, f > 0, 1)
+
+    def fvu_per_head(self) -> Float[Tensor, " head"]:
+        """Squared error over squared deviation from the mean."""
+        return self.error / self.deviation()
+
+    def deviation(self) -> Float[Tensor, " head"]:
+        """Squared deviation of z from its mean, summed over tokens."""
+        return self.z_squared - self.z_sum.pow(2).sum(-1) / self.n_tokens
+
+    def _add_activations(self, firings: Firings) -> None:
+        feature, value = firings.feature.cpu(), firings.value.cpu()
+        count = torch.bincount(feature, minlength=len(self.firings))
+        largest = torch.zeros_like(self.maximum).scatter_reduce_(0, feature, value, "amax")
+        self._widen(largest)
+        self.total.index_add_(0, feature, value.double())
+        self.maximum = torch.maximum(self.maximum, largest)
+        bins = torch.ldexp(value, -self.exponent[feature]).mul_(BINS).long()
+        self.histogram += torch.bincount(feature * BINS + bins, minlength=self.histogram.numel()).view_as(
+            self.histogram
+        )
+        self.firings += count
+        self.l0 += count.view(len(self.l0), -1).sum(1)
+
+    def _widen(self, largest: Float[Tensor, " feature"]) -> None:
+        """Double the range of histograms, merging their bins in pairs, until it holds the largest activation."""
+        needed = torch.frexp(largest).exponent  # largest < 2**needed
+        unused = self.firings == 0
+        wider = torch.where(largest > 0, torch.maximum(needed, self.exponent), self.exponent)
+        wider = torch.where(unused & (largest > 0), needed, wider)
+        missing = torch.where(unused, 0, wider - self.exponent)
+        while (rows := missing > 0).any():
+            merged = self.histogram[rows].view(-1, BINS // 2, 2).sum(-1)
+            self.histogram[rows] = torch.nn.functional.pad(merged, (0, BINS // 2))
+            missing -= rows.int()
+        self.exponent = wider
+
+    def _add_examples(self, firings: Firings, chunk: Chunk) -> None:
+        length = chunk.tokens.shape[1]
+        at = chunk.index.to(firings.context.device)[firings.context] * length + firings.position
+        feature, value, at = firings.feature.cpu(), firings.value.cpu(), at.cpu()
+        # One example a context, its strongest: neighbouring tokens would otherwise fill the list.
+        good = value > self.top.key[feature, -1]
+        best = _strongest_of_group(feature[good] * len(chunk.tokens) + firings.context.cpu()[good], value[good])
+        self.top.add(feature[good][best], value[good][best], value[good][best], at[good][best])
+        self.sample.add(feature, _random(at, feature), value, at)
+
+
+class Largest:
+    """Of each row the n entries with the largest keys, in descending order; of equal ones the earlier."""
+
+    def __init__(self, n_rows: int, n: int) -> None:
+        self.key = torch.full((n_rows, n), -torch.inf)
+        self.value = torch.zeros(n_rows, n)
+        self.at = torch.full((n_rows, n), -1)  # token in the text: context * length + position
+
+    def add(
+        self,
+        row: Int[Tensor, " entry"],
+        key: Float[Tensor, " entry"],
+        value: Float[Tensor, " entry"],
+        at: Int[Tensor, " entry"],
+    ) -> None:
+        """Offer entries; those of one row must come in the order of `at`."""
+        good = key > self.key[row, -1]
+        row, key, value, at = row[good], key[good], value[good], at[good]
+        if not len(row):
+            return
+        n = self.key.shape[1]
+        order = key.argsort(descending=True, stable=True)
+        by_row, rank = _ranks(row[order])
+        order, kept = order[by_row], rank < n
+        order, rank = order[kept], rank[kept]
+        rows, place = row[order].unique(return_inverse=True)
+        offered = torch.full((len(rows), n), -torch.inf)
+        offered[place, rank] = key[order]
+        merged = torch.cat([self.key[rows], offered], 1).sort(stable=True, dim=1, descending=True)
+        self.key[rows] = merged.values[:, :n]
+        for name, new in (("value", value), ("at", at)):
+            old = getattr(self, name)
+            offered = torch.full((len(rows), n), -1, dtype=old.dtype)
+            offered[place, rank] = new[order]
+            old[rows] = torch.cat([old[rows], offered], 1).gather(1, merged.indices[:, :n])
+
+
+class Tally:
+    """Counts of (feature, token) pairs: exact up to `capacity` distinct ones, then too low by at most `floor`.
+
+    When they overflow, the half with the lowest counts is dropped (after Manku and Motwani's lossy counting, 2002).
+    """
+
+    def __init__(self, d_vocab: int, capacity: int = 8_000_000) -> None:
+        self._d_vocab, self._capacity = d_vocab, capacity
+        self.floor = torch.tensor(0)
+        self.keys = torch.empty(0, dtype=torch.int64)
+        self.counts = torch.empty(0, dtype=torch.int64)
+        self.pending = torch.empty(0, dtype=torch.int64)
+
+    def add(self, feature: Int[Tensor, " firing"], token: Int[Tensor, " firing"]) -> None:
+        """Count pairs."""
+        self.pending = torch.cat([self.pending, (feature * self._d_vocab + token).cpu()])
+        if len(self.pending) > max(2**20, len(self.keys) // 4):  # sorting everything for every chunk would be slow
+            self._merge()
+
+    def _merge(self) -> None:
+        keys, counts = self.pending.unique(return_counts=True)
+        self.pending = self.pending[:0]
+        self.keys, place = torch.cat([self.keys, keys]).unique(return_inverse=True)
+        self.counts = torch.zeros_like(self.keys).index_add_(0, place, torch.cat([self.counts, counts]))
+        if len(self.keys) > self._capacity:
+            lower = self.counts.kthvalue(len(self.counts) - self._capacity // 2).values
+            self.floor += lower
+            kept = self.counts > lower
+            self.keys, self.counts = self.keys[kept], self.counts[kept]
+
+    def top(self, n_features: int, n: int) -> tuple[Int[Tensor, "feature n"], Int[Tensor, "feature n"]]:
+        """The most counted tokens of each feature and their counts; -1 and 0 where there are fewer."""
+        self._merge()
+        order = self.counts.argsort(descending=True, stable=True)
+        by_feature, rank = _ranks(self.keys[order] // self._d_vocab)
+        order, kept = order[by_feature], rank < n
+        order, rank = order[kept], rank[kept]
+        feature = self.keys[order] // self._d_vocab
+        ids, counts = torch.full((n_features, n), -1), torch.zeros(n_features, n, dtype=torch.int64)
+        ids[feature, rank] = self.keys[order] % self._d_vocab
+        counts[feature, rank] = self.counts[order]
+        return ids, counts
+
+
+class Sources:
+    """Where features and heads read from: their positive DFA, and their attention, by source slot.
+
+    Args:
+        d_vocab: of the tokens read, which are counted too; None where they have no meaning (random tokens).
+    """
+
+    def __init__(self, d_sae: int, n_heads: int, d_vocab: int | None) -> None:
+        slots = len(dfa.SLOTS)
+        self.firings = torch.zeros(d_sae, dtype=torch.int64)
+        self.mass = torch.zeros(d_sae, slots, dtype=torch.float64)
+        self.head_tokens = torch.tensor(0)
+        self.head_attention = torch.zeros(n_heads, slots, dtype=torch.float64)
+        self.head_dfa = torch.zeros(n_heads, slots, dtype=torch.float64)
+        if d_vocab is not None:
+            self.reads = Tally(d_vocab)
+
+    def add_features(
+        self, firings: Firings, chunk: Chunk, reads: Float[Tensor, "context head feature source"], dense: bool
+    ) -> None:
+        """Attribute the firings of features of which fewer than DFA_FIRINGS were attributed before."""
+        firings = firings.where((self.firings < DFA_FIRINGS).to(firings.feature.device)[firings.feature])
+        self.firings += torch.bincount(firings.feature.cpu(), minlength=len(self.firings))
+        per_firing = chunk.tokens.shape[1] * (reads.shape[1] if dense else 1)
+        for part in torch.arange(len(firings.feature)).split(max(1, _TILE // per_firing)):
+            c, q, feature, _ = firings.where(part)
+            attribution = dfa.firing_sources(chunk.pattern, reads, c, q, feature, dense)
+            mass = attribution.new_zeros(len(part), len(dfa.SLOTS))
+            # A source in the future has slot -1 and no attention.
+            mass.scatter_add_(1, chunk.slots[c, q].clamp_min(0), attribution.relu().sum(1))
+            self.mass.index_add_(0, feature.cpu(), mass.double().cpu())
+            if hasattr(self, "reads"):
+                largest, source = attribution.sum(1).max(1)
+                positive = largest > 0
+                self.reads.add(feature[positive], chunk.tokens[c, source][positive])
+
+    def add_heads(
+        self,
+        chunk: Chunk,
+        reads: Float[Tensor, "context head feature source"],
+        active: Float[Tensor, "context query block feature"],
+        first_query: int,
+    ) -> None:
+        """Sum the attention, and the positive DFA of all active features, of whole heads."""
+        active = active.float().expand(-1, -1, reads.shape[1], -1)  # every head is read by every feature if dense
+        for pattern, read, of_context, slots in zip(chunk.pattern, reads, active, chunk.slots, strict=True):
+            mass = dfa.positive_mass(pattern, read.mT, of_context)
+            self.head_attention += dfa.mass_per_slot(pattern, slots, first_query).double().cpu()
+            self.head_dfa += dfa.mass_per_slot(mass, slots, first_query).double().cpu()
+        self.head_tokens += active[:, first_query:, 0, 0].numel()
+
+
+class Cofiring:
+    """Which features fire together: the firings of the first tokens, as a sparse matrix."""
+
+    def __init__(self) -> None:
+        self.pairs = torch.tensor(0)
+        self.feature: list[Tensor] = []
+        self.value: list[Tensor] = []
+        self.per_token: list[Tensor] = []
+
+    def add(self, firings: Firings, shape: torch.Size) -> None:
+        """Keep firings of a chunk of `shape` [context, pos], while there is room."""
+        if self.pairs >= COFIRING_PAIRS:
+            return
+        token = (firings.context * shape[1] + firings.position).cpu()
+        counts = torch.bincount(token, minlength=shape.numel()).view(shape)[:, 1:]
+        self.feature.append(firings.feature.int().cpu())
+        self.value.append(firings.value.half().cpu())
+        self.per_token.append(counts.flatten().int())
+        self.pairs += len(token)
+
+    def tokens(self) -> np.ndarray:
+        """Active features of each token kept."""
+        return torch.cat(self.per_token).numpy()
+
+    def matrix(self, n_tokens: int, d_sae: int) -> sp.csr_matrix:
+        """Activations [token, feature] of the first tokens."""
+        bounds = np.concatenate([[0], np.cumsum(self.tokens()[:n_tokens], dtype=np.int64)])
+        feature = torch.cat(self.feature)[: bounds[-1]].numpy()
+        value = torch.cat(self.value)[: bounds[-1]].float().clamp_min(1e-7).numpy()  # fp16 may round to 0
+        return sp.csr_matrix((value, feature, bounds), shape=(len(bounds) - 1, d_sae))
+
+
+def state(statistics: Any, prefix: str = "") -> dict[str, Tensor]:
+    """Every tensor that `statistics` consists of, by name; lists of tensors are joined first."""
+    found: dict[str, Tensor] = {}
+    for name, value in vars(statistics).items():
+        if name.startswith("_"):
+            continue
+        if isinstance(value, list):
+            value[:] = [torch.cat(value)] if value else []
+            value = value[0] if value else torch.empty(0)
+        if isinstance(value, Tensor):
+            found[prefix + name] = value
+        else:
+            found |= state(value, f"{prefix}{name}.")
+    return found
+
+
+def load_state(statistics: Any, saved: dict[str, Tensor], prefix: str = "") -> None:
+    """Put back what `state` returned."""
+    for name, value in vars(statistics).items():
+        if name.startswith("_"):
+            continue
+        if isinstance(value, list):
+            value[:] = [saved[prefix + name]] if saved[prefix + name].numel() else []
+        elif isinstance(value, Tensor):
+            setattr(statistics, name, saved[prefix + name])
+        else:
+            load_state(value, saved, f"{prefix}{name}.")
+
+
+def _ranks(group: Int[Tensor, " entry"]) -> tuple[Int[Tensor, " entry"], Int[Tensor, " entry"]]:
+    """An order that brings groups together, and the place of each entry of that order within its group."""
+    order = group.argsort(stable=True)
+    group = group[order]
+    starts = torch.ones(len(group), dtype=torch.bool)
+    starts[1:] = group[1:] != group[:-1]
+    index = torch.arange(len(group))
+    return order, index - torch.cummax(torch.where(starts, index, 0), 0).values if len(group) else index
+
+
+def _strongest_of_group(group: Int[Tensor, " entry"], value: Float[Tensor, " entry"]) -> Int[Tensor, " kept"]:
+    """Index of the largest value of each group, the first of equal ones; in the order of the entries."""
+    order = value.argsort(descending=True, stable=True)
+    by_group, rank = _ranks(group[order])
+    return order[by_group[rank == 0]].sort().values
+
+
+def _random(at: Int[Tensor, " firing"], feature: Int[Tensor, " firing"]) -> Float[Tensor, " firing"]:
+    """A uniform number in [0, 1) that depends on the firing alone (SplitMix64's mixing, Steele et al. 2014)."""
+    x = at * -7046029254386353131 + feature * -4417276706812531889 + 1
+    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685), (31, 1)):
+        x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * factor
+    return (x >> 40 & (1 << 24) - 1).float() / (1 << 24)

@@ -1,0 +1,64 @@
+"""What the pages tabulate, as CSV: `python -m analysis.export_csv checkpoints/<name> OUT`.
+
+    checkpoint.csv  the row of the Tradeoffs page        evaluation.csv  a row per head, from eval.json
+    features.csv, heads.csv, copying.csv, pairs.csv, merging.csv         from analysis/
+
+Token ids become texts; lists are JSON arrays.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from analysis.runs import tables
+from analysis.store import Analysis
+from trainer import checkpoint, cli
+
+
+def write_csv(path: Path, out: Path) -> list[Path]:
+    """Write the CSV files of one checkpoint into the folder `out`; returns them.
+
+    Raises:
+        CheckpointError: the checkpoint or its analysis cannot be read.
+    """
+    found: dict[str, pd.DataFrame] = {}
+    listed = checkpoint.Listed(path, checkpoint.load_config(path), None)
+    found["checkpoint"] = tables.summary([listed])
+    figures = checkpoint.load_eval(path)
+    if figures is not None:
+        found["evaluation"] = tables.per_head(figures, listed.config["model"]["n_heads"])
+    analysis = Analysis(path)
+    for name in ("features", "heads", "copying", "pairs", "merging"):
+        found[name] = analysis.table(name)
+    texts = analysis.strings
+    for table in found.values():
+        for column in table:
+            if not table[column].map(lambda cell: isinstance(cell, np.ndarray)).any():
+                continue
+            lists = table[column].map(lambda cell: cell.tolist())
+            if column.endswith("_ids"):
+                lists = lists.map(lambda ids: [texts[i] for i in ids if i >= 0])
+            table[column] = lists.map(json.dumps)
+    out.mkdir(parents=True, exist_ok=True)
+    for name, table in found.items():
+        table.to_csv(out / f"{name}.csv", index=False)
+    return [out / f"{name}.csv" for name in found]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line. Returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m analysis.export_csv", description="Write a checkpoint's tables as CSV."
+    )
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("out", type=Path, help="folder for the files")
+    options = parser.parse_args(argv)
+    return cli.status(lambda: print(*write_csv(options.checkpoint, options.out), sep="\n"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

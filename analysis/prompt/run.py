@@ -1,0 +1,257 @@
+"""One prompt through one checkpoint: which features fire, and from where their heads read."""
+
+import unicodedata
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from analysis import attribution as dfa
+from trainer.block_diag import BlockDiagSAE
+
+if TYPE_CHECKING:  # it imports transformer_lens, for which pages that run no prompt should not wait
+    from trainer.model.lm import LanguageModel
+
+
+@dataclass(frozen=True)
+class PromptRun:
+    """What one forward of a prompt left, of which every later question is answered; position 0 is BOS.
+
+    `pattern` and `values` have the model's heads; in a dense SAE every feature is read by all of them.
+    """
+
+    tokens: Int[Tensor, " pos"]
+    strings: list[str]
+    f: Float[Tensor, "pos block feature"]
+    z: Float[Tensor, "pos head d_head"]
+    pattern: Float[Tensor, "head query source"]
+    values: Float[Tensor, "head source d_head"]
+    """v - b_V"""
+    W_enc: Float[Tensor, "head d_head feature"]
+    """as each head is read (`dfa.head_encoders`)"""
+    slots: Int[Tensor, "query source"]
+    resid_pre: Float[Tensor, "pos d_model"]
+    """entering the layer, in the model's dtype"""
+    final: Float[Tensor, "pos d_model"]
+    """before the final norm, in the model's dtype"""
+
+    @property
+    def features_per_block(self) -> int:
+        return self.f.shape[-1]
+
+    @property
+    def dense(self) -> bool:
+        return self.f.shape[1] != len(self.pattern)
+
+    def reads(
+        self, head: int, features: Int[Tensor, " feature"] | list[int] | slice = slice(None)
+    ) -> Float[Tensor, "source feature"]:
+        """(v[s] - b_V) . w of features as one head reads them, by their index in its block."""
+        return self.values[head] @ self.W_enc[head][:, features]
+
+    def label(self, position: int) -> str:
+        """`position: token`, unique within the prompt and readable."""
+        return f"{position}: {visible(self.strings[position])}"
+
+
+@torch.no_grad()
+def run_prompt(lm: "LanguageModel", sae: BlockDiagSAE, layer: int, prompt: str) -> PromptRun:
+    """Run a prompt and encode its hook_z of `layer`.
+
+    Raises:
+        ValueError: the prompt is empty or too long, or the SAE's sizes are not this model's.
+    """
+    if sae.d_in != lm.n_heads * lm.d_head:
+        raise ValueError(f"the SAE reads {sae.d_in} dimensions, but {lm.name} has {lm.n_heads} x {lm.d_head}")
+    tokens = lm.to_tokens(prompt)
+    attention, resid_pre, final = lm.forward(tokens, layer)
+    z, v, pattern = (part[0].float() for part in attention)
+    sae = sae.to(lm.device)
+    ids = tokens[0].cpu()
+    return PromptRun(
+        tokens=ids,
+        strings=lm.token_strings(ids.tolist()),
+        f=sae.encode(z).cpu(),
+        z=z.cpu(),
+        pattern=pattern.cpu(),
+        values=(v - lm.value_bias(layer).float()).transpose(0, 1).cpu(),
+        W_enc=dfa.head_encoders(sae, lm.n_heads, lm.d_head).detach().cpu(),
+        slots=dfa.source_slots(ids),
+        resid_pre=resid_pre[0].cpu(),
+        final=final[0].cpu(),
+    )
+
+
+def firing_map(run: PromptRun) -> pd.DataFrame:
+    """How many features fire: one row per head (`all` of a dense SAE) and position but BOS."""
+    counts = (run.f > 0).sum(-1)
+    total = run.f.sum(-1)
+    rows = [
+        ("all" if run.dense else head, q, run.label(q), int(counts[q, head]), float(total[q, head]))
+        for head in range(counts.shape[1])
+        for q in range(1, len(counts))
+    ]
+    return pd.DataFrame(rows, columns=["head", "position", "token", "active", "activation"])
+
+
+def active_features(
+    run: PromptRun,
+    head: int | None = None,
+    span: tuple[int, int] | None = None,
+    limit: int = 500,
+    source: int | None = None,
+    effect: Float[Tensor, "pos block feature"] | None = None,
+) -> pd.DataFrame:
+    """Features that fire in a head (or dense block) and in a span of positions (None: any), strongest first.
+
+    One row per feature and position, at most `limit`. `share` is the activation's part of everything
+    that fires in that head at that position; `reads from` is the source with the largest DFA (summed
+    over heads in a dense SAE), `source share` its part of the feature's positive DFA.
+
+    Args:
+        span: first and last position.
+        source: rank by the DFA from this position instead, in a column `from source`.
+        effect: rank by the size of this value of each firing instead (`direct_effects`), in a column `effect`.
+    """
+    f = run.f.clone()
+    f[0] = 0  # BOS is not part of what the SAE is for
+    if head is not None:
+        f[:, torch.arange(f.shape[1]) != head] = 0
+    if span is not None:
+        f[: span[0]] = f[span[1] + 1 :] = 0
+    rank, ranked_by = f, None
+    if source is not None:
+        rank = torch.where(f > 0, _from_source(run, source), 0.0)
+        ranked_by = "from source"
+    elif effect is not None:
+        rank = torch.where(f > 0, effect, 0.0)
+        ranked_by = "effect"
+    size = rank.abs() if effect is not None else rank
+    flat = size.flatten().topk(min(limit, int((size > 0).sum()))).indices
+    activation, ranking = f.flatten()[flat], rank.flatten()[flat]
+    q, block, index = (torch.from_numpy(part) for part in np.unravel_index(flat.numpy(), f.shape))
+    attribution = torch.zeros(len(flat), len(run.tokens))
+    for i in range(len(run.pattern)):  # never the reads of all features at once: a dense SAE has gigabytes of them
+        of_head = torch.full_like(block, run.dense, dtype=torch.bool) | (block == i)
+        attribution[of_head] += run.pattern[i, q[of_head]] * run.reads(i, index[of_head]).T
+    best, source = attribution.max(-1)
+    positive = attribution.relu().sum(-1)
+    return pd.DataFrame(
+        {
+            "feature": (block * run.features_per_block + index).numpy(),
+            "head": block.numpy(),
+            "position": q.numpy(),
+            "token": [run.label(i) for i in q.tolist()],
+            **({ranked_by: ranking.numpy()} if ranked_by else {}),
+            "activation": activation.numpy(),
+            "share": (activation / run.f.sum(-1)[q, block]).numpy(),
+            "reads from": [run.label(i) for i in source.tolist()],
+            "slot": [dfa.SLOTS[i] for i in run.slots[q, source].tolist()],
+            "source share": (best.relu() / positive.clamp_min(1e-12)).numpy(),
+        }
+    )
+
+
+def _from_source(run: PromptRun, source: int) -> Float[Tensor, "pos block feature"]:
+    """DFA from one source position, of every feature at every destination."""
+    reads = torch.einsum("hd,hdf->hf", run.values[:, source], run.W_enc)
+    attribution = torch.einsum("hq,hf->hqf", run.pattern[:, :, source], reads)
+    return attribution.sum(0)[:, None] if run.dense else attribution.transpose(0, 1)
+
+
+@torch.no_grad()
+def direct_effects(
+    lm: "LanguageModel", sae: BlockDiagSAE, layer: int, run: PromptRun, token: int
+) -> Float[Tensor, "pos block feature"]:
+    """What each firing adds to the logit of a next token at its own position, by the direct path.
+
+    f (W_dec W_O) . direction of the token / scale of the final norm; everything else frozen.
+    """
+    W_O = lm.W_O(layer).float().reshape(sae.n_heads, sae.d_head, -1)
+    per_unit = (sae.W_dec @ (W_O @ lm.logit_direction(token).float())[..., None])[..., 0]
+    scale = lm.final_scale(run.final[None].to(lm.device), lm.n_layers)[0]
+    return run.f * (per_unit / scale[..., None].float()).cpu()
+
+
+def source_attribution(run: PromptRun, block: int, index: int, position: int) -> pd.DataFrame:
+    """Exact DFA of one feature at one position: a row per source (and per head, in a dense SAE).
+
+    `attention` is A[q, s] (where the head looks), `read` is (v[s] - b_V) . w (what is there for the
+    feature), `dfa` their product. Their sum and the constant make up the pre-activation.
+    """
+    heads = range(len(run.pattern)) if run.dense else [block]
+    parts = []
+    for head in heads:
+        attention = run.pattern[head, position, : position + 1]
+        read = run.reads(head, [index])[: position + 1, 0]
+        parts.append(
+            pd.DataFrame(
+                {
+                    "head": head,
+                    "source": range(position + 1),
+                    "token": [run.label(s) for s in range(position + 1)],
+                    "slot": [dfa.SLOTS[i] for i in run.slots[position, : position + 1].tolist()],
+                    "attention": attention.numpy(),
+                    "read": read.numpy(),
+                    "dfa": (attention * read).numpy(),
+                }
+            )
+        )
+    return pd.concat(parts, ignore_index=True)
+
+
+def roles(run: PromptRun) -> pd.DataFrame:
+    """What each head does on this prompt: the share of its attention, and of its features' positive
+    DFA, that falls on each source slot. One row per head and slot."""
+    active = (run.f > 0).float()
+    if run.dense:
+        active = active.expand(-1, len(run.pattern), -1)
+    attention = dfa.shares(dfa.mass_per_slot(run.pattern, run.slots))
+    positive = [
+        dfa.positive_mass(run.pattern[[head]], run.reads(head)[None], active[:, [head]])
+        for head in range(len(run.pattern))
+    ]
+    attribution = dfa.shares(dfa.mass_per_slot(torch.cat(positive), run.slots))
+    rows = [
+        (head, slot, float(attention[head, i]), float(attribution[head, i]))
+        for head in range(len(attention))
+        for i, slot in enumerate(dfa.SLOTS)
+    ]
+    return pd.DataFrame(rows, columns=["head", "slot", "attention", "dfa"])
+
+
+def role_table(shares: pd.DataFrame) -> pd.DataFrame:
+    """The largest slot of each head by attention and by DFA, and whether the two agree."""
+    rows = []
+    for head, group in shares.groupby("head"):
+        by_attention = group.loc[group["attention"].idxmax()]
+        by_dfa = group.loc[group["dfa"].idxmax()]
+        fires = group["dfa"].sum() > 0
+        rows.append(
+            {
+                "head": head,
+                "by attention": by_attention["slot"],
+                "attention share": by_attention["attention"],
+                "by DFA": by_dfa["slot"] if fires else "nothing fires",
+                "DFA share": by_dfa["dfa"],
+                "agree": bool(fires and by_attention["slot"] == by_dfa["slot"]),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def visible(text: str) -> str:
+    """A token with white space, control characters and what has no shape of its own made visible and harmless."""
+    named = {" ": "\u00b7", "\n": "\u21b5", "\t": "\u21e5", "\r": "\u240d"}
+    shown = []
+    for before, c in zip(" " + text, text, strict=False):
+        # A mark needs a letter to stand on; some printable characters are blank.
+        bare = unicodedata.category(c)[0] == "M" and unicodedata.category(before)[0] not in "LM"
+        blank = c in "\u034f\u115f\u1160\u2800\u3164\uffa0" or "\ufe00" <= c <= "\ufe0f"
+        plain = c.isprintable() and not bare and not blank
+        shown.append(named.get(c, c if plain else f"\\u{ord(c):04x}"))
+    return "".join(shown) or "\u2205"

@@ -1,0 +1,47 @@
+"""Altair charts of one feature."""
+
+import altair as alt
+import numpy as np
+import pandas as pd
+
+from analysis.attribution import SLOTS
+from pages.charts.common import PALETTE, SLOT
+
+
+def histogram(counts: np.ndarray, low: float, high: float, title: str, of: str) -> alt.Chart:
+    """Counts in equal bins from `low` to `high`, on a root scale: rare large values are what one looks for."""
+    edges = np.linspace(low, high, len(counts) + 1)
+    frame = pd.DataFrame({"from": edges[:-1], "to": edges[1:], "count": counts})
+    last = int(np.flatnonzero(counts)[-1]) if counts.any() else 0
+    return (
+        alt.Chart(frame.iloc[: last + 1])
+        .mark_bar(color=PALETTE[0], binSpacing=0)
+        .encode(
+            x=alt.X("from:Q", title=title, bin="binned"),
+            x2="to:Q",
+            y=alt.Y("count:Q", title=f"{of} (√)", scale=alt.Scale(type="sqrt"), axis=alt.Axis(tickCount=4)),
+            tooltip=[alt.Tooltip("from:Q", format=".3g"), alt.Tooltip("to:Q", format=".3g"), "count"],
+        )
+        .properties(height=180)
+    )
+
+
+def slots(row: pd.Series) -> alt.Chart:
+    """Shares of a feature's positive DFA by source slot, on text and on repeated random tokens."""
+    rows = []
+    for prefix, text in (("", "text"), ("repeated_", "repeated tokens")):
+        if row[f"{prefix}dfa_firings"]:
+            rows += [(text, slot, row[f"{prefix}dfa_{slot}"], order) for order, slot in enumerate(SLOTS)]
+    frame = pd.DataFrame(rows, columns=["on", "slot", "share", "order"])
+    return (
+        alt.Chart(frame)
+        .mark_bar()
+        .encode(
+            y=alt.Y("on:N", title=None, sort=["text", "repeated tokens"]),
+            x=alt.X("share:Q", title="Share of positive DFA", axis=alt.Axis(format="%", tickCount=5)),
+            color=SLOT.title(None).legend(orient="top", columns=2, symbolLimit=7),
+            order="order:Q",
+            tooltip=["on", "slot", alt.Tooltip("share:Q", format=".1%")],
+        )
+        .properties(height=alt.Step(28))  # a fixed height would go to the legend
+    )

@@ -1,0 +1,100 @@
+"""Altair charts of heads: role cards and redundancy."""
+
+import altair as alt
+import numpy as np
+import pandas as pd
+
+from analysis.attribution import SLOTS
+from pages.charts.common import CRITERIA, GREY, PALETTE, SLOT
+
+
+def role_card(head: pd.Series) -> alt.Chart:
+    """Attention and positive DFA of one head by source slot, on text and on repeated random tokens."""
+    rows = [
+        (f"{what}, {text}", slot, head[f"{prefix}{key}_{slot}"], order)
+        for prefix, text in (("", "text"), ("repeated_", "repeated tokens"))
+        for key, what in (("attention", "attention"), ("dfa", "DFA"))
+        for order, slot in enumerate(SLOTS)
+    ]
+    frame = pd.DataFrame(rows, columns=["measure", "slot", "share", "order"])
+    return (
+        alt.Chart(frame)
+        .mark_bar()
+        .encode(
+            y=alt.Y("measure:N", title=None, sort=None, axis=alt.Axis(labelLimit=200)),
+            x=alt.X("share:Q", title="Share", axis=alt.Axis(format="%")),
+            color=SLOT,
+            order="order:Q",
+            tooltip=["measure", "slot", alt.Tooltip("share:Q", format=".1%")],
+        )
+        .properties(height=alt.Step(34))
+    )
+
+
+def monosemanticity(heads: pd.DataFrame) -> alt.LayerChart:
+    """Share of each head's features that have its role, with Wilson intervals: unweighted, and weighted by firing."""
+    rows = []
+    for head in heads.itertuples():
+        rows.append((head.head, "each feature once", head.mono_share, head.mono_low, head.mono_high))
+        rows.append((head.head, "by firing", head.mono_weighted, head.mono_weighted_low, head.mono_weighted_high))
+    frame = pd.DataFrame(rows, columns=["head", "counted", "share", "low", "high"])
+    base = alt.Chart(frame).encode(
+        x=alt.X("head:O", title="Head", axis=alt.Axis(labelAngle=0)),
+        xOffset=alt.XOffset("counted:N", sort=None),
+        color=alt.Color(
+            "counted:N",
+            title="Features with the head's role",
+            scale=alt.Scale(range=PALETTE[:2]),
+            legend=alt.Legend(orient="top", labelLimit=200, titleLimit=250),
+        ),
+    )
+    y = alt.Y("share:Q", title="Share (95 % interval)", axis=alt.Axis(format="%"), scale=alt.Scale(domain=[0, 1]))
+    points = base.mark_point(filled=True, size=60).encode(
+        y=y, tooltip=["head", "counted", *(alt.Tooltip(f"{c}:Q", format=".1%") for c in ("share", "low", "high"))]
+    )
+    bars = base.mark_rule(strokeWidth=2).encode(y=alt.Y("low:Q", title="Share (95 % interval)"), y2="high:Q")
+    return (bars + points).properties(height=300)
+
+
+def redundancy(counts: list[list[int]]) -> alt.LayerChart:
+    """How many features of a head (row) have a redundant partner in another head (column)."""
+    frame = pd.DataFrame(
+        [(a, b, n) for a, row in enumerate(counts) for b, n in enumerate(row) if a != b],
+        columns=["head", "other", "features"],
+    )
+    base = alt.Chart(frame).encode(
+        x=alt.X("other:O", title="has a partner in head", axis=alt.Axis(labelAngle=0)),
+        y=alt.Y("head:O", title="Features of head"),
+        tooltip=["head", "other", "features"],
+    )
+    largest = max(1, int(np.max(counts)))
+    cells = base.mark_rect().encode(
+        color=alt.Color("features:Q", title="Features", scale=alt.Scale(scheme="viridis", domain=[0, largest]))
+    )
+    light = alt.datum.features > 0.6 * largest
+    texts = base.mark_text(fontSize=11).encode(
+        text="features:Q", color=alt.condition(light, alt.value("black"), alt.value("white"))
+    )
+    return (cells + texts).properties(height=300)
+
+
+def merging(curve: pd.DataFrame, l0: float) -> alt.LayerChart:
+    """L0 where linked features of different heads count once, over the threshold from which they are linked."""
+    frame = curve.assign(linked=curve["criterion"].map(CRITERIA))
+    lines = (
+        alt.Chart(frame)
+        .mark_line(point=True)
+        .encode(
+            x=alt.X("threshold:Q", title="Linked from this Jaccard index and cosine on", scale=alt.Scale(reverse=True)),
+            y=alt.Y("L0:Q", title="L0, a cluster counts once", scale=alt.Scale(domainMin=0)),
+            color=alt.Color(
+                "linked:N", title="Linked by", sort=None, scale=alt.Scale(range=PALETTE[:3]),
+                legend=alt.Legend(orient="top", labelLimit=250, columns=1),
+            ),
+            tooltip=["linked", "threshold", alt.Tooltip("L0:Q", format=".2f"), "clusters", "largest"],
+        )
+    )  # fmt: skip
+    plain = alt.Chart(pd.DataFrame({"L0": [l0], "name": [f"L0 {l0:.1f} without merging"]}))
+    rule = plain.mark_rule(strokeDash=[4, 4], color=GREY).encode(y="L0:Q")
+    text = plain.mark_text(align="left", dx=4, dy=12, color=GREY).encode(y="L0:Q", x=alt.value(0), text="name:N")
+    return (lines + rule + text).properties(height=340)

@@ -1,0 +1,258 @@
+"""The dashboard of one feature."""
+
+import numpy as np
+import pandas as pd
+import streamlit as st
+
+from analysis.labels import Labels
+from analysis.prompt.run import visible
+from analysis.store import Analysis
+from pages.charts import features as feature_charts
+from pages.shared import common, live, strips
+from trainer import checkpoint
+
+_SAE_VIS_FEATURES = 20
+
+
+def show(listed: checkpoint.Listed, analysis: Analysis, labels: Labels, order: list[int]) -> None:
+    """Draw the feature that the address names, with steps to its neighbours in `order`.
+
+    Raises:
+        CheckpointError: an artefact is damaged.
+    """
+    feature = _navigation(analysis, order)
+    row = analysis.feature(feature)
+    st.subheader(f"Feature {feature} of head {row['head']}", anchor=False)
+    if row["head_share"] < 1:
+        st.caption(
+            f"A dense SAE's feature belongs to no one head; {row['head_share']:.0%} of its squared decoder norm is in "
+            f"head {row['head']}."
+        )
+    st.text(row["description"])
+    if not row["firings"]:
+        st.info("It does not fire on the tokens analysed, so there is nothing to show. Pick another one above.")
+        return
+    with st.container(horizontal=True):
+        st.metric("Density", f"{row['density']:.3%}", border=True, help=f"{row['firings']:,} firings")
+        st.metric("Mean activation", f"{row['mean_activation']:.2f}", border=True, help="where it fires")
+        st.metric("Largest", f"{row['max_activation']:.2f}", border=True)
+        share = "not judged" if pd.isna(row["role_share"]) else f"{row['role_share']:.0%} {row['role']}"
+        st.metric("Reads from", share, border=True, help=f"largest slot of its DFA over {row['dfa_firings']:,} firings")
+
+    left, middle, right = st.columns(3)
+    with left:
+        st.markdown("**Activations**")
+        st.altair_chart(feature_charts.histogram(row["histogram"], 0, row["histogram_end"], "Activation", "Tokens"))
+        st.markdown("**Where it reads from**")
+        st.altair_chart(feature_charts.slots(row))
+    with middle:
+        st.markdown("**Direct effect on logits**, per unit of activation")
+        low, high = row["bottom_logits"][0], row["top_logits"][0]
+        st.altair_chart(feature_charts.histogram(row["logit_histogram"], low, high, "Logit effect", "Vocabulary"))
+        st.dataframe(_logits(row, analysis.strings), hide_index=True, height=240)
+    with right:
+        st.markdown("**Tokens**")
+        st.dataframe(
+            _tokens(row, analysis.strings),
+            hide_index=True,
+            height=240,
+            column_config={
+                "fires_on": st.column_config.TextColumn("fires on", width=75),
+                "reads": st.column_config.TextColumn("reads", width=75, help="the source with the largest DFA"),
+                **{
+                    f"{name}_share": st.column_config.NumberColumn("share", format="percent", width=60)
+                    for name in ("fires_on", "reads")
+                },
+            },
+        )
+        _label_form(labels, feature)
+
+    _examples(analysis, row)
+    _neighbours(analysis, feature)
+
+
+def exchange(labels: Labels, d_sae: int, name: str) -> None:
+    """Labels of a checkpoint as JSON or CSV, out and in."""
+    try:
+        table = labels.table()
+        texts = {"json": table.to_json(orient="records", indent=1), "csv": table.to_csv(index=False)}
+        for column, (kind, text) in zip(st.columns(2), texts.items(), strict=True):
+            column.download_button(kind.upper(), text, f"labels-{name}.{kind}", disabled=table.empty)
+        file = st.file_uploader("Import JSON or CSV", type=["json", "csv"], help="replaces labels of the same features")
+        if file is not None and st.button("Import"):
+            n = labels.load(file.getvalue().decode("utf-8", errors="replace"), d_sae)
+            st.success(f"{n} labels imported.")
+    except ValueError as error:
+        st.error(str(error))
+
+
+def sae_vis_page(listed: checkpoint.Listed, features: list[int]) -> None:
+    """A button that makes the sae-vis HTML of the first features shown."""
+    chosen = features[:_SAE_VIS_FEATURES]
+    st.caption(
+        f"The first {len(chosen)} of this page's features on 4,000 held-out tokens, offline-capable; about 2 s a "
+        "feature, and the model is loaded. All heads at once:"
+    )
+    st.code(f"python -m analysis.sae_vis {common.shown_path(listed.path)} OUT.html", language="bash")
+    if chosen and st.button("Make it"):
+        page = live.sae_vis_page(listed, tuple(chosen))
+        st.download_button(
+            "Download the HTML", page, f"{listed.path.name}-sae-vis.html", "text/html", on_click="ignore"
+        )
+
+
+def _navigation(analysis: Analysis, order: list[int]) -> int:
+    """The feature shown, and steps to others."""
+    d_sae = len(analysis.features)
+    if (st.session_state.get("feature") or 0) >= d_sae:  # of another checkpoint
+        st.session_state["feature"] = None
+    first = order[0] if order else 0
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        chosen = st.number_input(
+            "Feature id", 0, d_sae - 1, None, key="feature", bind="query-params", width=160, placeholder=str(first)
+        )
+        feature = first if chosen is None else int(chosen)
+        head = analysis.features["head"]
+        place = order.index(feature) if feature in order else None
+        steps = {"Previous": -1, "Next": 1}
+        for name, step in steps.items():
+            at = max(0, step - 1) if place is None else place + step  # what is filtered away comes before the first
+            target = order[at] if 0 <= at < len(order) and (place is not None or step > 0) else None
+            _go(name, target, "of the features above, in their order")
+        for name, step in steps.items():
+            of_head = head[(head == head[feature] + step) & (analysis.features["firings"] > 0)]
+            _go(f"{name} head", int(of_head.index[0]) if len(of_head) else None, "its first feature that fires")
+    return feature
+
+
+def _go(name: str, target: int | None, what: str) -> None:
+    st.button(
+        name, key=f"go_{name}", disabled=target is None, help=what, on_click=_choose, args=(target,)
+    )  # fmt: skip
+
+
+def _choose(feature: int) -> None:
+    st.session_state["feature"] = feature
+
+
+def _logits(row: pd.Series, strings: dict[int, str]) -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "promotes": [visible(strings[int(i)]) for i in row["top_logit_ids"]],
+            "effect": row["top_logits"],
+            "suppresses": [visible(strings[int(i)]) for i in row["bottom_logit_ids"]],
+            "effect ": row["bottom_logits"],
+        }
+    )
+
+
+def _tokens(row: pd.Series, strings: dict[int, str]) -> pd.DataFrame:
+    columns: dict[str, list] = {}
+    for name, total in (("fires_on", row["firings"]), ("reads", row["dfa_firings"])):
+        ids, counts = row[f"{name}_ids"], row[f"{name}_counts"]
+        columns[name] = [visible(strings[int(i)]) if i >= 0 else "" for i in ids]
+        columns[f"{name}_share"] = [n / total if n else None for n in counts]
+    return pd.DataFrame(columns)
+
+
+def _label_form(labels: Labels, feature: int) -> None:
+    try:
+        now = labels.get(feature)
+    except ValueError as error:
+        st.error(str(error))
+        return
+    # Keys carry the feature: a text that was typed for one never lands on another.
+    with st.container(border=True):
+        st.text_input("Your label", now.label, key=f"text_{feature}", max_chars=200)
+        st.text_area("Note", now.note, key=f"note_{feature}", height=80, max_chars=5000)
+        st.session_state.setdefault(f"seen_{feature}", now.changed)
+        st.button("Save", key=f"save_{feature}", on_click=_save, args=(labels, feature))
+        if refused := st.session_state.pop("label_refused", None):
+            st.error(f"{refused}. Reload the page to see it.")
+
+
+def _save(labels: Labels, feature: int) -> None:
+    text, note, seen = (st.session_state[f"{name}_{feature}"] for name in ("text", "note", "seen"))
+    try:
+        labels.put(feature, text, note, seen)
+        st.session_state[f"seen_{feature}"] = labels.get(feature).changed
+        st.toast("Saved")
+    except ValueError as error:
+        st.session_state["label_refused"] = str(error)
+
+
+def _examples(analysis: Analysis, row: pd.Series) -> None:
+    examples = analysis.examples(int(row["feature"]))
+    st.markdown("**Examples**, strongest contexts first: activation of the feature, then what each source adds (DFA)")
+    st.caption(
+        "Orange: activation. Green: DFA that adds to it, vermillion: that takes away. Blue: attention. The full colour "
+        "is the largest of a strip; underlined: where the feature fires."
+    )
+    left, middle, right = st.columns([3, 2, 2], vertical_alignment="bottom")
+    kinds = {"Strongest": "top", "Over quantiles": "quantile"}
+    kind = left.segmented_control(
+        "Which", list(kinds), default="Strongest", required=True, key="kind", bind="query-params"
+    )
+    attention = middle.toggle("Attention row", key="attention", bind="query-params", help="where the head looks")
+    whole = right.toggle("Whole contexts", key="whole", bind="query-params")
+    chosen = examples[examples["kind"] == kinds[kind]]
+    for example in chosen.itertuples():
+        texts = [analysis.strings[int(i)] for i in example.token_ids]
+        position = int(example.position)
+        source = int(np.abs(example.dfa).argmax())
+        span = None if whole else strips.around(position, source, len(texts))
+        parts = [
+            strips.strip(texts, example.activations, "activation", strips.ORANGE, position, span),
+            strips.strip(texts, example.dfa, "DFA", strips.GREEN, position, span),
+        ]
+        if attention:
+            parts.append(
+                strips.strip(texts, example.attention, f"attention of head {example.head}", strips.BLUE, position, span)
+            )
+        quantile = "" if pd.isna(example.quantile) else f" · quantile {example.quantile:.0%}"
+        with st.container(border=True):
+            st.caption(
+                f"activation {example.activation:.3f}{quantile} · document {example.document}, context "
+                f"{example.context}, position {position} · sources {example.dfa_sum:.3f}, "
+                f"constant {row['constant']:.3f} · largest source {position - source} back"
+            )
+            st.html("".join(parts))
+
+
+def _neighbours(analysis: Analysis, feature: int) -> None:
+    table = analysis.neighbours(feature)
+    table = table.join(analysis.features[["head", "description"]], on="other")
+    st.markdown("**Nearest features**, by how often they fire together and by what they write. Tick one to go there.")
+    for column, across in zip(st.columns(2), (False, True), strict=True):
+        with column:
+            st.caption("of other heads" if across else "of its own head")
+            part = table[table["across"] == across].sort_values("jaccard", ascending=False)
+            if part.empty:
+                st.caption("none: it fires on too few tokens to compare")
+                continue
+            ids = part["other"].tolist()
+            st.dataframe(
+                part[["other", "head", "jaccard", "correlation", "cosine", "description"]],
+                hide_index=True,
+                height=240,
+                key=f"near_{across}",
+                on_select=lambda ids=ids, across=across: _pick(ids, f"near_{across}"),
+                selection_mode="single-row",
+                column_config={
+                    "other": st.column_config.NumberColumn("feature", width=70),
+                    "head": st.column_config.NumberColumn(width=50),
+                    "jaccard": st.column_config.NumberColumn(
+                        format="%.2f", width=60, help="tokens on which both fire over tokens on which either does"
+                    ),
+                    "correlation": st.column_config.NumberColumn(format="%.2f", width=70, help="of activations"),
+                    "cosine": st.column_config.NumberColumn(
+                        format="%.2f", width=60, help="of what they add to the residual stream"
+                    ),
+                },
+            )
+
+
+def _pick(ids: list[int], key: str) -> None:
+    rows = st.session_state[key]["selection"]["rows"]
+    if rows:
+        _choose(ids[rows[0]])

@@ -1,0 +1,173 @@
+"""Heads with a known job come out with that job, and a planted deviant feature is named."""
+
+import numpy as np
+import pytest
+import torch
+
+from analysis import attribution as dfa
+from analysis.corpus.heads import copying, feature_roles, head_table, monosemanticity, wilson
+from analysis.corpus.passes import chunks, first_pass, sources_on_repeats
+from analysis.corpus.running import FeatureStatistics, Sources
+from analysis.logits import head_of_features, logit_effects, written
+from tests.analysis.test_attribution import previous_token_and_induction_model
+from trainer.block_diag import BlockDiagSAE
+from trainer.evaluate import repeated_tokens
+
+VOCABULARY, LENGTH = 12, 32
+
+
+@pytest.fixture(scope="module")
+def lm():
+    lm = previous_token_and_induction_model(VOCABULARY, LENGTH)
+    model = lm.model
+    second = model.blocks[1].attn
+    model.W_U.data[:VOCABULARY] = torch.eye(VOCABULARY)  # logits are the token part of the residual stream
+    for token in range(VOCABULARY):
+        second.W_O.data[0, token, token] = 1.0  # head 0 copies, head 1 suppresses
+        second.W_O.data[1, token, token] = -1.0
+    return lm
+
+
+def repeats(n: int = 12) -> torch.Tensor:
+    """BOS, then ten tokens three times: 30 of 31 positions."""
+    torch.manual_seed(0)
+    rows = [torch.randperm(VOCABULARY - 1)[:10] + 1 for _ in range(n)]
+    return torch.stack([torch.cat([torch.zeros(1, dtype=torch.int64), *[row] * 3]) for row in rows])
+
+
+def token_features(lm) -> BlockDiagSAE:
+    """Feature i of a head fires where the head reads token i: v is a one-hot of the token."""
+    sae = BlockDiagSAE(2, lm.d_head, VOCABULARY)
+    for parameter in sae.parameters():
+        parameter.data.zero_()
+    for token in range(VOCABULARY):
+        sae.W_enc.data[:, token, token] = 1
+        sae.W_dec.data[:, token, token] = 1
+    sae.b_enc.data[0] = -0.5  # head 0 attends to one token, head 1 to all
+    return sae.requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def seen(lm):
+    sae, contexts = token_features(lm), repeats()
+    statistics = FeatureStatistics(sae, lm.value_bias(1), VOCABULARY, n_top=5)
+    first_pass(lm, 1, contexts, 0, [statistics], lambda done: None)
+    return sae, contexts, statistics
+
+
+def test_the_induction_head_and_its_planted_deviant(lm, seen):
+    """Token 0 is BOS, on which the induction head rests: its feature reads from BOS, the others by induction."""
+    sae, contexts, statistics = seen
+    head = head_of_features(sae, 2)[0].numpy()
+    copied = copying(lm, 1, next(chunks(lm, 1, contexts, torch.arange(12))))
+    table = head_table(statistics, Sources(24, 2, None), copied, None, head).set_index("head")
+    assert table.loc[0, "mono_role"] == "induction"
+    assert table.loc[0, "mono_deviants"].tolist() == [0], "the feature that fires where the head rests"
+    assert table.loc[0, "mono_n"] == VOCABULARY
+    assert table.loc[0, "mono_share"] == pytest.approx(11 / 12)
+    weight = statistics.firings[:VOCABULARY].double()
+    assert table.loc[0, "mono_weighted"] == pytest.approx(float(weight[1:].sum() / weight.sum()))
+    assert table.loc[0, "role_dfa"] == table.loc[0, "role_attention"] == "induction"
+    assert table.loc[0, "agree"]
+    assert table.loc[1, "role_attention"] != "induction", "head 1 attends uniformly"
+    assert table["L0"].tolist() == pytest.approx((statistics.l0 / statistics.n_tokens).tolist())
+    assert table["explained_share"].sum() == pytest.approx(1)
+    roles = feature_roles(statistics.sources)[1][:VOCABULARY]
+    assert [dfa.SLOTS[role] for role in roles] == ["bos"] + ["induction"] * 11
+    ids, _ = statistics.sources.reads.top(24, 1)
+    assert ids[:VOCABULARY, 0].tolist() == list(range(VOCABULARY)), "each reads its token"
+
+
+def test_copying_and_copy_suppression(lm, seen):
+    _, contexts, _ = seen
+    copies, suppresses = copying(lm, 1, next(chunks(lm, 1, contexts, torch.arange(12))))
+    assert (copies.score, copies.top10) == (pytest.approx(1), pytest.approx(1))
+    assert (suppresses.score, suppresses.bottom10) == (pytest.approx(-1), pytest.approx(1))
+    assert (copies.examples["rank"] == 0).all()
+    assert (suppresses.examples["rank"] == VOCABULARY - 1).all()
+    for row in copies.examples.itertuples():
+        attention = lm.attention(contexts[row.context][None], 1).pattern[0, 0, row.query]
+        assert row.source == int(attention[1:].argmax()) + 1
+        assert row.attention == pytest.approx(float(attention[row.source]))
+
+
+def test_repeats_judge_the_second_half_only(lm):
+    lm.tokenizer = type("Tokens", (), {"bos_token_id": 0, "all_special_ids": [0]})()
+    sae = token_features(lm)
+    (sources,) = sources_on_repeats(lm, 1, [sae], 16, 11, seed=0)  # five random tokens, twice
+    attention = dfa.shares(sources.head_attention)[0]
+    assert attention[dfa.SLOTS.index("induction")] > 0.95
+    assert int(sources.head_tokens) == 16 * 5
+    f = sae.encode(lm.hook_z(repeated_tokens(lm, 16, 5, 0), 1))
+    assert sources.firings.tolist() == (f[:, 6:] > 0).sum((0, 1)).flatten().tolist(), "of the second half"
+    assert dfa.SLOTS[int(sources.head_dfa[0].argmax())] == "induction"
+
+
+def test_wilson_against_published_values():
+    """Newcombe 1998, table I: 81 of 263, and 15 of 148; Brown et al.'s behaviour at 0 and 1."""
+    assert wilson(81 / 263, 263) == (pytest.approx(0.2553, abs=1e-4), pytest.approx(0.3662, abs=1e-4))
+    assert wilson(15 / 148, 148) == (pytest.approx(0.0624, abs=1e-4), pytest.approx(0.1605, abs=1e-4))
+    assert wilson(0, 20)[0] == pytest.approx(0, abs=1e-12) and 0.1 < wilson(0, 20)[1] < 0.2
+    assert np.isnan(wilson(np.nan, 0)).all()
+
+
+def test_rare_features_are_not_judged():
+    sources = Sources(4, 1, None)
+    sources.mass[:, 3] = torch.tensor([5.0, 5.0, 0.0, 5.0])
+    sources.mass[3, 2] = 9.0
+    sources.firings += torch.tensor([100, 9, 50, 20])
+    sources.head_dfa[0, 3] = 1.0
+    table = monosemanticity("", sources, np.array([100.0, 9, 50, 20]), np.zeros(4, int))
+    assert table.loc[0, "mono_n"] == 2  # 1 fired too rarely, 2 has no positive source
+    assert table.loc[0, "mono_share"] == 0.5
+    assert table.loc[0, "mono_weighted"] == pytest.approx(100 / 120)
+    assert table.loc[0, "mono_deviants"].tolist() == [3]
+
+
+@pytest.mark.parametrize("model", ["gpt2", "llama"])
+@pytest.mark.parametrize("dense", [False, True])
+def test_logit_effects_against_autograd(model, dense, request):
+    """Through the model's own final norm, its scale frozen, and its own unembedding."""
+    lm = request.getfixturevalue(model)
+    torch.manual_seed(0)
+    sae = BlockDiagSAE(1, lm.n_heads * lm.d_head, 9) if dense else BlockDiagSAE(lm.n_heads, lm.d_head, 5)
+    sae.requires_grad_(False)
+    resid = torch.randn(1, 1, lm.model.cfg.d_model)
+    attn = lm.model.blocks[1].attn
+    scale = []
+
+    def freeze(value, hook):
+        scale.append(value.detach())
+        return scale[-1]
+
+    def logits(activation: torch.Tensor) -> torch.Tensor:
+        z = sae.decode(activation) - sae.b_dec
+        z = z.reshape(lm.n_heads, lm.d_head)
+        added = torch.einsum("hd,hdm->m", z, attn.W_O)
+        with lm.model.hooks(fwd_hooks=[("ln_final.hook_scale", freeze)]):
+            return lm.model.unembed(lm.model.ln_final(resid + added))[0, 0]
+
+    jacobian = torch.autograd.functional.jacobian(logits, torch.zeros(sae.n_heads, sae.features_per_head))
+    expected = jacobian.flatten(1).T  # [feature, d_vocab]
+    effects = logit_effects(lm, written(sae, attn.W_O), 1 / scale[0].item())
+    values, ids = expected.sort(dim=1, descending=True)
+    assert torch.allclose(effects.top, values[:, :10], atol=1e-5)
+    assert torch.allclose(effects.bottom, values.flip(1)[:, :10], atol=1e-5)
+    assert torch.allclose(expected.gather(1, effects.top_ids), values[:, :10], atol=1e-5)
+    assert torch.equal(effects.bottom_ids[:, 0], ids[:, -1])
+    for row, histogram in zip(expected, effects.histogram, strict=True):
+        counts, _ = np.histogram(row.numpy(), bins=40)
+        assert abs(histogram.numpy() - counts).sum() <= 4, "but for rounding at the edges"
+        assert histogram.sum() == lm.d_vocab
+
+
+def test_dense_features_belong_to_the_head_they_write_most_to():
+    sae = BlockDiagSAE(1, 12, 3)
+    sae.W_dec.data[0] = torch.zeros(3, 12)
+    sae.W_dec.data[0, 0, :4] = 1
+    sae.W_dec.data[0, 1, 8:] = 2
+    sae.W_dec.data[0, 1, 0] = 1
+    sae.W_dec.data[0, 2, 4:6] = 1
+    head, share = head_of_features(sae, 3)
+    assert head.tolist() == [0, 2, 1]
+    assert share.tolist() == pytest.approx([1, 16 / 17, 1])

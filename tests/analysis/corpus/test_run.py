@@ -1,0 +1,304 @@
+"""`python -m analysis`: artefacts, resuming, reading and refusals, on tiny checkpoints."""
+
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from analysis import attribution as dfa
+from analysis.__main__ import main
+from analysis.corpus import run
+from analysis.store import Analysis
+from trainer import checkpoint
+from trainer.checkpoint import CheckpointError
+from trainer.origin import open_model, open_text
+
+TABLES = ["features", "examples", "contexts", "heads", "copying", "pairs", "merging", "tokens"]
+OPTIONS = ["--tokens=600", "--examples=5", "--quantile_examples=3", "--device=cpu"]
+NAMES = ["block-l1_1", "dense", "batchtopk"]
+
+
+@pytest.fixture(scope="module")
+def analysed(trained, tmp_path_factory):
+    """Three kinds of checkpoint of one layer, analysed together."""
+    folder = tmp_path_factory.mktemp("analysed")
+    for name in NAMES:
+        shutil.copytree(trained / name, folder / name)
+    assert main([*(str(folder / name) for name in NAMES), *OPTIONS]) == 0
+    return folder
+
+
+class Now:
+    """Ctrl-C comes at once."""
+
+    def __enter__(self):
+        return lambda: True
+
+    def __exit__(self, *error):
+        return False
+
+
+def tables(path) -> dict[str, pd.DataFrame]:
+    return {name: pq.read_table(path / "analysis" / f"{name}.parquet").to_pandas() for name in TABLES}
+
+
+def test_artefacts_agree_with_the_model(analysed):
+    for name in NAMES:
+        sae, config = checkpoint.load(analysed / name)
+        lm = open_model(config)
+        corpus = open_text(config["text"], lm.tokenizer)
+        analysis = Analysis(analysed / name)
+        n_contexts = analysis.meta["n_tokens"] // 31
+        assert analysis.meta["n_tokens"] == 20 * 31
+        contexts = corpus.held_out(n_contexts)
+        f = sae.encode(lm.hook_z(contexts, 1))
+        f[:, 0] = 0
+        density = (f > 0).float().sum((0, 1)).flatten() / analysis.meta["n_tokens"]
+        assert np.allclose(analysis.features["density"], density, atol=2e-3)
+        assert analysis.meta["L0"] == pytest.approx(float(density.sum()), rel=1e-2)
+        feature = int(density.argmax())
+        shown = analysis.examples(feature)
+        assert (shown["kind"] == "top").sum() == 5 and (shown["kind"] == "quantile").sum() == 3
+        of_feature = f.flatten(2)[..., feature]
+        assert shown["activation"].iloc[0] == pytest.approx(float(of_feature.max()), rel=1e-3)
+        for row in shown.itertuples():
+            assert row.token_ids.tolist() == contexts[row.context].tolist()
+            assert np.allclose(row.activations, of_feature[row.context], atol=2e-3 * float(of_feature.max()))
+            constant = analysis.feature(feature)["constant"]
+            assert row.dfa_sum + constant == pytest.approx(row.activation, abs=1e-3)
+            assert set(analysis.strings) >= set(row.token_ids)
+        documents = corpus.documents(contexts)
+        assert shown["document"].tolist() == documents[shown["context"].tolist(), shown["position"].tolist()].tolist()
+
+
+def test_heads_and_features_add_up(analysed):
+    for name in NAMES:
+        analysis = Analysis(analysed / name)
+        heads, features = analysis.heads, analysis.features
+        assert len(heads) == 4
+        assert heads["L0"].sum() == pytest.approx(analysis.meta["L0"], rel=1e-5)
+        for share in ("L0_share", "explained_share", "KL_share"):
+            assert heads[share].sum() == pytest.approx(1, abs=1e-5), share
+        assert heads["dead"].sum() == (features["firings"] == 0).sum()
+        for prefix in ("", "repeated_"):
+            for what in ("attention", "dfa"):
+                rows = heads[[f"{prefix}{what}_{slot}" for slot in dfa.SLOTS]].sum(1)
+                assert np.allclose(rows[rows > 0], 1, atol=1e-5)
+        deviants = np.concatenate(heads["mono_deviants"].tolist())
+        role = dict(zip(heads["head"], heads["mono_role"], strict=True))
+        judged = features[features["role"].notna()]
+        differs = judged[judged["role"] != judged["head"].map(role)]
+        assert sorted(deviants) == sorted(differs["feature"]), "deviants are those whose role differs, and are named"
+        merging = analysis.merging
+        assert (merging["L0"] <= analysis.meta["redundancy"]["l0"] + 1e-9).all()
+        assert merging.groupby("criterion")["L0"].apply(lambda l0: l0.is_monotonic_decreasing).all()
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("analysis.corpus.passes._LM_TOKENS", 128)  # five forwards a pass
+    for name in ("a", "b"):
+        shutil.copytree(trained / "batchtopk", tmp_path / name)
+    assert main([str(tmp_path / "a"), *OPTIONS]) == 0
+    real = run.deferred_interrupts
+    asked = 0
+
+    class After:
+        """Ctrl-C comes during the n-th forward after the last one."""
+
+        def __init__(self, n):
+            self.left = n
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            return False
+
+        def __call__(self):
+            self.left -= 1
+            return self.left == 0
+
+    stops = iter([After(2), After(1), After(9), After(3)])  # twice in the first pass, once in the second
+    monkeypatch.setattr(run, "deferred_interrupts", lambda: next(stops, None) or real())
+    arguments = [str(tmp_path / "b"), *OPTIONS]
+    while main([*arguments, "--resume"]) == 130:
+        asked += 1
+        assert not (tmp_path / "b" / "analysis").exists(), "half an artefact"
+        assert asked < 6
+    assert asked == 3
+    one, two = tables(tmp_path / "a"), tables(tmp_path / "b")
+    for name in TABLES:
+        pd.testing.assert_frame_equal(one[name], two[name], check_exact=True)
+    assert not [p for p in (tmp_path / "b").iterdir() if p.name.startswith(".analysis")], "the state is gone"
+
+
+def test_one_behind_the_other_catches_up(trained, tmp_path, monkeypatch):
+    """--resume of two checkpoints of which one was stopped and one was never begun."""
+    monkeypatch.setattr("analysis.corpus.passes._LM_TOKENS", 128)
+    for name, kind in (("a", "batchtopk"), ("b", "dense")):
+        shutil.copytree(trained / kind, tmp_path / name)
+    real = run.deferred_interrupts
+
+    monkeypatch.setattr(run, "deferred_interrupts", Now)
+    assert main([str(tmp_path / "a"), *OPTIONS]) == 130
+    monkeypatch.setattr(run, "deferred_interrupts", real)
+    assert main([str(tmp_path / "a"), str(tmp_path / "b"), *OPTIONS, "--resume"]) == 0
+    assert {Analysis(tmp_path / name).meta["n_tokens"] for name in ("a", "b")} == {620}
+
+
+def test_search(analysed):
+    analysis = Analysis(analysed / "block-l1_1")
+    everything = analysis.search()
+    assert len(everything) == (analysis.features["firings"] > 0).sum()
+    assert everything["firings"].is_monotonic_decreasing
+    row = analysis.feature(int(everything["feature"].iloc[0]))
+    for option, column in (("fires_on", "fires_on_ids"), ("reads", "reads_ids"), ("promotes", "top_logit_ids")):
+        token = analysis.strings[int(row[column][0])]
+        if not token.strip():
+            continue
+        found = analysis.search(**{option: token.upper()})
+        assert row["feature"] in found["feature"].to_numpy()
+        assert len(found) < len(everything) or option == "fires_on"
+        for feature in found["feature"]:
+            texts = [analysis.strings[int(i)].strip().lower() for i in analysis.feature(feature)[column] if i >= 0]
+            assert token.strip().lower() in texts
+    assert set(analysis.search(head=2)["head"]) == {2}
+    role = everything["role"].dropna().iloc[0]
+    assert set(analysis.search(role=role)["role"]) == {role}
+    middle = float(everything["density"].median())
+    assert (analysis.search(density=(0, middle))["density"] <= middle).all()
+    assert analysis.search(fires_on="no such token").empty
+
+
+def test_descriptions(analysed):
+    features = Analysis(analysed / "block-l1_1").features
+    assert (features.loc[features["firings"] == 0, "description"] == "never fires").all()
+    judged = features[features["role"].notna()]
+    assert len(judged)
+    for row in judged.itertuples():
+        assert f" {row.role_share:.0%}: " in row.description
+        assert " | on '" in row.description
+
+
+def test_another_text_is_read_whole(trained, tmp_path):
+    shutil.copytree(trained / "batchtopk", tmp_path / "a")
+    text = tmp_path / "other.txt"
+    text.write_text("a head reads back what it wrote again\n" * 40)
+    assert main([str(tmp_path / "a"), f"--dataset={text}", *OPTIONS]) == 0
+    meta = Analysis(tmp_path / "a").meta
+    assert (meta["text"]["name"], meta["text"]["held_out"]) == (str(text), False)
+    assert meta["n_tokens"] == 620
+
+
+def test_refusals(analysed, tmp_path, capsys):
+    def refused(*arguments: str) -> str:
+        assert main([*arguments, "--device=cpu"]) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("error: ")
+        return error
+
+    path = tmp_path / "copy"
+    shutil.copytree(analysed / "dense", path)
+    assert "config.json is missing" in refused(str(tmp_path / "nothing"))
+    assert "tokens must be at least 1" in refused(str(path), "--tokens=0")
+    assert "quantile_examples" in refused(str(path), "--quantile_examples=99")
+    assert "does not exist" in refused(str(path), "--dataset=gone.txt")
+    assert Analysis(path).meta["n_tokens"] == 620, "what was there is still there"
+
+    with pytest.raises(CheckpointError, match="has no analysis yet: run"):
+        Analysis(tmp_path)
+    with pytest.raises(ValueError, match="there is no feature 100000"):
+        Analysis(path).feature(100_000)
+    meta = json.loads((path / "analysis" / "meta.json").read_text())
+    (path / "analysis" / "meta.json").write_text(json.dumps({**meta, "schema_version": 99}))
+    with pytest.raises(CheckpointError, match="schema version 99"):
+        Analysis(path)
+    (path / "analysis" / "meta.json").write_text(json.dumps({**meta, "weights": "others"}))
+    with pytest.raises(CheckpointError, match="other weights"):
+        Analysis(path)
+    (path / "analysis" / "meta.json").write_text("{")
+    with pytest.raises(CheckpointError, match="damaged"):
+        Analysis(path)
+
+
+def test_a_damaged_artefact_is_one_sentence(analysed, tmp_path):
+    path = tmp_path / "copy"
+    shutil.copytree(analysed / "dense", path)
+    (path / "analysis" / "heads.parquet").write_bytes(b"PAR1 not really")
+    with pytest.raises(CheckpointError, match=r"heads.parquet is damaged"):
+        _ = Analysis(path).heads
+    (path / "analysis" / "examples.parquet").unlink()
+    with pytest.raises(CheckpointError, match=r"examples.parquet is missing"):
+        Analysis(path).examples(0)
+
+
+def test_resuming_another_analysis_is_refused(trained, tmp_path, monkeypatch, capsys):
+    shutil.copytree(trained / "batchtopk", tmp_path / "a")
+
+    monkeypatch.setattr(run, "deferred_interrupts", Now)
+    assert main([str(tmp_path / "a"), *OPTIONS]) == 130
+    assert "--resume goes on" in capsys.readouterr().err
+    assert main([str(tmp_path / "a"), "--tokens=900", "--device=cpu", "--resume"]) == 2
+    assert "begun with other options" in capsys.readouterr().err
+
+
+def test_documents_of_held_out_tokens(trained):
+    _, config = checkpoint.load(trained / "dense")
+    lm = open_model(config)
+    corpus = open_text(config["text"], lm.tokenizer)
+    from trainer.data.text import _hash_fraction, _read
+
+    texts = list(_read(config["text"]["name"], "text"))
+    n = corpus.n_held_out_contexts
+    contexts = corpus.held_out(n)
+    documents = corpus.documents(contexts)
+    assert len(documents.unique()) == sum(_hash_fraction(text) < 0.05 for text in texts) > 1
+    for document in documents.unique().tolist():
+        inside = (documents == document)[:, 1:]
+        found = {tuple(row[1:][mask].tolist()) for row, mask in zip(contexts, inside, strict=True) if mask.any()}
+        whole = lm.tokenizer(texts[document])["input_ids"] + [lm.tokenizer.eos_token_id]
+        assert sum(map(len, found)) <= len(whole)
+        for piece in found:  # each piece is a stretch of that document
+            assert any(tuple(whole[i : i + len(piece)]) == piece for i in range(len(whole)))
+
+
+def test_wandb_gets_the_tables(trained, tmp_path, monkeypatch):
+    shutil.copytree(trained / "batchtopk", tmp_path / "a")
+    monkeypatch.chdir(tmp_path)
+    assert main([str(tmp_path / "a"), *OPTIONS, "--wandb=offline"]) == 0
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_half_precision_and_long_strips_survive_parquet(analysed):
+    """Sparse rows have the lengths that their offsets say."""
+    table = pq.read_table(analysed / "dense" / "analysis" / "examples.parquet")
+    n = [len(row) for row in table["source_positions"].to_pylist()]
+    assert n == [len(row) for row in table["dfa"].to_pylist()] == [len(row) for row in table["attention"].to_pylist()]
+    assert min(n) > 0
+    assert torch.tensor(table["head"].to_pylist()).max() < 4
+
+
+def test_csv(analysed, tmp_path, capsys):
+    from analysis import export_csv
+
+    assert export_csv.main([str(analysed / "block-l1_1"), str(tmp_path / "out")]) == 0
+    written = [line.rsplit("/", 1)[1] for line in capsys.readouterr().out.split()]
+    assert written == [f"{name}.csv" for name in (
+        "checkpoint", "evaluation", "features", "heads", "copying", "pairs", "merging")]  # fmt: skip
+    analysis = Analysis(analysed / "block-l1_1")
+    features = pd.read_csv(tmp_path / "out" / "features.csv")
+    row = features.loc[features["firings"].idxmax()]
+    expected = analysis.feature(int(row["feature"]))
+    assert json.loads(row["fires_on_ids"]) == [analysis.strings[int(i)] for i in expected["fires_on_ids"] if i >= 0]
+    assert json.loads(row["histogram"]) == expected["histogram"].tolist()
+    heads = pd.read_csv(tmp_path / "out" / "heads.csv")
+    assert [json.loads(cell) for cell in heads["mono_deviants"]] == [
+        d.tolist() for d in analysis.heads["mono_deviants"]
+    ]
+    assert len(pd.read_csv(tmp_path / "out" / "evaluation.csv")) == 4
+    assert export_csv.main([str(tmp_path), str(tmp_path / "out")]) == 2
+    assert "config.json is missing" in capsys.readouterr().err

@@ -1,0 +1,168 @@
+"""Direct effects against hand computation, full effects against hooks written here."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from analysis.prompt.ablate import ablate
+from analysis.prompt.run import active_features, direct_effects, run_prompt, source_attribution
+from trainer.block_diag import BlockDiagSAE
+
+LAYER, PROMPT = 1, "the head reads the head"
+
+
+@pytest.fixture(params=["gpt2", "llama"])
+def lm(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(params=["block", "dense", "topk"])
+def sae(request, lm):
+    torch.manual_seed(0)
+    if request.param == "dense":
+        sae = BlockDiagSAE(1, lm.n_heads * lm.d_head, 20)
+    else:
+        sae = BlockDiagSAE(lm.n_heads, lm.d_head, 5, *(("topk", 6, "layer") if request.param == "topk" else ()))
+    sae.b_dec.data.normal_()
+    return sae.requires_grad_(False)
+
+
+def ablated_z(lm, sae, z, kind, which):
+    """z [pos, head, d_head] with the ablation, by loops."""
+    z = z.clone()
+    f = sae.encode(z)
+    for q in range(1, len(z)):
+        if kind.endswith("reconstruction"):
+            heads = [which] if kind.startswith("head") else list(range(lm.n_heads))
+            z[q, heads] = sae(z)[q, heads]
+            continue
+        for block in range(sae.n_heads):
+            for index in range(sae.features_per_head):
+                row = sae.W_dec[block, index]
+                if sae.n_heads == lm.n_heads:
+                    head, gone = block, torch.zeros(lm.n_heads, lm.d_head)
+                    gone[block] = row
+                else:
+                    gone = row.view(lm.n_heads, lm.d_head)
+                    head = int(gone.norm(dim=1).argmax())
+                if (kind == "feature" and block * sae.features_per_head + index == which) or (
+                    kind == "features of head" and head == which
+                ):
+                    z[q] -= f[q, block, index] * gone
+    return z
+
+
+@pytest.mark.parametrize("kind", ["feature", "features of head", "head by reconstruction", "layer by reconstruction"])
+def test_direct_and_full(lm, sae, kind):
+    tokens = lm.to_tokens(PROMPT)
+    _, cache = lm.model.run_with_cache(tokens)
+    z = cache[f"blocks.{LAYER}.attn.hook_z"][0]
+    which = int(sae.encode(z)[-1].argmax()) if kind == "feature" else 2
+    wanted = ablated_z(lm, sae, z, kind, which)
+    found = ablate(lm, sae, LAYER, run_prompt(lm, sae, LAYER, PROMPT), kind, which)
+
+    clean = lm.model(tokens)[0, -1]
+    assert torch.allclose(found.clean, clean, atol=1e-4)
+    full = lm.model.run_with_hooks(
+        tokens, fwd_hooks=[(f"blocks.{LAYER}.attn.hook_z", lambda value, hook: wanted[None])]
+    )[0, -1]
+    assert torch.allclose(found.full, full, atol=1e-4)
+    assert (full - clean).abs().max() > 1e-2, "nothing to see"
+
+    last = cache[f"blocks.{lm.n_layers - 1}.hook_resid_post"][0, -1]
+    change = sum((wanted - z)[-1, h] @ lm.model.W_O[LAYER, h] for h in range(lm.n_heads))
+    frozen = cache["ln_final.hook_scale"][0, -1]
+    centre = (lambda x: x - x.mean()) if "LN" in lm.model.cfg.normalization_type else (lambda x: x)
+    direct = centre(last + change) / frozen @ lm.model.W_U + lm.model.b_U
+    assert torch.allclose(found.direct, direct, atol=1e-4)
+    assert (direct - full).abs().max() > 1e-3, "the two are not the same thing"
+
+    table = found.table(found.most_changed(4)).set_index("id")
+    best = int(clean.argmax())
+    assert best in table.index
+    row = table.loc[best]
+    assert row["direct logit change"] == pytest.approx(float(direct[best] - clean[best]), abs=1e-3)
+    expected = float(full.log_softmax(-1)[best] - clean.log_softmax(-1)[best])
+    assert row["full log-probability change"] == pytest.approx(expected, abs=1e-3)
+
+
+def test_the_prediction_after_an_earlier_token(lm, sae):
+    tokens = lm.to_tokens(PROMPT)
+    z = lm.hook_z(tokens, LAYER)[0]
+    wanted = ablated_z(lm, sae, z, "features of head", 1)
+    full = lm.model.run_with_hooks(
+        tokens, fwd_hooks=[(f"blocks.{LAYER}.attn.hook_z", lambda value, hook: wanted[None])]
+    )
+    found = ablate(lm, sae, LAYER, run_prompt(lm, sae, LAYER, PROMPT), "features of head", 1, position=4)
+    assert torch.allclose(found.clean, lm.model(tokens)[0, 4], atol=1e-4)
+    assert torch.allclose(found.full, full[0, 4], atol=1e-4)
+
+
+def test_one_position_only(lm, sae):
+    tokens = lm.to_tokens(PROMPT)
+    z = lm.hook_z(tokens, LAYER)[0]
+    wanted = z.clone()
+    wanted[3] = ablated_z(lm, sae, z, "features of head", 1)[3]
+    full = lm.model.run_with_hooks(
+        tokens, fwd_hooks=[(f"blocks.{LAYER}.attn.hook_z", lambda value, hook: wanted[None])]
+    )
+    run = run_prompt(lm, sae, LAYER, PROMPT)
+    found = ablate(lm, sae, LAYER, run, "features of head", 1, only_at=3)
+    assert torch.allclose(found.full, full[0, -1], atol=1e-4)
+    assert torch.allclose(found.direct, found.clean, atol=1e-5), "another position does not reach the last one directly"
+
+
+def test_ten_sessions_share_one_model(lm, sae):
+    """Hooks of one thread in a forward of another would change its answer."""
+
+    def answer(session: int) -> list[torch.Tensor]:
+        run = run_prompt(lm, sae, LAYER, "the head reads " + "the " * session)
+        found = ablate(lm, sae, LAYER, run, "features of head", session % lm.n_heads)
+        return [run.f, run.final, found.clean, found.full, direct_effects(lm, sae, LAYER, run, 40)]
+
+    alone = [answer(session) for session in range(10)]
+    with ThreadPoolExecutor(10) as pool:
+        together = list(pool.map(answer, list(range(10)) * 5))
+    for session, found in enumerate(together):
+        assert all(torch.equal(a, b) for a, b in zip(alone[session % 10], found, strict=True))
+
+
+def test_what_is_not_there(lm, sae):
+    run = run_prompt(lm, sae, LAYER, "the head")
+    with pytest.raises(ValueError, match=f"there is no feature {sae.d_sae}"):
+        ablate(lm, sae, LAYER, run, "feature", sae.d_sae)
+    with pytest.raises(ValueError, match="there is no head -1"):
+        ablate(lm, sae, LAYER, run, "features of head", -1)
+    with pytest.raises(ValueError, match="only_at 99 is out of range"):
+        ablate(lm, sae, LAYER, run, "feature", 0, only_at=99)
+
+
+def test_direct_effects_of_firings_are_what_their_ablation_takes_away(lm, sae):
+    run = run_prompt(lm, sae, LAYER, PROMPT)
+    token = 40
+    effect = direct_effects(lm, sae, LAYER, run, token)
+    last = len(run.tokens) - 1
+    table = active_features(run, span=(last, last), effect=effect)
+    assert table["effect"].abs().is_monotonic_decreasing and len(table) == int((run.f[last] > 0).sum())
+    for row in table.head(4).itertuples():
+        found = ablate(lm, sae, LAYER, run, "feature", row.feature)
+        assert row.effect == pytest.approx(float(found.clean[token] - found.direct[token]), abs=1e-4)
+
+
+def test_ranking_by_one_source(lm, sae):
+    run = run_prompt(lm, sae, LAYER, PROMPT)
+    table = active_features(run, source=2)
+    assert table["from source"].is_monotonic_decreasing and (table["from source"] > 0).all()
+    assert len(table) > 3
+    for row in table.head(5).itertuples():
+        block, index = divmod(row.feature, run.features_per_block)
+        sources = source_attribution(run, block, index, row.position)
+        assert row._5 == pytest.approx(sources.loc[sources["source"] == 2, "dfa"].sum(), abs=1e-5)  # "from source"
+
+
+def test_a_span_of_positions(lm, sae):
+    run = run_prompt(lm, sae, LAYER, PROMPT)
+    assert set(active_features(run, span=(3, 5))["position"]) <= {3, 4, 5}
+    everything = active_features(run)
+    assert len(active_features(run, span=(3, 5))) == everything["position"].between(3, 5).sum() > 0

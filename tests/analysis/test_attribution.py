@@ -1,0 +1,209 @@
+"""DFA is exact, slots are exclusive, and heads with a known job come out with that job."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+from analysis import attribution as dfa
+from analysis.prompt.run import PromptRun, active_features, role_table, roles, run_prompt, source_attribution, visible
+from trainer.block_diag import BlockDiagSAE
+from trainer.model.lm import LanguageModel
+
+
+def with_value_bias(n_key_value_heads: int | None) -> LanguageModel:
+    """A random model whose value biases are not folded away, so that the constant term matters."""
+    torch.manual_seed(0)
+    cfg = HookedTransformerConfig(
+        n_layers=2, d_model=24, n_ctx=32, d_head=4, n_heads=6, d_vocab=50, act_fn="gelu", init_weights=True,
+        n_key_value_heads=n_key_value_heads, initializer_range=0.4,
+    )  # fmt: skip
+    model = HookedTransformer(cfg)
+    for block in model.blocks:
+        for name, parameter in block.attn.named_parameters():
+            if name.endswith("b_V"):
+                parameter.data.normal_()
+    return LanguageModel(model, "toy")
+
+
+@pytest.mark.parametrize("n_key_value_heads", [None, 2], ids=["ordinary", "grouped-query"])
+@pytest.mark.parametrize("dense", [False, True])
+def test_sources_and_constants_are_the_pre_activation(n_key_value_heads, dense):
+    lm = with_value_bias(n_key_value_heads)
+    torch.manual_seed(1)
+    sae = BlockDiagSAE(1, 24, 40) if dense else BlockDiagSAE(6, 4, 10)
+    sae.b_enc.data.normal_()
+    tokens = torch.randint(50, (1, 20))
+    z, v, pattern = (each[0] for each in lm.attention(tokens, 1))
+    b_V = lm.value_bias(1)
+    assert b_V.abs().min() > 0
+    W_enc = dfa.head_encoders(sae, 6, 4)
+    contributions = torch.einsum("hqs,hfs->hqf", pattern, dfa.reads_by_feature(v[None], b_V, W_enc)[0])
+    if dense:
+        total = contributions.sum(0)[:, None] + dfa.constants(b_V, W_enc, torch.zeros(6, 40)).sum(0) + sae.b_enc
+    else:
+        total = contributions.transpose(0, 1) + dfa.constants(b_V, W_enc, sae.b_enc)
+    assert torch.allclose(total, sae.pre_activations(z), atol=1e-5)
+
+
+@pytest.mark.parametrize("model", ["gpt2", "llama"])
+def test_the_table_of_one_feature_adds_up(model, request):
+    lm = request.getfixturevalue(model)
+    torch.manual_seed(0)
+    sae = BlockDiagSAE(lm.n_heads, lm.d_head, 12)
+    run = run_prompt(lm, sae, 1, "the head reads the head")
+    table = active_features(run, None, None)
+    assert len(table) == min(500, int((run.f[1:] > 0).sum()))
+    assert table["activation"].is_monotonic_decreasing
+    for row in table.head(20).itertuples():
+        index = row.feature - row.head * 12
+        sources = source_attribution(run, row.head, index, row.position)
+        constant = dfa.constants(lm.value_bias(1), sae.W_enc, sae.b_enc)[row.head, index].item()
+        assert sources["dfa"].sum() + constant == pytest.approx(row.activation, abs=1e-4)
+        assert sources.loc[sources["dfa"].idxmax(), "token"] == row._7  # "reads from"
+        assert sources["attention"].sum() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_sources_of_a_prompt_leave_value_biases_out(dense, monkeypatch):
+    """Their sum and the constant are the activation; what a feature reads from most is the largest of them."""
+    lm = with_value_bias(2)
+    torch.manual_seed(1)
+    sae = (BlockDiagSAE(1, 24, 40) if dense else BlockDiagSAE(6, 4, 10)).requires_grad_(False)
+    tokens = torch.randint(50, (1, 20))
+    monkeypatch.setattr(lm, "to_tokens", lambda prompt: tokens)
+    monkeypatch.setattr(lm, "token_strings", lambda ids: [str(i) for i in ids])
+    run, W_enc = run_prompt(lm, sae, 1, "any"), dfa.head_encoders(sae, 6, 4)
+    constant = dfa.constants(lm.value_bias(1), W_enc, torch.zeros(6, W_enc.shape[2]))
+    constant = (constant.sum(0)[None] if dense else constant) + sae.b_enc
+    for row in active_features(run, None, None).head(20).itertuples():
+        block, index = divmod(row.feature, run.features_per_block)
+        sources = source_attribution(run, block, index, row.position).groupby("source")["dfa"].sum()
+        assert sources.sum() + constant[block, index].item() == pytest.approx(row.activation, abs=1e-4)
+        assert row._7 == run.label(sources.idxmax())  # "reads from"
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 4), min_size=0, max_size=14))
+def test_slots_against_their_definitions(ids):
+    tokens = [0, *ids]  # 0 is BOS
+    slots = dfa.source_slots(torch.tensor(tokens))
+    for q in range(len(tokens)):
+        for s in range(len(tokens)):
+            if s > q:
+                expected = -1
+            elif s == 0:
+                expected = "bos"
+            elif s == q:
+                expected = "self"
+            elif tokens[s - 1] == tokens[q]:
+                expected = "induction"
+            elif tokens[s] == tokens[q]:
+                expected = "duplicate"
+            elif s == q - 1:
+                expected = "previous"
+            elif q - s <= 5:
+                expected = "local"
+            else:
+                expected = "other"
+            assert slots[q, s] == (expected if expected == -1 else dfa.SLOTS.index(expected))
+
+
+def test_positive_mass_against_a_loop_over_features():
+    torch.manual_seed(0)
+    pattern, reads = torch.rand(2, 5, 5), torch.randn(2, 5, 7)
+    active = (torch.rand(5, 2, 7) > 0.5).float()
+    expected = torch.zeros(2, 5, 5)
+    for head in range(2):
+        for q in range(5):
+            for f in range(7):
+                if active[q, head, f]:
+                    expected[head, q] += (pattern[head, q] * reads[head, :, f]).clamp_min(0)
+    assert torch.allclose(dfa.positive_mass(pattern, reads, active), expected, atol=1e-6)
+
+
+def previous_token_and_induction_model(vocabulary: int = 12, n_ctx: int = 32) -> LanguageModel:
+    """Two attention-only layers whose head 0 attends exactly to the previous token, and by induction.
+
+    The residual stream has one-hot parts: token, position, previous token (written by layer 0).
+    Head 1 of each layer attends uniformly. The induction head rests on BOS where nothing matches.
+    """
+    token, position, previous = 0, vocabulary, vocabulary + n_ctx
+    d_model, d_head, gain = 2 * vocabulary + n_ctx, max(vocabulary, n_ctx) + 1, 30.0
+    cfg = HookedTransformerConfig(
+        n_layers=2, d_model=d_model, n_ctx=n_ctx, d_head=d_head, n_heads=2, d_vocab=vocabulary,
+        attn_only=True, normalization_type=None, init_weights=False,
+    )  # fmt: skip
+    model = HookedTransformer(cfg)
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    model.W_E.data[:, token : token + vocabulary] = torch.eye(vocabulary)
+    model.W_pos.data[:, position : position + n_ctx] = torch.eye(n_ctx)
+    first, second = model.blocks[0].attn, model.blocks[1].attn
+    for p in range(n_ctx):
+        first.W_Q.data[0, position + p, p] = gain
+        if p:
+            first.W_K.data[0, position + p - 1, p] = gain
+    for t in range(vocabulary):
+        second.W_Q.data[0, token + t, t] = gain
+        second.W_Q.data[0, token + t, d_head - 1] = gain / 2
+        second.W_K.data[0, previous + t, t] = gain
+        for attn in (first, second):
+            attn.W_V.data[:, token + t, t] = 1
+        first.W_O.data[0, t, previous + t] = 1
+    second.W_K.data[0, position, d_head - 1] = gain
+    return LanguageModel(model, "toy")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (" the", "\u00b7the"),
+        ("\n\t", "\u21b5\u21e5"),
+        ("\u202eevil", "\\u202eevil"),
+        ("\ufe0f", "\\ufe0f"),
+        ("\u0301", "\\u0301"),
+        ("e\u0301", "e\u0301"),
+        ("\u0915\u093f\u0902", "\u0915\u093f\u0902"),
+        ("\u3164\u2800", "\\u3164\\u2800"),
+        ("", "\u2205"),
+    ],
+)
+def test_every_token_can_be_seen(text, shown):
+    assert visible(text) == shown
+
+
+def hand_run(layer: int) -> PromptRun:
+    lm = previous_token_and_induction_model()
+    torch.manual_seed(0)
+    sae = BlockDiagSAE(2, lm.d_head, 64)
+    sae.b_enc.data.zero_()
+    block = torch.tensor([3, 7, 4, 9, 5, 8])
+    tokens = torch.cat([torch.tensor([0]), block, block, block])
+    (z, v, pattern), resid_pre, final = lm.forward(tokens[None], layer)
+    return PromptRun(
+        tokens=tokens,
+        strings=[str(t) for t in tokens.tolist()],
+        f=sae.encode(z[0]).detach(),
+        z=z[0],
+        pattern=pattern[0],
+        values=(v[0] - lm.value_bias(layer)).transpose(0, 1),
+        W_enc=sae.W_enc.detach(),
+        slots=dfa.source_slots(tokens),
+        resid_pre=resid_pre[0],
+        final=final[0],
+    )
+
+
+@pytest.mark.parametrize(("layer", "role"), [(0, "previous"), (1, "induction")])
+def test_hand_built_heads_come_out_as_what_they_are(layer, role):
+    run = hand_run(layer)
+    table = role_table(roles(run)).set_index("head")
+    assert table.loc[0, "by attention"] == role
+    assert table.loc[0, "by DFA"] == role
+    assert table.loc[0, "agree"]
+    assert table.loc[1, "by attention"] != role, "the uniform head has no such role"
+    late = dfa.shares(dfa.mass_per_slot(run.pattern, run.slots, first_query=8))  # from the first repeat on
+    if role == "induction":
+        assert late[0, dfa.SLOTS.index(role)] > 0.99

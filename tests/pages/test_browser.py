@@ -1,0 +1,234 @@
+"""A newcomer in a real browser: types a prompt on the embedded model and sees its features."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+from playwright.sync_api import TimeoutError, sync_playwright
+
+from tests.helpers import ROOT
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    """The app as a user starts it, on a free port."""
+    if CHROMIUM is None:
+        if os.environ.get("CI"):
+            pytest.fail("CI must have a browser: install Debian's chromium")
+        pytest.skip("no Chromium on this machine")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    log = (tmp_path_factory.mktemp("app") / "log").open("w")
+    command = [sys.executable, "-m", "streamlit", "run", "app.py", "--server.headless=true", f"--server.port={port}"]
+    server = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+    url = f"http://localhost:{port}"
+    try:
+        for _ in range(120):
+            try:
+                urllib.request.urlopen(f"{url}/_stcore/health", timeout=1)
+                break
+            except OSError:
+                assert server.poll() is None, "the app did not start"
+                time.sleep(0.5)
+        yield url
+    finally:
+        server.terminate()
+        server.wait(timeout=20)
+        log.close()
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        )
+        yield browser
+        browser.close()
+
+
+class Visitor:
+    """A fresh profile, which notes every error and every request that leaves the machine."""
+
+    def __init__(self, chromium, address: str) -> None:
+        self.address, self.errors, self.outside = address, [], []
+        self.page = chromium.new_context(viewport={"width": 1400, "height": 1200}).new_page()
+        self.page.set_default_timeout(120_000)
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("console", self._console)
+        self.page.on("request", self._request)
+
+    def open(self, path: str) -> None:
+        self.page.goto(f"{self.address}/{path}")
+
+    def idle(self) -> None:
+        """Wait until the script has run and everything is drawn: a list that is open would close."""
+        self.page.wait_for_function(
+            "document.querySelector('[data-testid=stApp]')?.dataset.testScriptState === 'notRunning'"
+            " && !document.querySelector('[data-stale=true], [data-testid=stSkeleton], [data-testid=stSpinner]')"
+        )
+
+    def choose(self, name: str, option: str) -> None:
+        self.page.wait_for_timeout(300)  # a change that was just made starts the script
+        self.idle()
+        box = self.page.get_by_role("combobox", name=name, exact=True).first  # an old one may still be fading
+        for attempt in range(10):
+            box.scroll_into_view_if_needed()
+            self.page.wait_for_timeout(300)
+            box.fill(option)  # by keyboard, and after scrolling: a list that scrolls closes
+            try:
+                self.page.get_by_role("option", name=option, exact=True).wait_for(timeout=3_000)
+            except TimeoutError:  # something was drawn anew, which closes the list too
+                assert attempt < 9, f"no {option} under {name}"
+                continue
+            box.press("Enter")
+            return
+
+    def prompt(self, text: str) -> None:
+        box = self.page.get_by_role("textbox", name="Prompt")
+        box.fill(text)
+        box.press("Control+Enter")
+
+    def leave(self) -> None:
+        """Go, having seen no error and asked no other machine."""
+        self.page.context.close()
+        assert not self.errors
+        assert not self.outside, "no request may leave the machine"
+
+    def _console(self, message) -> None:
+        # At a page's own address Streamlit asks for its health below that address first, and gets a 404.
+        if message.type == "error" and "/_stcore/" not in message.location.get("url", ""):
+            self.errors.append(message.text)
+
+    def _request(self, request) -> None:
+        if not request.url.startswith((self.address, self.address.replace("http", "ws"), "data:", "blob:")):
+            self.outside.append(request.url)
+
+
+@pytest.fixture
+def visitor(chromium, address):
+    found = Visitor(chromium, address)
+    yield found
+    found.leave()
+
+
+def test_from_a_token_to_the_reason_why(visitor, chromium, address):
+    """Token, head, feature, source, ablation, link: on the induction prompt of the tour."""
+    page = visitor.page
+    visitor.open("prompt")
+    page.get_by_role("button", name="Induction", exact=True).click()
+    page.get_by_text("Where a feature reads from").wait_for()
+    for head in ("3", "4", "5"):
+        visitor.choose("Head", head)
+        page.wait_for_url(f"**head={head}*")
+        sentence = page.get_by_text(f"of head {head} at").first
+        sentence.wait_for()
+    visitor.choose("Head", "4")
+    visitor.choose("Token", "19: \u00b7the")
+    sentence = page.get_by_text("of head 4 at 19").first
+    sentence.wait_for()
+    assert "its largest source is 6: \u00b7mat (induction)" in sentence.inner_text()
+    visitor.choose("Take away or replace", "all features of a head")
+    visitor.choose("Which head", "4")
+    page.wait_for_url("**which=4*")
+    page.get_by_text("What each head does on this prompt").wait_for()
+    visitor.idle()
+    link, shown = page.url, sentence.inner_text()
+
+    fresh = Visitor(chromium, address)
+    fresh.page.goto(link)
+    restored = fresh.page.get_by_text("of head 4 at 19").first
+    restored.wait_for()
+    assert restored.inner_text() == shown, "the address restores the page"
+    fresh.page.get_by_text("After 19: \u00b7the: \u00b7mat 46.7% as it is, 32.7% without (full)").wait_for()
+    dashboard = fresh.page.get_by_role("link", name="Its dashboard")
+    dashboard.click()
+    fresh.page.get_by_role("heading", name=re.compile(r"Feature \d+ of head 4")).wait_for()
+    fresh.page.get_by_text("Nearest features").wait_for()
+    fresh.leave()
+
+
+def test_two_sessions_at_once_get_their_own_answers(chromium, address):
+    prompts = {"one two three four. one two three": "four", "red green blue red green": "blue"}
+    visitors = [Visitor(chromium, address) for _ in prompts]
+    for each in visitors:
+        each.open("prompt")
+    for each in visitors:
+        each.page.get_by_text("Where a feature reads from").wait_for()
+    for each, text in zip(visitors, prompts, strict=True):
+        each.prompt(text)
+    for each, text in zip(visitors, prompts, strict=True):
+        each.page.wait_for_url(f"**{text.split()[0]}*")
+        each.choose("Take away or replace", "the whole layer, by its reconstruction")
+    for each, following in zip(visitors, prompts.values(), strict=True):
+        each.page.get_by_text(re.compile(rf"After \d+: \S+: \u00b7{following} \d")).wait_for()
+        each.leave()
+
+
+def test_a_deviant_feature_is_one_click_away(visitor):
+    page = visitor.page
+    visitor.open("heads?show=Monosemanticity&of_head=8")
+    page.get_by_role("heading", name="Features of head 8 that deviate").wait_for()
+    visitor.idle()
+    table = page.locator("[data-testid=stDataFrame]").nth(1)
+    table.scroll_into_view_if_needed()
+    place = table.bounding_box()
+    with page.context.expect_page() as opened:
+        for step in (0, 2):  # a canvas: the mouse must come before it clicks
+            page.mouse.move(place["x"] + 16 + step, place["y"] + 51 + step)
+            page.wait_for_timeout(400)
+        page.mouse.down()
+        page.mouse.up()
+    opened.value.get_by_role("heading", name=re.compile(r"Feature \d+ of head 8")).wait_for()
+
+
+def test_the_address_says_what_is_shown(visitor):
+    """Streamlit leaves in the address what is no option any more, and leaves defaults out of it."""
+    page = visitor.page
+    visitor.open("prompt")
+    page.get_by_text("of head").first.wait_for()
+    visitor.choose("Token", "17: \u00b7sat")
+    visitor.choose("Predict after token", "10: \u00b7ran")
+    page.wait_for_url("**predict=10*token=17*")
+    for name in ("Duplicate token", "Induction"):
+        page.get_by_role("button", name=name, exact=True).click()
+        page.wait_for_timeout(500)
+        visitor.idle()
+    assert page.url == f"{visitor.address}/prompt?checkpoint=smollm2-135m-L17-batchtopk-x8-k32"
+    other = "smollm2-135m-L17-batchtopk-x8-k64"
+    visitor.choose("Checkpoint", other)
+    page.wait_for_url(f"**checkpoint={other}*")
+    visitor.idle()
+    page.get_by_role("link", name="Its dashboard").click()
+    page.get_by_text("Nearest features").wait_for()
+    visitor.idle()
+    assert f"checkpoint={other}" in page.url and "feature=" in page.url
+
+
+def test_markup_in_a_prompt_only_appears(visitor):
+    page = visitor.page
+    visitor.open("prompt")
+    page.get_by_text("Where a feature reads from").wait_for()
+    visitor.prompt("<img src=x onerror=document.title='owned'> <script>document.title='owned'</script> \u202e [a](b)")
+    page.wait_for_url("**onerror*")
+    page.get_by_text("What each head does on this prompt").wait_for()
+    visitor.idle()
+    assert "owned" not in page.title()
+    assert page.locator("[data-testid=stMain] img").count() == 0
+
+
+@pytest.mark.parametrize("path", ["", "heads?show=Roles", "features", "compare", "runs"])
+def test_every_page_comes_up_without_errors(visitor, path):
+    visitor.open(path)
+    visitor.page.get_by_role("button", name="Copy link").wait_for()
+    visitor.idle()
+    assert visitor.page.locator("[data-testid=stException]").count() == 0

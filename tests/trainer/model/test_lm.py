@@ -1,0 +1,119 @@
+"""The language model agrees with Hugging Face, stops at the hook, and splices exactly."""
+
+from copy import copy
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from trainer.model.lm import LanguageModel
+
+
+@pytest.fixture(params=["gpt2", "llama"])
+def pair(request):
+    lm = request.getfixturevalue(request.param)
+    return lm, AutoModelForCausalLM.from_pretrained(request.getfixturevalue(f"{request.param}_folder"))
+
+
+TOKENS = torch.arange(1, 41).view(2, 20)
+
+
+def test_logits_are_hugging_faces(pair):
+    lm, hf = pair
+    resid, _ = lm.prefix(TOKENS, 1)
+    with torch.no_grad():
+        theirs = hf(TOKENS).logits.log_softmax(-1)
+    assert torch.allclose(lm.logits(resid, 1).log_softmax(-1), theirs, atol=1e-4)
+
+
+def test_z_is_the_pattern_times_the_values_of_every_query_head(pair):
+    lm, _ = pair
+    z, v, pattern = lm.attention(TOKENS, 2)
+    assert v.shape == z.shape == (2, 20, lm.n_heads, lm.d_head)
+    assert torch.allclose(torch.einsum("bhqs,bshd->bqhd", pattern, v), z, atol=1e-5)
+    assert torch.equal(z, lm.hook_z(TOKENS, 2))
+
+
+def test_splicing_z_back_changes_no_logit(pair):
+    lm, _ = pair
+    resid, z = lm.prefix(TOKENS, 1)
+    clean = lm.logits(resid, 1)
+    assert torch.equal(lm.logits(resid, 1, z), clean)
+    assert not torch.allclose(lm.logits(resid, 1, torch.zeros_like(z)), clean, atol=1e-3)
+
+
+def test_nothing_after_the_hook_is_computed(gpt2):
+    ran = []
+    names = [name for name, _ in gpt2.model.named_modules() if name.startswith("blocks.1.") or name == "ln_final"]
+    handles = [
+        gpt2.model.get_submodule(name).register_forward_hook(lambda *a, name=name: ran.append(name)) for name in names
+    ]
+    try:
+        gpt2.hook_z(TOKENS, 0)
+        assert ran == []
+        gpt2.hook_z(TOKENS, 1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    # hook_z itself raises, so its own module never finishes; the attention's output never begins.
+    assert "blocks.1.attn.hook_pattern" in ran
+    assert not [name for name in ran if "mlp" in name or "resid_mid" in name or name == "ln_final"]
+
+
+def test_no_hook_stays_behind(gpt2):
+    gpt2.attention(TOKENS, 1)
+    assert not [name for name, point in gpt2.model.hook_dict.items() if point.fwd_hooks]
+
+
+def test_sizes_are_read_from_the_model(llama):
+    assert (llama.n_layers, llama.n_heads, llama.d_head, llama.d_vocab) == (3, 6, 8, 257)
+
+
+def test_a_folder_that_transformer_lens_gets_wrong_is_refused(llama_folder, tmp_path, monkeypatch):
+    """With another rotary base the weights load, but the model is not the one in the folder."""
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(llama_folder, copy)
+    original = AutoModelForCausalLM.from_pretrained
+
+    def other_base(*args, **kwargs):
+        model = original(*args, **kwargs)
+        model.config.rope_theta = 10.0
+        return model
+
+    monkeypatch.setattr("trainer.model.lm.AutoModelForCausalLM.from_pretrained", other_base)
+    with pytest.raises(ValueError, match="computes other logits than Hugging Face"):
+        LanguageModel.load(str(copy))
+
+
+def test_bad_names_and_prompts_are_sentences(gpt2, tmp_path):
+    with pytest.raises(ValueError, match="unknown model 'nonsense'"):
+        LanguageModel.load("nonsense")
+    with pytest.raises(ValueError, match=r"has no config\.json"):
+        LanguageModel.load(str(tmp_path))
+    with pytest.raises(ValueError, match="layers 0 to 5"):
+        gpt2.hook_z(TOKENS, 6)
+    with pytest.raises(ValueError, match="empty"):
+        gpt2.to_tokens("")
+
+
+def test_a_named_model_that_is_not_in_the_cache_is_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ValueError, match="model 'pythia-14m' could not be loaded"):
+        LanguageModel.load("pythia-14m")
+
+
+def test_bytes_that_are_no_character_are_written_out(gpt2):
+    class Tokenizer:
+        """A byte-level BPE cuts characters into tokens; others name bytes themselves."""
+
+        def batch_decode(self, ids, **options):
+            return ["\ufffd", " \ufffd", "\ufffd", "\u00d7"]
+
+        def convert_ids_to_tokens(self, ids):
+            return ["\u00d7", "\u0120\u00a9", "<0xD7>", "\u00c3\u0139"]
+
+    other = copy(gpt2)
+    other.tokenizer = Tokenizer()
+    assert other.token_strings([0, 1, 2, 3]) == ["<D7>", " <A9>", "<0xD7>", "\u00d7"]

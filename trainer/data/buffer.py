@@ -1,0 +1,315 @@
+"""Activations to shuffled batches of rows, from the disk cache or straight from the model.
+
+Rows are head outputs `[row, layer, head, d_head]` in float16, BOS positions left out. Two sources give them
+in groups that fit in memory; `batches` shuffles within a group. Groups are far apart in the text
+(contexts are visited in random order, shards are regrouped on every pass), and a position in the
+stream is just a step number, so resuming is exact and stores no rows.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import count, islice
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from trainer.checkpoint import write_atomically, write_json
+from trainer.config import ActivationsConfig, cache_dir
+from trainer.data.text import Corpus
+from trainer.model.lm import LanguageModel
+
+_SHARD_CONTEXTS = 256
+_LM_BATCH_TOKENS = 4096  # tokens of one forward: enough to fill the cores, small enough for a laptop
+
+Progress = Callable[[int, int], None]
+
+
+class Source(Protocol):
+    """Where rows come from: `rows(g)` says how many the g-th group has, `groups` yields them.
+
+    `distinct_tokens` is the length of one pass.
+    """
+
+    distinct_tokens: int
+
+    def rows(self, group: int) -> int: ...
+
+    def groups(self, start: int) -> Iterator[Float[Tensor, "row layer head d_head"]]: ...
+
+
+def open_source(
+    lm: LanguageModel,
+    config: ActivationsConfig,
+    layers: list[int],
+    corpus: Corpus,
+    n_tokens: int,
+    buffer_rows: int,
+    seed: int,
+) -> "CachedActivations | LiveActivations":
+    """A source for a run of `n_tokens`: the disk cache where it fits in `cache_gb`, else the model itself.
+
+    It holds fewer distinct tokens where `distinct_tokens` or the text does, and is then read in
+    several passes. The cache still has to be filled. Order and grouping do not depend on the layers.
+    """
+    n_tokens = min(n_tokens, config.distinct_tokens or n_tokens)
+    per_context = corpus.context_size - 1
+    n_contexts = _SHARD_CONTEXTS * -(-n_tokens // (per_context * _SHARD_CONTEXTS))  # whole shards
+    if corpus.finite:
+        n_contexts = min(n_contexts, corpus.n_train_contexts)
+    if n_contexts * per_context * len(layers) * lm.n_heads * lm.d_head * 2 > config.cache_gb * 1e9:
+        return LiveActivations(lm, layers, corpus, n_contexts, buffer_rows)
+    keys = [
+        CacheKey(
+            model=lm.name,
+            model_fingerprint=lm.fingerprint(),
+            model_dtype=config.model_dtype,
+            hook_name=f"blocks.{layer}.attn.hook_z",
+            text=corpus.name,
+            text_fingerprint=corpus.fingerprint,
+            context_size=corpus.context_size,
+            n_heads=lm.n_heads,
+            d_head=lm.d_head,
+        )
+        for layer in layers
+    ]
+    return CachedActivations(cache_dir() / "activations", keys, layers, n_contexts, buffer_rows, seed)
+
+
+def batches(
+    source: Source, batch_size: int, seed: int, start: int = 0, device: str = "cpu"
+) -> Iterator[Float[Tensor, "batch layer head d_head"]]:
+    """Endless shuffled batches in float32; `start` skips that many, exactly as if they had been taken.
+
+    The few rows of a group that do not fill a batch are dropped.
+
+    Raises:
+        ValueError: a group does not hold one batch.
+    """
+    group = 0
+    while start >= (of_group := batches_in(source, group, batch_size)):
+        start -= of_group
+        group += 1
+    groups = source.groups(group)
+    for index in count(group):
+        rows = next(groups)
+        # On the device as a whole: there a shuffled batch is one gather.
+        rows = rows.to(device)
+        order = torch.from_numpy(np.random.default_rng([seed, index]).permutation(len(rows))).to(device)
+        for step in range(start, batches_in(source, index, batch_size)):
+            yield rows[order[step * batch_size : (step + 1) * batch_size]].float()
+        del rows  # before the next group is asked for
+        start = 0
+
+
+def _read_ahead(items: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The same items, the next one being read while one is used."""
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(next, items)
+        while True:
+            item = coming.result()
+            coming = reader.submit(next, items)
+            yield item
+            del item
+
+
+def batches_in(source: Source, group: int, batch_size: int) -> int:
+    """Batches of one group.
+
+    Raises:
+        ValueError: there is not even one.
+    """
+    rows = source.rows(group)
+    if rows < batch_size:
+        raise ValueError(
+            f"the text gives {rows:,} activations at a time, fewer than one batch of {batch_size:,}: "
+            "give more text or lower batch_size"
+        )
+    return rows // batch_size
+
+
+@dataclass(frozen=True)
+class CacheKey:
+    """Everything that decides the values in a cache; part of its path and of its meta.json."""
+
+    model: str
+    model_fingerprint: str
+    model_dtype: str
+    hook_name: str
+    text: str
+    text_fingerprint: str
+    context_size: int
+    n_heads: int
+    d_head: int
+
+
+class CachedActivations:
+    """Activations on disk, in shards of 256 contexts: `<root>/<model>-<layer>-<hash>/shard-00000.safetensors`.
+
+    `fill` harvests the shards that are missing, one at a time and for all layers in one forward, so an
+    interrupted harvest goes on where it stopped and a longer run extends a shorter one's cache.
+    """
+
+    def __init__(
+        self, root: Path, keys: list[CacheKey], layers: list[int], n_contexts: int, buffer_rows: int, seed: int
+    ) -> None:
+        self.keys = {self._folder(root, key): key for key in keys}
+        self.layers = dict(zip(self.keys, layers, strict=True))
+        self.context_size = keys[0].context_size
+        self.seed = seed
+        per_context = self.context_size - 1
+        sizes = [min(_SHARD_CONTEXTS, n_contexts - first) for first in range(0, n_contexts, _SHARD_CONTEXTS)]
+        self._shard_rows = [contexts * per_context for contexts in sizes]
+        self.distinct_tokens = sum(self._shard_rows)
+        self._per_group = max(1, buffer_rows // (_SHARD_CONTEXTS * per_context))
+
+    @staticmethod
+    def _folder(root: Path, key: CacheKey) -> Path:
+        digest = hashlib.sha256(json.dumps(asdict(key), sort_keys=True).encode()).hexdigest()[:12]
+        return root / f"{Path(key.model).name}-{key.hook_name.split('.')[1]}-{digest}"
+
+    def missing(self) -> dict[int, list[Path]]:
+        """Shards still to be harvested, with the folders that lack them.
+
+        Raises:
+            ValueError: a folder holds another cache, or a shard that is damaged.
+        """
+        for folder, key in self.keys.items():
+            meta = folder / "meta.json"
+            if meta.exists() and json.loads(meta.read_text()) != asdict(key):
+                raise ValueError(f"{meta} describes other activations than its folder's name says: delete the folder")
+        lacking = {
+            index: [folder for folder in self.keys if not self._is_whole(folder, index)]
+            for index in range(len(self._shard_rows))
+        }
+        return {index: folders for index, folders in lacking.items() if folders}
+
+    def fill(self, lm: LanguageModel, corpus: Corpus, progress: Progress) -> None:
+        """Harvest the missing shards. `progress(done, total)` is told tokens after every forward.
+
+        Raises:
+            ValueError: the activations do not fit in float16, or the disk is full.
+        """
+        missing = self.missing()
+        total = sum(self._shard_rows[index] for index in missing)
+        done = 0
+        try:
+            for folder, key in self.keys.items():
+                folder.mkdir(parents=True, exist_ok=True)
+                write_json(folder / "meta.json", asdict(key))
+            # One stream for all shards: a streamed data set starts over at every call of `train`.
+            position = min(missing, default=0) * _SHARD_CONTEXTS
+            stream = corpus.train(position)
+            for index, folders in missing.items():
+                first = index * _SHARD_CONTEXTS
+                n_contexts = self._shard_rows[index] // (self.context_size - 1)
+                found = list(islice(stream, first - position, first - position + n_contexts))
+                position = first + n_contexts
+                if len(found) < n_contexts:
+                    raise ValueError(
+                        f"{corpus.name} ends after {first + len(found):,} contexts of {corpus.context_size} tokens, "
+                        "too few for this run: lower total_training_steps"
+                    )
+                rows = []
+                for chunk in harvest(lm, [self.layers[folder] for folder in folders], torch.stack(found)):
+                    rows.append(chunk)
+                    done += len(chunk)
+                    progress(done, total)
+                for folder, z in zip(folders, torch.cat(rows).unbind(1), strict=True):
+                    write_atomically(_shard(folder, index), partial(save_file, {"z": z.contiguous()}))
+        except OSError as error:
+            raise ValueError(f"the activation cache could not be written: {error}") from error
+
+    def rows(self, group: int) -> int:
+        return sum(self._shard_rows[index] for index in self._shards_of(group))
+
+    def groups(self, start: int) -> Iterator[Float[Tensor, "row layer head d_head"]]:
+        return _read_ahead(map(self._read, count(start)))
+
+    def _read(self, group: int) -> Float[Tensor, "row layer head d_head"]:
+        shards = self._shards_of(group)
+        try:
+            layers = [torch.cat([load_file(_shard(folder, index))["z"] for index in shards]) for folder in self.keys]
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"activations could not be read from the cache: {error}") from error
+        return layers[0][:, None] if len(layers) == 1 else torch.stack(layers, dim=1)
+
+    def _shards_of(self, group: int) -> list[int]:
+        """Shards are regrouped in a new order on every pass over the cache."""
+        n_groups = -(-len(self._shard_rows) // self._per_group)
+        order = np.random.default_rng([self.seed, group // n_groups]).permutation(len(self._shard_rows))
+        # array_split: groups of nearly equal size, so that the last one is never a sliver.
+        return np.array_split(order, n_groups)[group % n_groups].tolist()
+
+    def _is_whole(self, folder: Path, index: int) -> bool:
+        path = _shard(folder, index)
+        if not path.exists():
+            return False
+        key = self.keys[folder]
+        shape = [self._shard_rows[index], key.n_heads, key.d_head]
+        try:
+            with safe_open(path, framework="pt") as file:
+                found = file.get_slice("z")
+                return found.get_shape() == shape and found.get_dtype() == "F16"
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"activation shard {path} is damaged ({error}): delete it to harvest it again") from error
+
+
+def _shard(folder: Path, index: int) -> Path:
+    return folder / f"shard-{index:05d}.safetensors"
+
+
+class LiveActivations:
+    """Activations straight from the model, for runs too large for the disk: one group at a time in memory."""
+
+    def __init__(self, lm: LanguageModel, layers: list[int], corpus: Corpus, n_contexts: int, buffer_rows: int) -> None:
+        self._lm, self._layers, self._corpus, self._pass = lm, layers, corpus, n_contexts
+        self._per_context = corpus.context_size - 1
+        self.distinct_tokens = n_contexts * self._per_context
+        self._contexts = min(max(1, buffer_rows // self._per_context), n_contexts)
+
+    def rows(self, group: int) -> int:
+        return self._contexts * self._per_context
+
+    def groups(self, start: int) -> Iterator[Float[Tensor, "row layer head d_head"]]:
+        contexts = self._endless(start * self._contexts % self._pass)
+        while True:
+            block = torch.stack(list(islice(contexts, self._contexts)))
+            yield torch.cat(list(harvest(self._lm, self._layers, block)))
+
+    def _endless(self, start: int) -> Iterator[Int[Tensor, " pos"]]:
+        while True:
+            found = start
+            for context in islice(self._corpus.train(start), self._pass - start):
+                found += 1
+                yield context
+            if found < self._pass:  # a streamed data set that is shorter than the run
+                raise ValueError(
+                    f"{self._corpus.name} ends after {found:,} contexts of {self._corpus.context_size} tokens, "
+                    "too few for this run: lower total_training_steps or set distinct_tokens"
+                )
+            start = 0
+
+
+def harvest(
+    lm: LanguageModel, layers: list[int], contexts: Int[Tensor, "context pos"]
+) -> Iterator[Float[Tensor, "row layer head d_head"]]:
+    """Head outputs of every position but BOS, in float16 on the CPU, one forward at a time.
+
+    Raises:
+        ValueError: a value does not fit in float16.
+    """
+    for chunk in contexts.split(max(1, _LM_BATCH_TOKENS // contexts.shape[1])):
+        z = torch.stack(lm.hook_z_of(chunk, layers), dim=2)[:, 1:].flatten(0, 1).half().cpu()
+        if not z.isfinite().all():
+            raise ValueError(f"head outputs of {lm.name} layer {', '.join(map(str, layers))} do not fit in float16")
+        yield z

@@ -1,0 +1,238 @@
+"""Selection of active features, and gradients that touch nothing else.
+
+With L0 active features of thousands, decoding and all gradients are sums over (token, feature) pairs:
+weighted embedding bags over the rows of W_dec, of the error and of the input. Only the encoder is a
+dense matmul. The results equal those of `losses` to float rounding.
+
+A bag is (block, token): `block * batch + token`; a feature is `block * features_per_head + index`.
+"""
+
+import warnings
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from trainer.kernels.dense import Outcome, Params
+
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")  # one operator is used, and tested
+
+_TILE = 2**20  # activations computed at a time on a CPU
+
+
+class Active(NamedTuple):
+    """Active features of a batch, sorted by bag."""
+
+    bag: Int[Tensor, " pair"]
+    feature: Int[Tensor, " pair"]
+    value: Float[Tensor, " pair"]
+
+    def where(self, keep: Tensor) -> "Active":
+        """The pairs for which `keep` is true."""
+        return Active(*(each[keep] for each in self))
+
+
+def gradients(
+    params: Params,
+    x: Float[Tensor, "head batch width"],
+    active: Active,
+    slope: Float[Tensor, "block feature"] | None = None,
+    centred: bool = False,
+) -> Outcome:
+    """|x - x_hat|^2 + sum_i slope_i f_i, mean over the batch, for given active features.
+
+    Args:
+        slope: derivative of the penalty by the activations (with its coefficient).
+        centred: b_dec is subtracted from the input of the encoder.
+    """
+    W_enc, W_dec, b_dec = (params[name] for name in ("W_enc", "W_dec", "b_dec"))
+    n_blocks, n_features, width = W_dec.shape
+    batch, n_bags = x.shape[1], n_blocks * x.shape[1]
+    target = x if n_blocks == len(x) else x.repeat(n_blocks // len(x), 1, 1)
+    inputs = (target - b_dec[:, None] if centred else target).reshape(n_bags, width)
+    rows = W_dec.view(-1, width)
+
+    bounds = _bounds(active.bag, n_bags)
+    x_hat = embedding_bag(active.feature, rows, bounds[:-1], mode="sum", per_sample_weights=active.value)
+    error = (x_hat.view(n_blocks, batch, width) + b_dec[:, None]).sub_(target)
+    g = (error * (2 / batch)).view(n_bags, width)
+    pairs = torch.sparse_csr_tensor(bounds, active.feature, active.value, (n_bags, len(rows)), check_invariants=False)
+    df = torch.sparse.sampled_addmm(pairs, g, rows.T, beta=0.0).values()  # g[bag] . W_dec[feature]
+    if slope is not None:
+        df = df + slope.flatten()[active.feature]
+
+    order = active.feature.argsort(stable=True)
+    bag = active.bag[order]
+    bounds = _bounds(active.feature[order], len(rows))
+    d_rows = embedding_bag(bag, g, bounds[:-1], mode="sum", per_sample_weights=active.value[order])
+    d_columns = embedding_bag(bag, inputs, bounds[:-1], mode="sum", per_sample_weights=df[order])
+    grads = {
+        "W_enc": d_columns.view_as(W_dec).mT.contiguous(),
+        "b_enc": x.new_zeros(len(rows)).index_add_(0, active.feature, df).view(n_blocks, n_features),
+        "W_dec": d_rows.view_as(W_dec),
+        "b_dec": g.view_as(error).sum(1),
+    }
+    if centred:
+        grads["b_dec"] = grads["b_dec"] - (W_enc @ grads["b_enc"][..., None])[..., 0]
+    fired = bounds.diff().view(n_blocks, n_features).to(x.dtype)
+    return Outcome(grads, error, fired, {})
+
+
+def l1(
+    recipe: str, params: Params, x: Float[Tensor, "head batch width"], coefficient: Float[Tensor, " block"]
+) -> Outcome:
+    """`april` or `bricken`, as in `losses`, on the features that are active."""
+    W_enc, W_dec, b_enc = params["W_enc"], params["W_dec"], params["b_enc"]
+    centred = recipe == "bricken"
+    bias = b_enc - (params["b_dec"][:, None] @ W_enc)[:, 0] if centred else b_enc
+    active = above({**params, "b_enc": bias}, x, torch.zeros_like(coefficient))
+    norm = torch.ones_like(b_enc) if centred else W_dec.norm(dim=-1)
+    weight = (coefficient / x.shape[1])[:, None]
+    out = gradients(params, x, active, weight * norm, centred)
+    total = torch.zeros_like(b_enc).view(-1).index_add_(0, active.feature, active.value).view_as(b_enc)
+    if not centred:
+        out.grads["W_dec"].add_(W_dec * (weight * total / norm)[..., None])
+    out.terms["l1"] = (total * norm).sum(1) / x.shape[1]
+    return out
+
+
+def above(params: Params, x: Float[Tensor, "head batch width"], threshold: Float[Tensor, " block"]) -> Active:
+    """Features whose pre-activation exceeds their block's threshold."""
+    found = []
+    n_features = params["b_enc"].shape[1]
+    for block, start, pre in _pre_activations(params, x):
+        at = _true(pre > threshold[block : block + len(pre), None, None])
+        row = at // n_features  # a tile has one block, or all tokens of several
+        bag = row + (block * x.shape[1] + start)
+        found.append(Active(bag, at + (bag // x.shape[1] - row) * n_features, pre.view(-1)[at]))
+    return Active(*map(torch.cat, zip(*found, strict=True)))
+
+
+def top_k(params: Params, x: Float[Tensor, "head batch width"], k: Int[Tensor, " point"], layer: bool) -> Active:
+    """The k largest pre-activations of each token, of each head or over the heads of a point, where positive.
+
+    Gao et al. 2024 (arXiv:2406.04093).
+    """
+    n_heads, batch, _ = x.shape
+    n_blocks, n_features = params["b_enc"].shape
+    largest, found = int(k.max()), []
+    for _, _, pre in _pre_activations(params, x, whole=layer):
+        if layer:  # a row is a token of a point, with the features of all its heads
+            pre = pre.view(-1, n_heads, *pre.shape[1:]).transpose(1, 2).flatten(2)
+        found.append(_top_of_rows(pre, largest))
+    value, index = zip(*found, strict=True)
+    if layer:
+        value, index = torch.cat(value, dim=1), torch.cat(index, dim=1)
+    else:
+        value, index = torch.cat([v.flatten(0, 1) for v in value]), torch.cat([i.flatten(0, 1) for i in index])
+    n_rows = len(k) if layer else n_blocks
+    value, index = value.view(n_rows, batch, largest), index.view(n_rows, batch, largest)
+    feature = index.add_(torch.arange(0, n_blocks, n_blocks // n_rows, device=x.device)[:, None, None] * n_features)
+    block = feature // n_features if layer else torch.arange(n_blocks, device=x.device)[:, None, None]
+    bag = (block * batch + torch.arange(batch, device=x.device)[:, None]).expand_as(feature)
+    active = Active(bag.flatten(), feature.flatten(), value.flatten())
+    rank = torch.arange(largest, device=x.device)
+    keep = (value > 0) & (rank < k.repeat_interleave(n_rows // len(k))[:, None, None])
+    if not keep.all():
+        active = active.where(keep.flatten())
+    return active.where(active.bag.argsort(stable=True)) if layer else active
+
+
+def batch_top_k(
+    params: Params,
+    x: Float[Tensor, "head batch width"],
+    counts: Int[Tensor, " group"],
+    guess: Float[Tensor, " group"],
+) -> tuple[Active, Float[Tensor, " group"]]:
+    """The `counts[g]` largest pre-activations of the batch in every group of blocks, where positive.
+
+    Bussmann et al. 2024 (arXiv:2412.06410). Sorting every activation would cost more than all matmuls:
+    only those above a guess (a little below the last batch's threshold) are looked at, and the guess is
+    lowered where it leaves too few; so the result does not depend on it.
+
+    Args:
+        counts: features to keep, k times the batch; groups are the blocks, or the points.
+        guess: a threshold for every group.
+
+    Returns:
+        The active features, and the smallest activation kept in each group (0 where none is).
+    """
+    n_blocks, batch = len(params["b_enc"]), x.shape[1]
+    per_group = n_blocks // len(counts)
+    while True:
+        candidates = above(params, x, guess.clamp_min(0).repeat_interleave(per_group))
+        edges = torch.arange(len(counts) + 1, device=x.device) * per_group * batch
+        edges = torch.searchsorted(candidates.bag, edges)
+        short = (edges.diff() < counts) & (guess > 0)
+        if not short.any():
+            break
+        guess = torch.where(short, torch.where(guess > 1e-3, guess * 0.7, 0.0), guess)
+    keep, thresholds = [], []
+    for count, values in zip(counts.tolist(), candidates.value.split(edges.diff().tolist()), strict=True):
+        if len(values) == 0:
+            thresholds.append(values.new_zeros(()))
+        else:
+            thresholds.append(values.kthvalue(max(len(values) - count, 0) + 1).values)
+        keep.append(values >= thresholds[-1])
+    return candidates.where(torch.cat(keep)), torch.stack(thresholds)
+
+
+def first_guess(params: Params, x: Float[Tensor, "head batch width"], counts: Int[Tensor, " group"]) -> Tensor:
+    """A threshold for `batch_top_k` from a few tokens."""
+    sample = x[:, :64]
+    _, _, pre = next(_pre_activations(params, sample, whole=True))
+    share = counts * (sample.shape[1] / x.shape[1])
+    rows = pre.reshape(len(counts), -1)
+    return torch.stack([row.topk(max(1, int(n))).values[-1] for row, n in zip(rows, share.tolist(), strict=True)]) * 0.8
+
+
+def _pre_activations(params: Params, x: Tensor, whole: bool = False):
+    """x W_enc + b_enc in tiles: first block, first token, and `[block, token, feature]`.
+
+    On a CPU a tile fits in the cache: one block, or with `whole` few tokens of all blocks.
+    """
+    W_enc, b_enc = params["W_enc"], params["b_enc"]
+    n_blocks, _, n_features = W_enc.shape
+    n_heads, batch, _ = x.shape
+    on_cpu = x.device.type == "cpu"
+    chunk = 1 if on_cpu and not whole else n_blocks
+    step = max(64, _TILE // (chunk * n_features)) if on_cpu else batch
+    for block in range(0, n_blocks, chunk):
+        inputs = x[block % n_heads, None] if chunk == 1 else x.repeat(n_blocks // n_heads, 1, 1)
+        for start in range(0, batch, step):
+            tile = inputs[:, start : start + step]
+            yield block, start, torch.baddbmm(b_enc[block : block + chunk, None], tile, W_enc[block : block + chunk])
+
+
+def _top_of_rows(x: Float[Tensor, "a b n"], k: int) -> tuple[Tensor, Tensor]:
+    """`x.topk(k)`, exactly, at a third of its cost on a CPU.
+
+    The k largest lie in the k groups with the largest maxima, so only those groups are searched.
+    """
+    n = x.shape[-1]
+    size = max((s for s in (4, 8, 16, 32) if n % s == 0 and n // s >= k), key=lambda s: -(n // s + k * s), default=1)
+    if size == 1 or n // size + k * size > n // 2:
+        return x.topk(k, dim=-1)
+    grouped = x.view(*x.shape[:-1], size, n // size)  # a group is every (n / size)-th value
+    _, best = _top_of_rows(grouped.amax(-2), k)
+    members = grouped.gather(-1, best[..., None, :].expand(*best.shape[:-1], size, k)).flatten(-2)
+    value, at = members.topk(k, dim=-1)
+    return value, at // k * (n // size) + best.gather(-1, at % k)
+
+
+def _true(mask: Tensor) -> Int[Tensor, " hit"]:
+    """Flat positions of the true values; words of 8 are looked at first, since most hold none."""
+    words = mask.view(-1)
+    if mask.numel() % 8:
+        return words.nonzero()[:, 0]
+    words = words.view(torch.int64)
+    hit = words.nonzero()[:, 0]
+    bit = words[hit].view(torch.bool).view(-1, 8).nonzero()
+    return hit[bit[:, 0]] * 8 + bit[:, 1]
+
+
+def _bounds(sorted_ids: Int[Tensor, " pair"], n: int) -> Int[Tensor, " n+1"]:
+    """Where each of n ids begins in a sorted list."""
+    return torch.cat([sorted_ids.new_zeros(1), torch.bincount(sorted_ids, minlength=n).cumsum(0)])

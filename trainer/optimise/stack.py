@@ -1,0 +1,302 @@
+"""SAEs that differ only in their sparsity, in training as one batched matmul [points * heads]."""
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from trainer.block_diag import BlockDiagSAE
+from trainer.config import TrainingConfig
+from trainer.kernels import dense, sparse
+from trainer.kernels.dense import Outcome, Params
+from trainer.optimise.revive import aux_k, resample
+from trainer.recipes import CENTRED, TOP_K, SAEConfig
+
+# Below this share of active features the sparse gradients are faster; at 0.05 both cost the same
+# (benchmarks/README.md).
+SPARSE_BELOW = 0.03
+_REWARM_FRACTION = 0.02  # share of the steps over which the learning rate recovers from a resampling
+
+
+class Batch(NamedTuple):
+    """The last batch of a stack, for its figures."""
+
+    z: Float[Tensor, "batch head d_head"]
+    out: Outcome
+    grad_norm: Float[Tensor, " point"]
+
+
+class Stack:
+    """Parameters on scaled inputs, optimizer and counters of several SAEs ("points") of one layer.
+
+    A block is a head of a point: block p * n_heads + h. The points share every batch, and are otherwise
+    as if each were trained alone: each has its own coefficient or k, its own gradient clipping, its own
+    dead features. On a CPU, where stacking a matmul gains nothing, the points take turns in the cache.
+
+    Args:
+        cfgs: one per point, equal but for l1_coefficient and k.
+        params: of each point, on scaled inputs.
+        scale: of every input dimension.
+        together: all points in one batched matmul; default everywhere but on a CPU.
+    """
+
+    def __init__(
+        self,
+        cfgs: list[SAEConfig],
+        params: list[Params],
+        scale: Float[Tensor, "head width"],
+        training: TrainingConfig,
+        together: bool | None = None,
+    ) -> None:
+        self.cfg, self.cfgs, self.training, self.scale = cfgs[0], cfgs, training, scale
+        self.n_points, self.n_heads = len(cfgs), len(scale)
+        # In a fixed order: the gradient norm is a sum over it, and a resumed run has to round as the whole one did.
+        self.params = {name: torch.cat([each[name] for each in params]).to(scale.device) for name in sorted(params[0])}
+        self.optimizer = torch.optim.Adam(
+            list(self.params.values()), lr=self.cfg.lr, betas=(0.9, self.cfg.beta2), fused=scale.device.type != "mps"
+        )
+        self.step = 0
+        self.resampled_at = -1
+        self.unfired = torch.zeros_like(self.params["b_enc"], dtype=torch.int64)
+        self.active_share = torch.ones(self.n_points)
+        self.threshold = torch.zeros(self._n_groups, device=scale.device)
+        self._guess: Tensor | None = None
+        together = scale.device.type != "cpu" if together is None else together
+        self._passes = [slice(0, self.n_points)] if together else [slice(p, p + 1) for p in range(self.n_points)]
+
+    @property
+    def _n_groups(self) -> int:
+        """Sets of features that share a batchtopk budget: the points, or the blocks."""
+        return self.n_points * (1 if self.cfg.k_scope == "layer" else self.n_heads)
+
+    @torch.no_grad()
+    def update(self, z: Float[Tensor, "batch head d_head"]) -> Batch:
+        """One optimizer step of every point on raw activations."""
+        x = (z.reshape(len(z), *self.scale.shape) * self.scale).transpose(0, 1).contiguous()
+        out = _join([self._gradients(points, x) for points in self._passes])
+        dead = self.unfired >= self.training.dead_after_tokens
+        if self.cfg.recipe in TOP_K and dead.any():
+            extra, term = aux_k(self.params, x, out.error, dead, self.n_points)
+            for name, grad in extra.items():
+                out.grads[name] += grad
+            out.terms["aux_k"] = term
+        grad_norm = self._clip(out.grads)
+        self._descend(out.grads)
+        self.unfired = torch.where(out.fired > 0, 0, self.unfired + len(z))
+        self.active_share = out.fired.view(self.n_points, -1).mean(1).cpu() / len(z)
+        self.step += 1
+        self._resample(x, out.error)
+        return Batch(z, out, grad_norm)
+
+    def _gradients(self, points: slice, x: Tensor) -> Outcome:
+        blocks = slice(points.start * self.n_heads, points.stop * self.n_heads)
+        params = {name: value[blocks] for name, value in self.params.items()}
+        if self.cfg.recipe in TOP_K:
+            return sparse.gradients(params, x, self._select(points, params, x))
+        coefficient = torch.tensor([cfg.l1_coefficient for cfg in self.cfgs[points]], device=x.device)
+        coefficient = (coefficient * self._sparsity_factor(self.step)).repeat_interleave(self.n_heads)
+        if self.cfg.recipe in ("april", "bricken") and self.active_share[points].max() < SPARSE_BELOW:
+            return sparse.l1(self.cfg.recipe, params, x, coefficient)
+        return dense.GRADIENTS[self.cfg.recipe](params, x, coefficient)
+
+    def _select(self, points: slice, params: Params, x: Tensor) -> sparse.Active:
+        k = torch.tensor([cfg.k for cfg in self.cfgs[points]], device=x.device)
+        layer = self.cfg.k_scope == "layer"
+        if self.cfg.recipe == "topk":
+            return sparse.top_k(params, x, k, layer)
+        groups = slice(*(each * self._n_groups // self.n_points for each in (points.start, points.stop)))
+        counts = k.repeat_interleave((groups.stop - groups.start) // len(k)) * x.shape[1]
+        if self._guess is None:
+            self._guess = torch.full_like(self.threshold, float("nan"))
+        guess = self._guess[groups]
+        if guess.isnan().any():
+            guess = sparse.first_guess(params, x, counts)
+        active, smallest = sparse.batch_top_k(params, x, counts, guess)
+        self._guess[groups] = smallest * 0.9
+        # Long runs average over 1,000 steps (Bussmann et al.); a short one cannot look back that far.
+        rate = 1.0 if self.step == 0 else max(0.001, min(1.0, 20 / self.training.total_training_steps))
+        self.threshold[groups] += rate * (smallest - self.threshold[groups])
+        return active
+
+    def _clip(self, grads: Params) -> Float[Tensor, " point"]:
+        """Scale the gradient of each point to at most max_grad_norm; returns the norms before.
+
+        Where decoder rows keep norm 1, the component along the row is removed first.
+        """
+        if self.cfg.decoder_norm == "unit":
+            rows = self.params["W_dec"]
+            grads["W_dec"] = grads["W_dec"] - (grads["W_dec"] * rows).sum(-1, keepdim=True) * rows
+        squares = [grad.reshape(self.n_points, -1).pow(2).sum(1) for grad in grads.values()]
+        norm = torch.stack(squares).sum(0).sqrt()
+        if self.cfg.max_grad_norm:
+            factor = (self.cfg.max_grad_norm / (norm + 1e-6)).clamp_max(1.0).repeat_interleave(self.n_heads)
+            for grad in grads.values():
+                grad.mul_(factor.view(-1, *[1] * (grad.dim() - 1)))
+        return norm
+
+    def _descend(self, grads: Params) -> None:
+        total, cfg = self.training.total_training_steps, self.cfg
+        factor = lr_factor(self.step, total, cfg.lr_warm_up_fraction, cfg.lr_decay_fraction)
+        if self.resampled_at >= 0:
+            factor *= min(1.0, (self.step - self.resampled_at + 1) / max(1.0, _REWARM_FRACTION * total))
+        self.optimizer.param_groups[0]["lr"] = cfg.lr * factor
+        for name, parameter in self.params.items():
+            parameter.grad = grads[name]
+        self.optimizer.step()
+        for parameter in self.params.values():
+            parameter.grad = None
+        if cfg.decoder_norm == "unit":
+            self.params["W_dec"].div_(self.params["W_dec"].norm(dim=-1, keepdim=True).clamp_min(1e-12))
+
+    def _resample(self, x: Tensor, error: Tensor) -> None:
+        """At 1, 2, 3 and 4 times the interval, features silent for the second half of it (Bricken et al.)."""
+        total = self.training.total_training_steps
+        interval = round(self.cfg.resample_fraction * total)
+        if not interval or self.step % interval or not self.step // interval <= 4 or self.step >= total:
+            return
+        dead = self.unfired >= interval // 2 * self.training.batch_size
+        moments = [
+            {name: self.optimizer.state[parameter][key] for name, parameter in self.params.items()}
+            for key in ("exp_avg", "exp_avg_sq")
+        ]
+        for point in range(self.n_points):  # the generator starts anew, so that a point draws as it would alone
+            blocks = slice(point * self.n_heads, (point + 1) * self.n_heads)
+            generator = torch.Generator().manual_seed(self.training.seed * 1_000_003 + self.step)
+            of_point = [{name: value[blocks] for name, value in each.items()} for each in (self.params, *moments)]
+            resample(of_point[0], of_point[1:], x, error[blocks], dead[blocks], generator)
+        self.unfired[dead] = 0
+        self.resampled_at = self.step
+
+    def _sparsity_factor(self, step: int) -> float:
+        warm_up = self.cfg.sparsity_warm_up_fraction * self.training.total_training_steps
+        return min(1.0, step / warm_up) if warm_up else 1.0
+
+    def figures(self, point: int, batch: Batch) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What is logged of one point, in raw units, so that curves and eval.json can share an axis.
+
+        Returns:
+            Figures, lists being per head, and values of every feature, for histograms.
+        """
+        blocks = slice(point * self.n_heads, (point + 1) * self.n_heads)
+        z, out = batch.z, batch.out
+        tokens = len(z)
+        error = out.error[blocks]
+        mse = error.pow(2).sum().item() / tokens
+        raw = (error.transpose(0, 1) / self.scale).reshape(z.shape).pow(2).sum(-1).mean(0)
+        deviation = (z - z.mean(0)).pow(2).sum(-1).mean(0).clamp_min(1e-12)
+        fired, dead = out.fired[blocks], (self.unfired[blocks] >= self.training.dead_after_tokens).float()
+        W_enc, W_dec = self.params["W_enc"][blocks].mT, self.params["W_dec"][blocks]
+        norms = {"encoder_norm": W_enc.norm(dim=-1), "decoder_norm": W_dec.norm(dim=-1)}
+        cosine = torch.nn.functional.cosine_similarity(W_enc, W_dec, dim=-1)
+        terms = {name: term.view(self.n_points, -1)[point].sum().item() for name, term in out.terms.items()}
+        loss = mse + self._weighted(terms, point)
+        l0 = fired.sum(1) / tokens
+        figures = {
+            "loss": loss,
+            "squared_error": mse,
+            **terms,
+            "grad_norm": batch.grad_norm[point].item(),
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "L0": l0.sum().item(),
+            "L0_per_head": l0.tolist(),
+            "MSE": raw.sum().item(),
+            "FVU": (raw.sum() / deviation.sum()).item(),
+            "FVU_per_head": (raw / deviation).tolist(),
+            "dead_fraction": dead.mean().item(),
+            "dead_fraction_per_head": dead.mean(1).tolist(),
+            **{name: value.mean().item() for name, value in norms.items()},
+            "encoder_decoder_cosine": cosine.mean().item(),
+        }
+        return figures, {**norms, "encoder_decoder_cosine": cosine, "density": fired / tokens}
+
+    def _weighted(self, terms: dict[str, float], point: int) -> float:
+        """The loss terms beside the squared error, with their coefficients (those of the step just taken)."""
+        coefficient = (self.cfgs[point].l1_coefficient or 0.0) * self._sparsity_factor(self.step - 1)
+        weights = {"pre_activation": dense.PRE_ACTIVATION_COEFFICIENT, "aux_k": 1.0, "auxiliary": 1.0}
+        return sum(weights.get(name, coefficient) * term for name, term in terms.items())
+
+    @torch.no_grad()
+    def finished(self, point: int) -> BlockDiagSAE:
+        """A point as an SAE for raw hook_z."""
+        blocks = slice(point * self.n_heads, (point + 1) * self.n_heads)
+        p = {name: value[blocks].detach().clone() for name, value in self.params.items()}
+        cfg, (_, width, n_features) = self.cfgs[point], p["W_enc"].shape
+        jump: Tensor | None = None
+        if cfg.recipe in CENTRED:
+            p["b_enc"] = p["b_enc"] - (p["b_dec"][:, None] @ p["W_enc"])[:, 0]
+        if cfg.recipe == "gated":  # gate > 0 exactly where e^r s + b_mag > b_mag - e^r b_gate
+            gain, offset = p["r_mag"].exp(), p["b_enc"] - self.params["b_enc"][blocks]
+            jump = (p["b_mag"] - gain * self.params["b_enc"][blocks]).clamp_min(0)
+            # The constant part of s, -b_dec W_enc, moves into the bias.
+            p["b_enc"] = p["b_mag"] + gain * offset
+            p["W_enc"] = p["W_enc"] * gain[:, None]
+        elif cfg.recipe == "jumprelu":
+            jump = p["log_threshold"].exp()
+        elif cfg.recipe == "batchtopk":
+            groups = self.threshold.view(self.n_points, -1)[point]
+            jump = groups[:, None].expand(self.n_heads, n_features)
+        activation = "topk" if cfg.recipe == "topk" else "relu" if jump is None else "jumprelu"
+        k = cfg.k if activation == "topk" else None
+        sae = BlockDiagSAE(self.n_heads, width, n_features, activation, k, cfg.k_scope)
+        sae = sae.to(self.scale.device)
+        for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+            getattr(sae, name).copy_(p[name])
+        if jump is not None:
+            sae.threshold.copy_(jump)
+        sae.fold_scale(self.scale)
+        return sae.eval().requires_grad_(False)
+
+    def state(self, point: int) -> dict[str, Tensor]:
+        """Everything of one point that resuming needs. No random state is part of it: after initialisation
+        whatever is random is a function of the seed and the step."""
+        blocks = slice(point * self.n_heads, (point + 1) * self.n_heads)
+        state = {
+            "scale": self.scale,
+            "unfired": self.unfired[blocks],
+            "active_share": self.active_share[point : point + 1],
+            "threshold": self.threshold.view(self.n_points, -1)[point],
+            "resampled_at": torch.tensor(self.resampled_at),
+        }
+        for name, parameter in self.params.items():
+            state[name] = parameter[blocks]
+            moments = self.optimizer.state[parameter]
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[f"adam.{key}.{name}"] = moments[key][blocks]
+        return state
+
+    def load_states(self, step: int, states: list[dict[str, Tensor]]) -> None:
+        """Go on from the states of all points, as saved after `step` steps."""
+        self.step = step
+        device = self.scale.device
+
+        def joined(name: str) -> Tensor:
+            return torch.cat([state[name] for state in states]).to(device)
+
+        self.scale = states[0]["scale"].to(device)
+        self.unfired, self.threshold = joined("unfired"), joined("threshold")
+        self.active_share = joined("active_share").cpu()
+        self.resampled_at = int(states[0]["resampled_at"])
+        for name, parameter in self.params.items():
+            parameter.copy_(joined(name))
+            self.optimizer.state[parameter] = {
+                "step": torch.tensor(float(step), device=device),
+                "exp_avg": joined(f"adam.exp_avg.{name}"),
+                "exp_avg_sq": joined(f"adam.exp_avg_sq.{name}"),
+            }
+
+
+def lr_factor(step: int, total: int, warm_up_fraction: float, decay_fraction: float) -> float:
+    """Share of the peak learning rate at `step` of `total`: linear rise, plateau, linear fall to 0."""
+    warm_up, decay = warm_up_fraction * total, decay_fraction * total
+    rising = (step + 1) / warm_up if warm_up else 1.0
+    falling = (total - step) / decay if decay else 1.0
+    return min(1.0, rising, falling)
+
+
+def _join(outcomes: list[Outcome]) -> Outcome:
+    if len(outcomes) == 1:
+        return outcomes[0]
+    grads = {name: torch.cat([each.grads[name] for each in outcomes]) for name in outcomes[0].grads}
+    terms = {name: torch.cat([each.terms[name] for each in outcomes]) for name in outcomes[0].terms}
+    return Outcome(grads, torch.cat([each.error for each in outcomes]), torch.cat([e.fired for e in outcomes]), terms)
