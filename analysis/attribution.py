@@ -21,9 +21,7 @@ SLOTS = ("bos", "self", "induction", "duplicate", "previous", "local", "other")
 
 def head_encoders(sae: BlockDiagSAE, n_heads: int, d_head: int) -> Float[Tensor, "head d_head feature"]:
     """The encoder as each head is read: a block's own features, or every feature of a dense SAE."""
-    if sae.n_heads == n_heads:
-        return sae.W_enc
-    return sae.W_enc.reshape(n_heads, d_head, sae.features_per_head)
+    return sae.W_enc.reshape(n_heads, d_head, sae.features_per_block)
 
 
 def reads_by_feature(

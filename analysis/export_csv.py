@@ -16,7 +16,8 @@ import pandas as pd
 
 from analysis.runs import tables
 from analysis.store import Analysis
-from trainer import checkpoint, cli
+from trainer import cli
+from trainer.checkpoint import Checkpoint
 
 
 def write_csv(path: Path, out: Path) -> list[Path]:
@@ -26,12 +27,11 @@ def write_csv(path: Path, out: Path) -> list[Path]:
         CheckpointError: the checkpoint or its analysis cannot be read.
     """
     found: dict[str, pd.DataFrame] = {}
-    listed = checkpoint.Listed(path, checkpoint.load_config(path), None)
-    found["checkpoint"] = tables.summary([listed])
-    figures = checkpoint.load_eval(path)
-    if figures is not None:
-        found["evaluation"] = tables.per_head(figures, listed.config["model"]["n_heads"])
-    analysis = Analysis(path)
+    checkpoint = Checkpoint(path)
+    found["checkpoint"] = tables.summary([checkpoint])
+    if checkpoint.eval is not None:
+        found["evaluation"] = tables.per_head(checkpoint.eval, checkpoint.n_heads)
+    analysis = Analysis(checkpoint)
     for name in ("features", "heads", "copying", "pairs", "merging"):
         found[name] = analysis.table(name)
     texts = analysis.strings

@@ -9,7 +9,7 @@ from torch import Tensor
 from trainer.block_diag import BlockDiagSAE
 
 if TYPE_CHECKING:  # it imports transformer_lens, for which pages that run no prompt should not wait
-    from trainer.model.lm import LanguageModel
+    from trainer.model.lm import LanguageModel, Layer
 
 N_LOGITS = 10  # tokens kept at either end
 BINS = 40  # of the histogram of a feature's effects on all logits
@@ -32,8 +32,8 @@ def head_of_features(sae: BlockDiagSAE, n_heads: int) -> tuple[Int[Tensor, " fea
     A block's features have their head with share 1; a feature of a dense SAE is attributed to the head in which its
     decoder row is longest.
     """
-    if sae.n_heads == n_heads:
-        return torch.arange(sae.d_sae) // sae.features_per_head, torch.ones(sae.d_sae)
+    if not sae.is_dense:
+        return torch.arange(sae.d_sae) // sae.features_per_block, torch.ones(sae.d_sae)
     squared = sae.W_dec.reshape(sae.d_sae, n_heads, -1).pow(2).sum(-1).cpu()
     largest, head = squared.max(1)
     return head, largest / squared.sum(1).clamp_min(torch.finfo(squared.dtype).tiny)
@@ -42,7 +42,7 @@ def head_of_features(sae: BlockDiagSAE, n_heads: int) -> tuple[Int[Tensor, " fea
 @torch.no_grad()
 def written(sae: BlockDiagSAE, W_O: Float[Tensor, "head d_head d_model"]) -> Float[Tensor, "feature d_model"]:
     """W_dec through W_O of its head: what one unit of each feature adds to the residual stream."""
-    blocks = W_O.float().reshape(sae.n_heads, sae.d_head, -1)
+    blocks = W_O.float().reshape(sae.n_blocks, sae.width, -1)
     return (sae.W_dec @ blocks).flatten(0, 1)
 
 
@@ -68,7 +68,7 @@ def logit_effects(
     return LogitEffects(*(torch.cat(each).cpu() for each in zip(*parts, strict=True)))
 
 
-def inverse_final_scale(lm: "LanguageModel", layer: int, contexts: Int[Tensor, "context pos"]) -> float:
+def inverse_final_scale(layer: "Layer", contexts: Int[Tensor, "context pos"]) -> float:
     """Mean over tokens but BOS of one over what the final norm divides by."""
-    resid, _ = lm.prefix(contexts, layer)
-    return (1 / lm.final_scale(resid, layer)[:, 1:].double()).mean().item()
+    final = layer.forward(contexts).final
+    return (1 / layer.lm.final_scale(final)[:, 1:].double()).mean().item()

@@ -34,11 +34,12 @@ from tqdm import tqdm
 
 from analysis import attribution as dfa
 from analysis.prompt.run import visible
-from trainer import checkpoint, cli
+from trainer import cli
 from trainer.block_diag import BlockDiagSAE
+from trainer.checkpoint import Checkpoint
 from trainer.config import require
-from trainer.model.lm import LanguageModel, pick_device
-from trainer.origin import open_model, open_text
+from trainer.files import write_atomically
+from trainer.model.lm import LanguageModel, Layer, pick_device
 
 _BATCH_TOKENS = 2048  # of one forward pass
 _SCRIPTS = (("mpld3", "mpld3/js/d3.v5.min.js"), ("plotly", "plotly/package_data/plotly.min.js"))
@@ -80,9 +81,8 @@ class Harvest(NamedTuple):
 
 @torch.no_grad()
 def harvest(
-    lm: LanguageModel,
+    layer: Layer,
     sae: BlockDiagSAE,
-    layer: int,
     tokens: Int[Tensor, "context pos"],
     features: Int[Tensor, " feature"],
 ) -> Harvest:
@@ -96,18 +96,17 @@ def harvest(
     Raises:
         ValueError: the model has other sizes.
     """
-    require(sae.d_in == lm.n_heads * lm.d_head, f"the SAE reads {sae.d_in} dimensions, which {lm.name} does not have")
-    lm.check_layer(layer)
-    sae = sae.to(lm.device)
-    block, index = features // sae.features_per_head, features % sae.features_per_head
-    dense = sae.n_heads != lm.n_heads
-    heads = torch.arange(lm.n_heads).expand(len(features), -1) if dense else block[:, None]
-    b_V = lm.value_bias(layer).float()
-    w = dfa.head_encoders(sae, lm.n_heads, lm.d_head).mT[heads, index[:, None]]  # [feature, read, d_head]
+    n_heads, d_head = layer.n_heads, layer.d_head
+    require(sae.d_in == n_heads * d_head, f"the SAE reads {sae.d_in} dimensions, which {layer.lm.name} does not have")
+    sae = sae.to(layer.device)
+    block, index = features // sae.features_per_block, features % sae.features_per_block
+    heads = torch.arange(n_heads).expand(len(features), -1) if sae.is_dense else block[:, None]
+    b_V = layer.b_V.float()
+    w = dfa.head_encoders(sae, n_heads, d_head).mT[heads, index[:, None]]  # [feature, read, d_head]
     correlations = RollingCorrCoef(indices=features.tolist(), with_self=True)
     parts = []
     for batch in tqdm(tokens.split(max(1, _BATCH_TOKENS // tokens.shape[1])), "Language model", disable=None):
-        attention, _, final = lm.forward(batch, layer)
+        attention, _, final = layer.forward(batch)
         z, v, pattern, resid = (each.float() for each in (*attention, final))
         f = sae.encode(z).flatten(-2).cpu()
         correlations.update(f[:, 1:, features], f[:, 1:])  # BOS is not part of what the SAE is for
@@ -124,7 +123,7 @@ def harvest(
 
 
 @torch.no_grad()
-def vis_data(lm: LanguageModel, sae: BlockDiagSAE, layer: int, found: Harvest) -> SaeVisData:
+def vis_data(layer: Layer, sae: BlockDiagSAE, found: Harvest) -> SaeVisData:
     """sae-vis's data of the features that fire, with our DFA as the sources of every example.
 
     An example is a token on which a feature fires with the 5 tokens before and after it, never BOS; its sources
@@ -133,7 +132,7 @@ def vis_data(lm: LanguageModel, sae: BlockDiagSAE, layer: int, found: Harvest) -
     Raises:
         ValueError: no feature fires, or there are too few tokens to choose examples from.
     """
-    layout = SaeVisLayoutConfig.default_feature_centric_layout()
+    lm, layout = layer.lm, SaeVisLayoutConfig.default_feature_centric_layout()
     layout.seq_cfg.dfa_for_attn_saes = False
     before, after = layout.seq_cfg.buffer
     # sae-vis is not shown BOS and wants one more token before an example. Of one context it takes examples that lie
@@ -152,19 +151,19 @@ def vis_data(lm: LanguageModel, sae: BlockDiagSAE, layer: int, found: Harvest) -
     for name in ("x_sum", "x2_sum", "xy_sum"):
         setattr(correlations, name, getattr(correlations, name)[alive])
 
-    block, index = features // sae.features_per_head, features % sae.features_per_head
-    W_dec = torch.zeros(len(features), sae.n_heads, sae.d_head)
+    block, index = features // sae.features_per_block, features % sae.features_per_block
+    W_dec = torch.zeros(len(features), sae.n_blocks, sae.width)
     W_dec[torch.arange(len(features)), block] = sae.W_dec.cpu()[block, index]
     W_dec = W_dec.flatten(1)
-    to_resid = W_dec.to(lm.device) @ lm.W_O(layer).flatten(0, 1).float()
-    hook_name, last = f"blocks.{layer}.attn.hook_z", f"blocks.{lm.n_layers - 1}.hook_resid_post"
+    to_resid = W_dec.to(lm.device) @ layer.W_O.flatten(0, 1).float()
+    hook_name, last = layer.hook_name, f"blocks.{lm.n_layers - 1}.hook_resid_post"
     strings = lm.token_strings(range(min(lm.d_vocab, len(lm.tokenizer))))
     strings = dict(enumerate(text if text.isprintable() else visible(text) for text in strings))
     with _own_unembedding(lm), tqdm(desc="Features", total=len(features), disable=None) as bar:
         data, _ = data_fetching_fns.parse_feature_data(
             model=SimpleNamespace(cfg=lm.model.cfg, W_U=lm.model.W_U.float()),
             cfg=SaeVisConfig(feature_centric_layout=layout),
-            sae=SimpleNamespace(cfg=SimpleNamespace(hook_name=hook_name, hook_layer=layer)),
+            sae=SimpleNamespace(cfg=SimpleNamespace(hook_name=hook_name, hook_layer=layer.index)),
             sae_B=None,
             tokens=found.tokens[:, 1:],
             feature_indices=features.tolist(),
@@ -211,7 +210,7 @@ def _own_unembedding(lm: LanguageModel) -> Iterator[None]:
     """Let sae-vis compute where the model is, turn residual streams into logits as it does, and draw repeatably."""
 
     def to_logits(resid: Float[Tensor, "example pos d_model"], model: Any) -> Float[Tensor, "example pos d_vocab"]:
-        return lm.logits(resid.to(lm.model.W_U.dtype), lm.n_layers).float()
+        return lm.logits(resid.to(lm.model.W_U.dtype)).float()
 
     patches = {"resid_final_pre_layernorm_to_logits": to_logits, "device": lm.device}
     originals = {name: getattr(data_fetching_fns, name) for name in patches}
@@ -253,7 +252,7 @@ def save(path: Path, data: SaeVisData, title: str, note: str) -> None:
         head = f'<!doctype html>\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n{_STYLE}\n'
         partial.write_text(f"{head}{page}function defineData(){values}</script>{end}", encoding="utf-8")
 
-    checkpoint.write_atomically(path, write)
+    write_atomically(path, write)
 
 
 def _scripts() -> list[str]:
@@ -273,8 +272,8 @@ def first_features(sae: BlockDiagSAE, n: int) -> Int[Tensor, " feature"]:
     Raises:
         ValueError: a block has fewer.
     """
-    require(1 <= n <= sae.features_per_head, f"features_per_head must lie between 1 and {sae.features_per_head}")
-    return (torch.arange(sae.n_heads)[:, None] * sae.features_per_head + torch.arange(n)).flatten()
+    require(1 <= n <= sae.features_per_block, f"features_per_head must lie between 1 and {sae.features_per_block}")
+    return (torch.arange(sae.n_blocks)[:, None] * sae.features_per_block + torch.arange(n)).flatten()
 
 
 def export(
@@ -301,22 +300,23 @@ def export(
     require(not out.is_dir(), f"{out} is a folder: name the file to write")
     require(out.parent.is_dir(), f"the folder {out.parent} does not exist")
     _scripts()  # refuse before minutes of work
-    sae, config = checkpoint.load(path)
-    layer = config["model"]["hook_layer"]
-    lm = lm or open_model(config, pick_device("auto"))
-    corpus = open_text(config["text"], lm.tokenizer)
+    checkpoint = Checkpoint(path)
+    sae = checkpoint.sae
+    lm = lm or checkpoint.open_model(pick_device("auto"))
+    layer = lm.layer(checkpoint.layer)
+    corpus = checkpoint.open_text(lm.tokenizer)
     contexts = corpus.held_out_tokens(tokens)
     chosen = first_features(sae, features_per_head) if features is None else torch.tensor(sorted(features))
-    found = harvest(lm, sae, layer, contexts, chosen)
-    data = vis_data(lm, sae, layer, found)
+    found = harvest(layer, sae, contexts, chosen)
+    data = vis_data(layer, sae, found)
     total = len(found.features)
     silent = f"{total - len(data.feature_data_dict)} of {total} do not fire there"
     seen = f"{contexts[:, 1:].numel():,} held-out tokens; {silent}"
-    of = f"each of {lm.n_heads} heads (feature id = head * {sae.features_per_head} + index)"
-    of = of if sae.n_heads == lm.n_heads else "the dense SAE"
+    of = f"each of {lm.n_heads} heads (feature id = head * {sae.features_per_block} + index)"
+    of = "the dense SAE" if sae.is_dense else of
     which = f"the first {features_per_head}" if features is None else "chosen"
     note = (
-        f"{path.name}: layer {layer} of {lm.name}, {which} features of {of} on {seen} and are left out. Orange: "
+        f"{path.name}: layer {layer.index} of {lm.name}, {which} features of {of} on {seen} and are left out. Orange: "
         "activation. Underlined: direct effect on the loss of this token; blue lowers it, red raises it. Green: exact "
         "direct feature attribution, the sources that the bold token's activation reads from. Positions are (context, "
         "position)."

@@ -11,7 +11,6 @@ merging.parquet    L0 after merging
 tokens.parquet     the text of every token id that the other files mention
 """
 
-import hashlib
 import json
 import shutil
 from functools import cached_property
@@ -24,7 +23,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from trainer.checkpoint import CheckpointError, write_json
+from trainer.checkpoint import Checkpoint, CheckpointError
+from trainer.files import write_json
 
 SCHEMA_VERSION = 1
 _ROW_GROUP = {"features": 256, "examples": 2048, "contexts": 256, "pairs": 4096}
@@ -53,38 +53,29 @@ def write(folder: Path, meta: dict[str, Any], tables: dict[str, pd.DataFrame | p
     shutil.rmtree(old, ignore_errors=True)
 
 
-def weights_hash(checkpoint: Path) -> str:
-    """What ties an analysis to the weights that it describes."""
-    return hashlib.sha256((checkpoint / "sae.safetensors").read_bytes()).hexdigest()[:16]
-
-
 class Analysis:
     """Reads the artefacts of one checkpoint; only what is asked for is read.
-
-    Args:
-        checkpoint: the checkpoint directory.
 
     Raises:
         CheckpointError: there is no analysis, it is of another schema version or of other weights, or a file is
             missing.
     """
 
-    def __init__(self, checkpoint: Path | str) -> None:
-        self.folder = Path(checkpoint) / "analysis"
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.folder = checkpoint.path / "analysis"
+        command = f"python -m analysis {checkpoint.path}"
         file = self.folder / "meta.json"
         try:
             self.meta = json.loads(file.read_text())
         except FileNotFoundError:
-            raise CheckpointError(f"{checkpoint} has no analysis yet: run `python -m analysis {checkpoint}`") from None
+            raise CheckpointError(f"{checkpoint.path} has no analysis yet", command) from None
         except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
             raise CheckpointError(f"{file} is damaged: {error}") from error
         if self.meta.get("schema_version") != SCHEMA_VERSION:
             found = self.meta.get("schema_version")
             raise CheckpointError(f"{file} has schema version {found}, this program reads {SCHEMA_VERSION}")
-        if self.meta["weights"] != weights_hash(Path(checkpoint)):
-            raise CheckpointError(
-                f"{self.folder} describes other weights than the checkpoint has: run `python -m analysis {checkpoint}`"
-            )
+        if self.meta["weights"] != checkpoint.weights_hash:
+            raise CheckpointError(f"{self.folder} describes other weights than the checkpoint has", command)
 
     @cached_property
     def features(self) -> pd.DataFrame:

@@ -22,8 +22,8 @@ from benchmarks.data import report
 from benchmarks.timing import peak_mb, rounds
 from trainer import checkpoint
 from trainer.block_diag import BlockDiagSAE
+from trainer.checkpoint import Checkpoint
 from trainer.model.lm import LanguageModel
-from trainer.origin import open_model, open_text
 
 DEFAULT = "checkpoints/smollm2-135m-L17-batchtopk-x8-k32"
 TOKENS, ROUNDS = 8_192, 4
@@ -33,7 +33,7 @@ WIDE, WIDE_L0 = 24_576, 60
 def wide_sae(sae: BlockDiagSAE, z: torch.Tensor) -> BlockDiagSAE:
     """A random SAE of about 24,576 features of which about 60 fire on a token."""
     torch.manual_seed(0)
-    wide = BlockDiagSAE(sae.n_heads, sae.d_head, -(-WIDE // sae.n_heads), "jumprelu").requires_grad_(False)
+    wide = BlockDiagSAE(sae.n_blocks, sae.width, -(-WIDE // sae.n_blocks), "jumprelu").requires_grad_(False)
     pre = wide.pre_activations(z[:512].float()).transpose(0, 1).flatten(0, 1)  # one threshold for all
     wide.threshold.fill_(pre.flatten().kthvalue(int(pre.numel() * (1 - WIDE_L0 / wide.d_sae))).values.item())
     return wide
@@ -45,11 +45,11 @@ def against_the_forward(lm: LanguageModel, layer: int, saes: dict[str, BlockDiag
 
         def bare(sae: BlockDiagSAE = sae) -> None:
             for chunk in contexts.split(4096 // contexts.shape[1]):
-                for z in lm.hook_z(chunk, layer).split(1024 // contexts.shape[1]):
+                for z in lm.layer(layer).z(chunk).split(1024 // contexts.shape[1]):
                     sae.encode(z)
 
         def full(sae: BlockDiagSAE = sae) -> None:
-            statistics = FeatureStatistics(sae, lm.value_bias(layer), lm.d_vocab, 20)
+            statistics = FeatureStatistics(sae, lm.layer(layer).b_V, lm.d_vocab, 20)
             first_pass(lm, layer, contexts, 0, [statistics], lambda done: None)
 
         seconds = rounds({"truncated forward and encode": bare, "first pass": full}, ROUNDS)
@@ -65,7 +65,7 @@ def against_sae_vis(lm: LanguageModel, path: Path, contexts: torch.Tensor, per_h
     from trainer.saelens import to_saelens
 
     sae, config = checkpoint.load(path)
-    features = [h * sae.features_per_head + i for h in range(sae.n_heads) for i in range(per_head)]
+    features = [h * sae.features_per_block + i for h in range(sae.n_blocks) for i in range(per_head)]
     dense = to_saelens(sae, config)
     dense.cfg.hook_name, dense.cfg.hook_layer = config["model"]["hook_name"], config["model"]["hook_layer"]
     model = HookedSAETransformer(copy(lm.model.cfg), lm.tokenizer, move_to_device=False)
@@ -82,7 +82,7 @@ def against_sae_vis(lm: LanguageModel, path: Path, contexts: torch.Tensor, per_h
         with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
             analyse([beside], AnalysisConfig(tokens=contexts[:, 1:].numel()))
         ours = time.perf_counter() - started
-        analysis = Analysis(beside)
+        analysis = Analysis(Checkpoint(beside))
         live = analysis.search()["feature"]
         reading = []
         for feature in live[:: max(1, len(live) // 100)]:
@@ -117,7 +117,7 @@ def memory(wide: BlockDiagSAE, config: dict, tokens: int) -> None:
         started = time.perf_counter()
         peak = peak_mb(Memory, folder, tokens)
         size = sum(file.stat().st_size for file in (Path(folder) / "analysis").iterdir()) / 1e6
-        analysis = Analysis(Path(folder))
+        analysis = Analysis(Checkpoint(Path(folder)))
         print(
             f"{wide.d_sae:,} features, {tokens:,} tokens, L0 {analysis.meta['L0']:.0f}: peak {peak:,.0f} MB, model ",
             end="",
@@ -131,7 +131,7 @@ def main(path: Path) -> None:
     corpus = open_text(config["text"], lm.tokenizer)
     layer = config["model"]["hook_layer"]
     contexts = corpus.held_out(TOKENS // (corpus.context_size - 1))
-    wide = wide_sae(sae, lm.hook_z(contexts[:8], layer)[:, 1:].flatten(0, 1))
+    wide = wide_sae(sae, lm.layer(layer).z(contexts[:8])[:, 1:].flatten(0, 1))
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {path.name}\n")
     saes = {f"{sae.d_sae:,} features": sae, f"{wide.d_sae:,} features, L0 about {WIDE_L0}": wide}
     against_the_forward(lm, layer, saes, contexts)

@@ -20,7 +20,6 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from analysis.corpus.run import AnalysisConfig, analyse
 from benchmarks.analysis import DEFAULT, wide_sae
 from trainer import checkpoint
-from trainer.origin import open_model, open_text
 
 ROOT = Path(__file__).parents[1]
 PORT, ROUNDS, SESSIONS = 8599, 5, 10
@@ -115,7 +114,7 @@ def with_a_wide_one(folder: Path) -> None:
     lm = open_model(config)
     layer = config["model"]["hook_layer"]
     tokens = open_text(config["text"], lm.tokenizer).held_out_tokens(1000)
-    wide = wide_sae(sae, lm.hook_z(tokens, layer)[:, 1:].flatten(0, 1))
+    wide = wide_sae(sae, lm.layer(layer).z(tokens)[:, 1:].flatten(0, 1))
     checkpoint.save(folder / WIDE, wide, {key: value for key, value in config.items() if key != "sae"})
     analyse([folder / WIDE], AnalysisConfig(tokens=4000))
 

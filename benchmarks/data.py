@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.timing import rounds, spread
+from tests.helpers import decided
 from trainer.config import TrainingConfig
 from trainer.data.buffer import CachedActivations, CacheKey, LiveActivations, batches
 from trainer.data.text import Corpus
 from trainer.model.lm import LanguageModel
 from trainer.optimise.initialise import initial_params, input_scale
 from trainer.optimise.stack import Stack
-from trainer.recipes import SAEConfig
 
 LAYER, ROUNDS, BATCH = 17, 5, 2048
 
@@ -28,7 +28,7 @@ def a_stack(rows: torch.Tensor, recipe: str, sparsities: list[float], expansion_
     """A stack on rows `[row, head, d_head]`."""
     key = "k" if recipe == "batchtopk" else "l1_coefficient"
     options = {"recipe": recipe, "hook_layer": LAYER, "expansion_factor": expansion_factor}
-    saes = [SAEConfig.resolve(**options, **{key: each}) for each in sparsities]
+    saes = [decided(**options, **{key: each}) for each in sparsities]
     scale = input_scale(rows, "per_head")
     n_features = rows.shape[2] * expansion_factor
     params = [initial_params(sae, rows * scale, n_features, torch.Generator().manual_seed(0)) for sae in saes]
@@ -41,7 +41,7 @@ def harvesting(lm: LanguageModel, corpus: Corpus, folder: Path) -> None:
 
     def bare() -> None:
         for chunk in contexts.split(32):
-            lm.hook_z(chunk, LAYER)
+            lm.layer(LAYER).z(chunk)
 
     def cached() -> None:
         source = CachedActivations(folder, [key], [LAYER], len(contexts), BATCH, 0)
@@ -83,7 +83,7 @@ def reading(folder: Path) -> None:
 def end_to_end(lm: LanguageModel, corpus: Corpus) -> None:
     """Two batches from text to trained SAEs; what eight separate runs would cost is 8 x one point."""
     contexts = torch.stack([context for context, _ in zip(corpus.train(), range(34), strict=False)])
-    rows = lm.hook_z(contexts, LAYER)[:, 1:].flatten(0, 1)
+    rows = lm.layer(LAYER).z(contexts)[:, 1:].flatten(0, 1)
     sparsities = [8, 12, 16, 24, 32, 48, 64, 96]
     stacks = {1: a_stack(rows, "batchtopk", sparsities[4:5]), 8: a_stack(rows, "batchtopk", sparsities)}
 

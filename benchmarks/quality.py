@@ -12,12 +12,13 @@ import numpy as np
 
 from analysis.store import Analysis
 from trainer import checkpoint
+from trainer.checkpoint import Checkpoint
 
 
 def main(folder: Path) -> None:
     rows = []
     for path, config, _ in checkpoint.list_checkpoints(folder):
-        figures = checkpoint.load_eval(path) if config else None
+        figures = Checkpoint(path).eval if config else None
         if figures:
             rows.append((path.name, config, figures))
     rows.sort(key=lambda row: (row[1]["training"]["preset"] or row[1]["recipe"], row[0]))
@@ -47,7 +48,7 @@ def merging(paths: list[Path]) -> None:
     for path in paths:
         if not (path / "analysis" / "meta.json").exists():
             continue
-        analysis = Analysis(path)
+        analysis = Analysis(Checkpoint(path))
         found = analysis.meta["redundancy"]
         at = analysis.merging.set_index(["criterion", "threshold"])
         both = [at.loc[("both", threshold), "L0"] for threshold in (0.5, 0.3)]

@@ -15,11 +15,11 @@ import torch
 
 from benchmarks.foreign import reference_step, saelens_step
 from benchmarks.timing import peak_mb, rounds, spread
+from tests.helpers import decided
 from trainer.config import TrainingConfig
 from trainer.kernels import sparse
 from trainer.optimise import stack
 from trainer.optimise.initialise import initial_params, input_scale
-from trainer.recipes import SAEConfig
 
 HEADS, D_HEAD, FEATURES = 12, 64, 2048
 ONE_MATMUL = 2 * HEADS * D_HEAD * FEATURES  # floating-point operations of a token
@@ -49,7 +49,7 @@ class Ours:
 
     def __init__(self, recipe: str, batch: int, share: float | None = None, below: float | None = None, **options):
         self.z, self.below = inputs(batch), below
-        sae = SAEConfig.resolve(recipe=recipe, hook_layer=0, **{"expansion_factor": 32, "lr": 1e-9} | options)
+        sae = decided(recipe=recipe, hook_layer=0, **{"expansion_factor": 32, "lr": 1e-9} | options)
         x = self.z * input_scale(self.z, "per_head")
         params = initial_params(sae, x, FEATURES, torch.Generator().manual_seed(0))
         if share is not None:

@@ -12,7 +12,7 @@ from pages.charts import compare as compare_charts
 from pages.sections import matched
 from pages.sections.matched import Side
 from pages.shared import common, live
-from trainer import checkpoint
+from trainer.checkpoint import CheckpointError
 
 ORDINALS = ("first", "second", "third", "fourth")
 NONE, ALL = "none", "all"
@@ -23,7 +23,7 @@ FIGURES = ("L0", "MSE", "FVU", "CE_sae", "CE_score", "KL_sae", "KL_score", "dead
 def pick() -> list[Side]:
     """Choose two to four checkpoints; says so where they are not comparable."""
     available = common.readable()
-    by_name = {each.path.name: each for each in available}
+    by_name = {each.name: each for each in available}
     picked = []
     for ordinal, key, column in zip(ORDINALS, "abcd", [*st.columns(2), *st.columns(2)], strict=True):
         label = f"{ordinal.title()} checkpoint"
@@ -38,12 +38,12 @@ def pick() -> list[Side]:
     elif len(chosen) < len(picked):
         st.info("One checkpoint is picked twice, and shown once.")
     for key, what in (("model", "the same model and layer"), ("text", "the same text")):
-        if any(each.config[key] != chosen[0].config[key] for each in chosen):
+        if any(getattr(each.config, key) != getattr(chosen[0].config, key) for each in chosen):
             st.warning(
                 f"The {'two' if len(chosen) == 2 else 'checkpoints'} were not trained on {what}: compare their figures "
                 "with care."
             )
-    short = compare_charts.short_names([each.path.name for each in chosen])
+    short = compare_charts.short_names([each.name for each in chosen])
     return [Side(*each) for each in zip(ORDINALS, chosen, short, charts.PALETTE, strict=False)]
 
 
@@ -102,11 +102,11 @@ def merging(sides: list[Side]) -> None:
     curves, without = [], []
     for side in sides:
         try:
-            read = common.load_analysis(side.listed.path)
+            read = common.load_analysis(side.listed)
             l0 = read.meta["redundancy"]["l0"]
             curves.append(read.merging.assign(name=side.label, share=lambda f, l0=l0: f["L0"] / l0))
-        except checkpoint.CheckpointError as error:
-            without.append((side, str(error).split(": run")[0].replace(f"{common.folder()}{os.sep}", "")))
+        except CheckpointError as error:
+            without.append((side, error.reason.replace(f"{common.folder()}{os.sep}", "")))
     if curves:
         criterion = st.segmented_control(
             "Features of two heads are linked by", list(charts.CRITERIA), default="both", required=True,

@@ -31,7 +31,7 @@ if analysis is None:
 labels = Labels(listed.path)
 with common.sentences():
     features = analysis.features
-n_heads = listed.config["model"]["n_heads"]
+n_heads = listed.n_heads
 
 
 def reset_page() -> None:
@@ -130,6 +130,6 @@ with common.sentences():
     dashboard.show(listed, analysis, labels, order)
 left, right = st.columns(2)
 with left.expander("Labels: export and import"):
-    dashboard.exchange(labels, len(features), listed.path.name)
+    dashboard.exchange(labels, len(features), listed.name)
 with right.expander("The features above as one sae-vis page"):
     dashboard.sae_vis_page(listed, shown["feature"].tolist())

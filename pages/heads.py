@@ -30,7 +30,6 @@ figures = common.evaluation(listed)
 if figures is None:
     st.stop()
 (figures,) = common.pick_text([figures])
-model = listed.config["model"]
 
 with st.container(horizontal=True):
     st.metric("L0", f"{figures['L0']:.1f}", border=True, help="mean active features per token, all heads")
@@ -54,14 +53,14 @@ st.caption(
 )
 
 st.subheader("L0 per token")
-dense = listed.config["block"] == "dense"
+dense = listed.is_dense
 if dense:
     st.caption("A dense SAE has no heads of its own: one panel for all of it.")
 histograms = tables.histograms(figures)
 st.altair_chart(charts.l0_histograms(histograms.assign(head="all heads") if dense else histograms))
 
 st.subheader("Per head")
-frame = tables.per_head(figures, model["n_heads"])
+frame = tables.per_head(figures, listed.n_heads)
 panels = {
     "FVU": "FVU of the head",
     "KL_score": "KL score, only this head replaced",

@@ -11,7 +11,7 @@ import streamlit as st
 from analysis.runs import commands, progress, tables
 from analysis.runs.background import Processes, tail
 from pages.shared import common
-from trainer import checkpoint
+from trainer.checkpoint import Checkpoint, CheckpointError
 
 DEFAULT = "default"
 FOLDER = common.folder().resolve()
@@ -45,7 +45,7 @@ def overview() -> None:
     frame = frame.assign(waits=waits).sort_values(["waits", "name"]).drop(columns="waits")
     draw_progress(frame)
     each = common.pick_checkpoint(listed, "Run", "run")
-    draw_run(each, frame.set_index("name").loc[each.path.name])
+    draw_run(each, frame.set_index("name").loc[each.name])
 
 
 def draw_progress(frame: pd.DataFrame) -> None:
@@ -89,14 +89,13 @@ def draw_progress(frame: pd.DataFrame) -> None:
     )
 
 
-def draw_run(each: checkpoint.Listed, row: pd.Series) -> None:
+def draw_run(each: Checkpoint, row: pd.Series) -> None:
     """Commands, W&B and log of one run."""
-    path, config = each.path, each.config
     st.page_link(
         "pages/tradeoffs.py",
         label="Its training curves, on Tradeoffs",
         icon=":material/arrow_forward:",
-        query_params={"site": tables.site(config), "runs": path.name},
+        query_params={"site": each.site, "runs": each.name},
     )
     try:
         draw_commands(each, row)
@@ -105,8 +104,8 @@ def draw_run(each: checkpoint.Listed, row: pd.Series) -> None:
     draw_wandb(each)
     st.markdown("**Last lines of metrics.jsonl**")
     try:
-        lines = tables.curves([path]).tail(8)
-    except checkpoint.CheckpointError as error:
+        lines = tables.curves([each]).tail(8)
+    except CheckpointError as error:
         st.error(str(error))
         return
     if lines.empty:
@@ -115,11 +114,11 @@ def draw_run(each: checkpoint.Listed, row: pd.Series) -> None:
         st.dataframe(lines.drop(columns="name").iloc[::-1], hide_index=True, width="stretch")
 
 
-def draw_commands(each: checkpoint.Listed, row: pd.Series) -> None:
+def draw_commands(each: Checkpoint, row: pd.Series) -> None:
     """The commands that resume and repeat a run."""
-    path, config = each.path, each.config
-    if config["status"] == "training":
-        arguments = commands.resume(config, path.name, OUT)
+    path, shown = each.path, common.shown_path(each.path.resolve())
+    if not each.is_complete:
+        arguments = commands.resume(each, shown)
         saved = progress.saved_step(path)
         begins = f"from step {saved:,}, its last save" if saved else "from the beginning, because it has not saved yet"
         if row["state"] == "stopped":
@@ -134,12 +133,12 @@ def draw_commands(each: checkpoint.Listed, row: pd.Series) -> None:
     while (path.parent / again).exists():
         again, number = f"{path.name}-again-{number}", number + 1
     st.markdown("**Repeat it**, under another name, because no checkpoint is overwritten")
-    st.code(commands.shell(commands.repeat(config, again, OUT)), language="bash", wrap_lines=True)
+    st.code(commands.shell(commands.repeat(each, shown, again)), language="bash", wrap_lines=True)
 
 
-def draw_wandb(each: checkpoint.Listed) -> None:
+def draw_wandb(each: Checkpoint) -> None:
     """Where W&B has the run, or how it gets there."""
-    url, folders = each.config.get("wandb_url") or "", progress.unsent(each.path)
+    url, folders = each.config.wandb_url or "", progress.unsent(each.path)
     if url.startswith("https://"):  # config.json may come from somebody else
         st.link_button("Open the run on Weights & Biases", url)
     if folders:

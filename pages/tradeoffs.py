@@ -8,7 +8,7 @@ import streamlit as st
 from analysis.runs import tables
 from pages.charts import tradeoffs as tradeoff_charts
 from pages.shared import common
-from trainer import checkpoint
+from trainer.checkpoint import Checkpoint, CheckpointError
 
 ALL, TEXT, REPEATED = "all", "Held-out text", "Repeated random tokens"
 
@@ -29,13 +29,13 @@ def select(shown: pd.DataFrame) -> None:
 def page() -> None:
     listed = common.readable()
     left, middle, right = st.columns([3, 4, 2], vertical_alignment="bottom")
-    sites = sorted({tables.site(each.config) for each in listed})
+    sites = sorted({each.site for each in listed})
     site = left.selectbox("Model and layer", sites, key="site", bind="query-params")
-    listed = [each for each in listed if tables.site(each.config) == site]
+    listed = [each for each in listed if each.site == site]
     text = middle.segmented_control(
         "Evaluated on", [TEXT, REPEATED], default=TEXT, required=True, key="text", bind="query-params"
     )
-    heads = [ALL, *map(str, range(listed[0].config["model"]["n_heads"]))]
+    heads = [ALL, *map(str, range(listed[0].n_heads))]
     head = right.selectbox("Head", heads, key="head", bind="query-params")
     head = None if head == ALL else int(head)
     left, right = st.columns([7, 2], vertical_alignment="bottom")
@@ -64,7 +64,7 @@ def page() -> None:
         draw_frontier(frame, metric, log, head, recipes, names)
     selected = frame[frame["name"].isin(names)] if names else frame
     draw_table(selected)
-    draw_curves(selected, recipes)
+    draw_curves([each for each in listed if each.name in set(selected["name"])], selected, recipes)
 
 
 def draw_frontier(
@@ -136,13 +136,13 @@ def draw_table(frame: pd.DataFrame) -> None:
     )
 
 
-def draw_curves(frame: pd.DataFrame, recipes: list[str]) -> None:
+def draw_curves(listed: list[Checkpoint], frame: pd.DataFrame, recipes: list[str]) -> None:
     """The training curves of the selected checkpoints."""
     left, right = st.columns([5, 2], vertical_alignment="bottom")
     left.subheader("Training curves")
     try:
-        curves = tables.curves([common.folder() / name for name in frame["name"]])
-    except checkpoint.CheckpointError as error:  # metrics.jsonl is damaged
+        curves = tables.curves(listed)
+    except CheckpointError as error:  # metrics.jsonl is damaged
         st.error(str(error))
         return
     figures = [name for name in curves.columns if name not in ("name", "step", "tokens")]

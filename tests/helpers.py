@@ -89,3 +89,18 @@ def open_page(page: str, **query) -> AppTest:
 def said(app: AppTest) -> str:
     kinds = (app.info, app.error, app.warning, app.caption, app.markdown, app.text)
     return "\n".join(element.value for kind in kinds for element in kind)
+
+
+def decided(**given):
+    """The one SAE that some options ask for."""
+    from trainer.config import SAEOptions
+
+    coefficient = given.pop("l1_coefficient", None)
+    (sae,) = SAEOptions(**given | ({} if coefficient is None else {"l1_coefficients": coefficient})).decide()
+    return sae
+
+
+def edit_config(path: Path, **changes) -> None:
+    """Change keys of config.json as they are on disk."""
+    file = path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))

@@ -1,4 +1,4 @@
-"""The block-diagonal sparse autoencoder. It knows heads and widths; never models, hooks, text or files."""
+"""The block-diagonal sparse autoencoder. It knows blocks and widths; never models, hooks, text or files."""
 
 import torch
 from jaxtyping import Float
@@ -6,27 +6,27 @@ from torch import Tensor, nn
 
 
 class BlockDiagSAE(nn.Module):
-    """One sparse autoencoder per attention head, trained and run as a single batched matmul.
+    """One sparse autoencoder per block, trained and run as a single batched matmul.
 
-        pre_h = z_h W_enc[h] + b_enc[h]          f_h = activation(pre_h)
-        z_hat_h = f_h W_dec[h] + b_dec[h]
+        pre_b = z_b W_enc[b] + b_enc[b]          f_b = activation(pre_b)
+        z_hat_b = f_b W_dec[b] + b_dec[b]
 
-    for every head h: the block diagonal of a dense SAE on the concatenated heads, without its zeros.
-    Every feature reads from and writes to exactly one head; feature `i` of head `h` has the global
-    id `h * features_per_head + i`.
+    A block is an attention head: the block diagonal of a dense SAE on the concatenated heads, without its
+    zeros. Every feature reads from and writes to exactly one head; feature `i` of head `h` has the global
+    id `h * features_per_block + i`.
 
     Activations: `relu`; `jumprelu`, pre where pre > threshold of the feature, else 0 (Rajamanoharan et al.
     2024, arXiv:2407.14435; batchtopk and gated SAEs become this for use); `topk`, the k largest
-    pre-activations of each head, or of all heads together (`k_scope="layer"`), clipped at 0 (Gao et al.
+    pre-activations of each block, or of all blocks together (`k_scope="layer"`), clipped at 0 (Gao et al.
     2024, arXiv:2406.04093).
 
-    A dense SAE is the same module with `n_heads=1, d_head=d_in`. Inputs `[..., head, d_head]` of the
+    A dense SAE is the same module with one block, as wide as all heads together. Inputs `[..., head, d_head]` of the
     model are regrouped into blocks by a reshape, so both kinds take and return the same shapes.
 
     Args:
-        n_heads: number of blocks.
-        d_head: width of a block.
-        features_per_head: features of a block.
+        n_blocks: number of blocks.
+        width: width of a block.
+        features_per_block: features of a block.
         activation: relu, jumprelu or topk.
         k, k_scope: of topk only.
 
@@ -36,46 +36,51 @@ class BlockDiagSAE(nn.Module):
 
     def __init__(
         self,
-        n_heads: int,
-        d_head: int,
-        features_per_head: int,
+        n_blocks: int,
+        width: int,
+        features_per_block: int,
         activation: str = "relu",
         k: int | None = None,
         k_scope: str = "head",
     ) -> None:
         super().__init__()
-        if min(n_heads, d_head, features_per_head) < 1:
-            raise ValueError(f"sizes must be positive: {n_heads=}, {d_head=}, {features_per_head=}")
+        if min(n_blocks, width, features_per_block) < 1:
+            raise ValueError(f"sizes must be positive: {n_blocks=}, {width=}, {features_per_block=}")
         if activation not in ("relu", "jumprelu", "topk"):
             raise ValueError(f"unknown activation {activation!r}")
-        available = features_per_head * (n_heads if k_scope == "layer" else 1)
+        available = features_per_block * (n_blocks if k_scope == "layer" else 1)
         if (activation == "topk") != (k is not None) or (k is not None and not 1 <= k <= available):
             raise ValueError(f"k must lie between 1 and {available} with topk and be None otherwise, got {k}")
-        self.n_heads, self.d_head, self.features_per_head = n_heads, d_head, features_per_head
+        self.n_blocks, self.width, self.features_per_block = n_blocks, width, features_per_block
         self.activation, self.k, self.k_scope = activation, k, k_scope
-        rows = nn.functional.normalize(torch.randn(n_heads, features_per_head, d_head), dim=-1)
+        rows = nn.functional.normalize(torch.randn(n_blocks, features_per_block, width), dim=-1)
         self.W_enc = nn.Parameter(rows.mT.contiguous())
-        self.b_enc = nn.Parameter(torch.zeros(n_heads, features_per_head))
+        self.b_enc = nn.Parameter(torch.zeros(n_blocks, features_per_block))
         self.W_dec = nn.Parameter(rows)
-        self.b_dec = nn.Parameter(torch.zeros(n_heads, d_head))
+        self.b_dec = nn.Parameter(torch.zeros(n_blocks, width))
         if activation == "jumprelu":
-            self.threshold = nn.Parameter(torch.zeros(n_heads, features_per_head))
+            self.threshold = nn.Parameter(torch.zeros(n_blocks, features_per_block))
+
+    @property
+    def is_dense(self) -> bool:
+        """One block for all heads: a feature may read and write any of them."""
+        return self.n_blocks == 1
 
     @property
     def d_in(self) -> int:
-        return self.n_heads * self.d_head
+        return self.n_blocks * self.width
 
     @property
     def d_sae(self) -> int:
-        return self.n_heads * self.features_per_head
+        return self.n_blocks * self.features_per_block
 
     def blocks(self, z: Float[Tensor, "... head d_head"]) -> Float[Tensor, "... block width"]:
         """The model's heads regrouped into this SAE's blocks (the same, unless it is dense)."""
-        return z.reshape(*z.shape[:-2], self.n_heads, self.d_head)
+        return z.reshape(*z.shape[:-2], self.n_blocks, self.width)
 
     def pre_activations(self, z: Float[Tensor, "... head d_head"]) -> Float[Tensor, "... block feature"]:
         """z W_enc + b_enc."""
-        return _per_head(self.blocks(z), self.W_enc) + self.b_enc
+        return _per_block(self.blocks(z), self.W_enc) + self.b_enc
 
     def activate(self, pre: Float[Tensor, "... block feature"]) -> Float[Tensor, "... block feature"]:
         """The activation function; never negative."""
@@ -93,7 +98,7 @@ class BlockDiagSAE(nn.Module):
 
     def decode(self, f: Float[Tensor, "... block feature"]) -> Float[Tensor, "... block width"]:
         """Head outputs from feature activations, one block at a time."""
-        return _per_head(f, self.W_dec) + self.b_dec
+        return _per_block(f, self.W_dec) + self.b_dec
 
     def forward(self, z: Float[Tensor, "... head d_head"]) -> Float[Tensor, "... head d_head"]:
         """The reconstruction, in the shape of the input."""
@@ -119,8 +124,8 @@ class BlockDiagSAE(nn.Module):
                 self.threshold.mul_(norm)
 
 
-def _per_head(x: Float[Tensor, "... head i"], weight: Float[Tensor, "head i o"]) -> Float[Tensor, "... head o"]:
-    """x[..., h, :] @ weight[h] for every head, as one batched matmul."""
+def _per_block(x: Float[Tensor, "... block i"], weight: Float[Tensor, "block i o"]) -> Float[Tensor, "... block o"]:
+    """x[..., b, :] @ weight[b] for every block, as one batched matmul."""
     flat = x.flatten(0, -3) if x.dim() > 2 else x[None]
     out = torch.bmm(flat.transpose(0, 1), weight).transpose(0, 1)
     return out.reshape(*x.shape[:-1], weight.shape[-1])

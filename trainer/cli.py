@@ -1,12 +1,68 @@
-"""How a command ends: done, stopped, or refused in one sentence."""
+"""The command line: its options, what is built of them, and how every command of this project ends."""
 
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
 
+import jsonargparse
+
+from trainer.config import ActivationsConfig, SAEConfig, SAEOptions, TrainingConfig, require
 from trainer.interrupts import Interrupted
+
+GROUPS = (ActivationsConfig, SAEOptions, TrainingConfig)
+
+
+def parser() -> jsonargparse.ArgumentParser:
+    """One flag per field of the config dataclasses, with its docstring as help."""
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    found = jsonargparse.ArgumentParser(
+        prog="python -m trainer",
+        usage="python -m trainer [options]",
+        description="Train block-diagonal sparse autoencoders on the attention-head outputs of a language model.",
+    )
+    found.add_argument("--config", action="config", help="YAML file with any of the options below.")
+    for group in GROUPS:
+        found.add_class_arguments(group)
+    found.add_argument(
+        "--points",
+        type=list[dict[str, Any]] | None,
+        help="Further SAEs, for a YAML file: each entry is a set of the SAE options here, over those given outside it.",
+    )
+    return found
+
+
+def build(options: dict[str, Any]) -> tuple[ActivationsConfig, list[SAEConfig], TrainingConfig]:
+    """What is decided of the options of `parser`; those that are left out have their defaults.
+
+    Raises:
+        ValueError: an option is wrong or unknown, or two SAEs are the same.
+    """
+    activations, asked, training = (
+        {each.name: options[each.name] for each in fields(group) if each.name in options} for group in GROUPS
+    )
+    points = options.get("points")
+    require(points != [], "points is empty: name at least one")
+    saes = [sae for entry in points or [{}] for sae in SAEOptions(**asked | _checked(entry)).decide()]
+    require(len(set(saes)) == len(saes), "the sweep names the same SAE twice")
+    return ActivationsConfig(**activations), saes, TrainingConfig(**training)
+
+
+def _checked(entry: dict[str, Any]) -> dict[str, Any]:
+    """One of `points`, with its types checked as those of flags are."""
+    unknown = sorted(set(entry) - {each.name for each in fields(SAEOptions)})
+    require(not unknown, f"points: unknown option {', '.join(unknown)}")
+    types = jsonargparse.ArgumentParser(exit_on_error=False)
+    types.add_class_arguments(SAEOptions)
+    for key, value in entry.items():
+        try:
+            types.parse_object({key: value}, defaults=False)
+        except jsonargparse.ArgumentError as error:
+            raise ValueError(f"points: {key} cannot be {value!r}") from error
+    return entry
 
 
 def status(run: Callable[[], object], stopped: str = "Stopped; nothing was written.") -> int:

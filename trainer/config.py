@@ -1,19 +1,64 @@
-"""What a run is made of: frozen dataclasses, which are also the command line.
+"""What a run is made of, as frozen dataclasses: what is asked (`SAEOptions`) and what is decided (`SAEConfig`).
 
 Every field has its one-line docstring (shown by `--help`) and is checked where it is built, so a
 wrong value is refused with one sentence before anything is loaded.
 """
 
-import os
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+import math
+from dataclasses import asdict, dataclass, fields
+from itertools import product
+from typing import Any, Literal
 
+Recipe = Literal["april", "bricken", "gated", "jumprelu", "topk", "batchtopk"]
+Preset = Literal["reference", "kissane"]
+TOP_K = ("topk", "batchtopk")  # recipes whose sparsity is a number of features; the others have a coefficient
+CENTRED = ("bricken", "gated")  # recipes that subtract b_dec from the input of the encoder
 
-def cache_dir() -> Path:
-    """Folder for the converted embedded model and for activations; ATTN_SAES_CACHE moves it."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("ATTN_SAES_CACHE") or Path(root) / "attn-saes")
+# What a recipe sets where neither a preset nor the user does. Sources: docs/recipes.md.
+_COMMON = {
+    "hook_layer": 17,
+    "block": "head",
+    "expansion_factor": 16,
+    "normalize": "per_head",
+    "init": "transpose",
+    "b_dec_init": "mean",
+    "decoder_norm": "free",
+    "k_scope": "layer",
+    "lr": 1e-3,
+    "beta2": 0.999,
+    "lr_warm_up_fraction": 0.0,
+    "lr_decay_fraction": 0.2,
+    "sparsity_warm_up_fraction": 0.05,
+    "max_grad_norm": 1.0,
+    "resample_fraction": 0.0,
+}
+_RECIPES: dict[str, dict[str, Any]] = {
+    "april": {"l1_coefficient": 2.0},
+    "bricken": {
+        "l1_coefficient": 2.0, "decoder_norm": "unit", "lr": 1.2e-3, "beta2": 0.99, "max_grad_norm": 0.0,
+        "resample_fraction": 0.125,
+    },
+    "gated": {"l1_coefficient": 2.0, "decoder_norm": "unit"},
+    "jumprelu": {"l1_coefficient": 2.0, "sparsity_warm_up_fraction": 1.0, "lr": 2e-3},
+    "topk": {"k": 32, "decoder_norm": "unit", "lr": 2e-3},
+    "batchtopk": {"k": 32, "decoder_norm": "unit", "lr": 2e-3},
+}  # fmt: skip
+_PRESETS: dict[str, dict[str, Any]] = {
+    # shehper/attn_saes: global scale, nn.Linear initialisation, no decay of the learning rate.
+    "reference": {
+        "recipe": "april", "block": "head", "expansion_factor": 32, "l1_coefficient": 2.0, "normalize": "global",
+        "init": "linear", "b_dec_init": "linear", "decoder_norm": "free", "lr": 5e-5, "beta2": 0.999,
+        "lr_warm_up_fraction": 0.0, "lr_decay_fraction": 0.0, "sparsity_warm_up_fraction": 0.05, "max_grad_norm": 1.0,
+    },
+    # Kissane et al. 2024 (arXiv:2406.17759): a dense SAE on the concatenated heads, as Bricken et al. 2023 trained.
+    "kissane": {
+        "recipe": "bricken", "block": "dense", "expansion_factor": 32, "l1_coefficient": 2.0, "normalize": "none",
+        "init": "transpose", "b_dec_init": "zeros", "decoder_norm": "unit", "lr": 1.2e-3, "beta2": 0.99,
+        "lr_warm_up_fraction": 0.0, "lr_decay_fraction": 0.2, "sparsity_warm_up_fraction": 0.05, "max_grad_norm": 0.0,
+        "resample_fraction": 0.125,
+    },
+}  # fmt: skip
+_OF_RECIPE = {"recipe", "l1_coefficient", "decoder_norm", "beta2", "resample_fraction"}  # not kept with another recipe
 
 
 def require(condition: bool, message: str) -> None:
@@ -114,3 +159,149 @@ class TrainingConfig:
             self.buffer_tokens >= self.batch_size,
             f"buffer_tokens ({self.buffer_tokens}) must hold at least one batch ({self.batch_size})",
         )
+
+
+@dataclass(frozen=True)
+class SAEConfig:
+    """One autoencoder, decided: what it is, and what it is trained to minimise; `SAEOptions` says what each field is."""
+
+    recipe: str
+    hook_layer: int
+    l1_coefficient: float | None
+    """None of topk and batchtopk"""
+    k: int | None
+    """None of the others"""
+    preset: str | None
+    label: str | None
+    block: str
+    expansion_factor: int
+    k_scope: str
+    normalize: str
+    init: str
+    b_dec_init: str
+    decoder_norm: str
+    lr: float
+    beta2: float
+    lr_warm_up_fraction: float
+    lr_decay_fraction: float
+    sparsity_warm_up_fraction: float
+    max_grad_norm: float
+    resample_fraction: float
+
+    def __post_init__(self) -> None:
+        require(self.hook_layer >= 0, f"hook_layer must be 0 or more, got {self.hook_layer}")
+        require(self.expansion_factor >= 1, f"expansion_factor must be at least 1, got {self.expansion_factor}")
+        if self.recipe in TOP_K:
+            require(self.l1_coefficient is None, f"{self.recipe} has no l1_coefficients: its sparsity is k")
+            require(self.k is not None and self.k >= 1, f"k must be at least 1, got {self.k}")
+        else:
+            require(self.k is None, f"{self.recipe} has no k: its sparsity is l1_coefficients")
+            require(
+                self.l1_coefficient is not None and math.isfinite(self.l1_coefficient) and self.l1_coefficient >= 0,
+                f"l1_coefficients must be finite and 0 or more, got {self.l1_coefficient}",
+            )
+        require(self.lr > 0, f"lr must be positive, got {self.lr}")
+        require(0 <= self.beta2 < 1, f"beta2 must lie between 0 and 1, got {self.beta2}")
+        require(self.max_grad_norm >= 0, f"max_grad_norm must be 0 or more, got {self.max_grad_norm}")
+        for key in ("lr_warm_up_fraction", "lr_decay_fraction", "sparsity_warm_up_fraction"):
+            require(0 <= getattr(self, key) <= 1, f"{key} must lie between 0 and 1, got {getattr(self, key)}")
+        require(
+            self.lr_warm_up_fraction + self.lr_decay_fraction <= 1,
+            "lr_warm_up_fraction and lr_decay_fraction must not add up to more than 1",
+        )
+        require(
+            0 <= self.resample_fraction <= 0.25,
+            f"resample_fraction must lie between 0 and 0.25, got {self.resample_fraction}",
+        )
+        require(self.recipe == "bricken" or self.resample_fraction == 0, f"{self.recipe} has no resample_fraction")
+
+    def all_but_sparsity(self) -> tuple[Any, ...]:
+        """Equal for SAEs that can be trained as one stack."""
+        own = ("l1_coefficient", "k", "label", "preset")
+        return tuple(getattr(self, each.name) for each in fields(self) if each.name not in own)
+
+    @property
+    def sparsity(self) -> str:
+        """The coefficient or k as a part of a name: l1_2, k32."""
+        return f"k{self.k}" if self.l1_coefficient is None else f"l1_{self.l1_coefficient:g}"
+
+
+@dataclass(frozen=True)
+class SAEOptions:
+    """Which SAEs train on one stream: every combination of the lists; what is left out is the preset's, then the recipe's."""
+
+    recipe: list[Recipe] | Recipe | None = None
+    """Loss and constraints, one or several (docs/recipes.md); default batchtopk, or april where l1_coefficients are given."""
+    hook_layer: list[int] | int | None = None
+    """Attention layer, one or several, whose head outputs (blocks.{hook_layer}.attn.hook_z) are reconstructed; default 17."""
+    l1_coefficients: list[float] | float | None = None
+    """Sparsity coefficients of april, bricken, gated and jumprelu; each trains its own SAE."""
+    k: list[int] | int | None = None
+    """Active features of topk and batchtopk, per token of the layer, or of each head where k_scope is head."""
+    preset: Preset | None = None
+    """A published set-up: reference (shehper/attn_saes) or kissane; further options change one switch at a time."""
+    label: str | None = None
+    """Part of the checkpoint's name that tells this SAE from others; default preset or recipe."""
+    block: Literal["head", "dense"] | None = None
+    """head: one block per attention head; dense: the baseline, one block over all heads."""
+    expansion_factor: int | None = None
+    """Features per head divided by d_head; of a dense SAE, features divided by d_in."""
+    k_scope: Literal["layer", "head"] | None = None
+    """Whether the heads compete for the active features of topk and batchtopk (layer) or have k each (head)."""
+    normalize: Literal["per_head", "global", "none"] | None = None
+    """Scale of the inputs: E|x_h| = sqrt(d_head) for every head, E|x| = sqrt(d_in), or as they are."""
+    init: Literal["transpose", "linear"] | None = None
+    """W_enc = W_dec transposed, or the uniform defaults of torch.nn.Linear (the reference's)."""
+    b_dec_init: Literal["mean", "geometric_median", "zeros", "linear"] | None = None
+    """Decoder bias at the start, from the first activations or without them."""
+    decoder_norm: Literal["free", "unit"] | None = None
+    """Whether decoder rows keep norm 1 (gradient projected, renormalised after every step)."""
+    lr: float | None = None
+    """Peak learning rate of Adam."""
+    beta2: float | None = None
+    """Adam's second decay rate; the first is 0.9."""
+    lr_warm_up_fraction: float | None = None
+    """Share of the steps over which the learning rate rises from 0."""
+    lr_decay_fraction: float | None = None
+    """Share of the steps, at the end, over which the learning rate falls to 0."""
+    sparsity_warm_up_fraction: float | None = None
+    """Share of the steps over which the sparsity coefficient rises from 0."""
+    max_grad_norm: float | None = None
+    """Gradient norm of the whole SAE at which its gradient is clipped; 0 never clips."""
+    resample_fraction: float | None = None
+    """Of bricken: dead features are resampled at 1, 2, 3 and 4 times this share of the steps; 0 never."""
+
+    def decide(self) -> list[SAEConfig]:
+        """Every SAE that is asked for.
+
+        Raises:
+            ValueError: a value is wrong, or an SAE is given the other kind of sparsity.
+        """
+        preset = _PRESETS.get(self.preset or "", {})
+        by_sparsity = "batchtopk" if self.l1_coefficients is None else "april"
+        recipes = _as_list(self.recipe) if self.recipe is not None else [preset.get("recipe", by_sparsity)]
+        given = {key: value for key, value in asdict(self).items() if value is not None}
+        layers = _as_list(given.pop("hook_layer", _COMMON["hook_layer"]))
+        sparsities = {key: _as_list(given.pop(key, None)) for key in ("l1_coefficients", "k")}
+        saes = []
+        for layer, recipe in product(layers, recipes):
+            own, other = ("k", "l1_coefficients") if recipe in TOP_K else ("l1_coefficients", "k")
+            require(len(recipes) > 1 or sparsities[other] == [None], f"{recipe} has no {other}: its sparsity is {own}")
+            for value in sparsities[own]:
+                sparsity = {} if value is None else {own.removesuffix("s"): value}
+                saes.append(_resolve(preset, {**given, "recipe": recipe, "hook_layer": layer, **sparsity}))
+        return saes
+
+
+def _resolve(preset: dict[str, Any], chosen: dict[str, Any]) -> SAEConfig:
+    """Fill what is not chosen from the preset, then from the recipe."""
+    recipe = chosen["recipe"]
+    if recipe != preset.get("recipe", recipe):
+        preset = {key: value for key, value in preset.items() if key not in _OF_RECIPE}
+    nothing: dict[str, Any] = dict.fromkeys(("l1_coefficient", "k", "preset", "label"))
+    return SAEConfig(**(nothing | _COMMON | _RECIPES[recipe] | preset | chosen))
+
+
+def _as_list(value: Any) -> list[Any]:
+    require(value != [], "an empty list of l1_coefficients, k, recipe or hook_layer: name at least one")
+    return value if isinstance(value, list) else [value]

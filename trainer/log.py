@@ -1,12 +1,14 @@
 """Where the figures of a run go: metrics.jsonl always, Weights & Biases where it is wanted."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from trainer.checkpoint import load_metrics, write_atomically
+from trainer.checkpoint import Config, read_metrics
+from trainer.files import write_atomically
 
 
 class MetricsLog:
@@ -16,14 +18,13 @@ class MetricsLog:
         path: the checkpoint directory.
         steps_done: lines of later steps are dropped first (they were logged after the last save).
         mode: "online", "offline", "disabled", or None for online where a key is set and offline elsewhere.
-        project, group, config: as W&B has them; the runs of one sweep share a group.
+        project: as W&B has it.
+        config: of the checkpoint; the runs of one sweep share a group.
     """
 
-    def __init__(
-        self, path: Path, steps_done: int, mode: str | None, project: str, group: str, config: dict[str, Any]
-    ) -> None:
+    def __init__(self, path: Path, steps_done: int, mode: str | None, project: str, config: Config) -> None:
         self._file = path / "metrics.jsonl"
-        kept = [line for line in load_metrics(path) if line["step"] <= steps_done]
+        kept = [line for line in read_metrics(path) if line["step"] <= steps_done]
         text = "".join(json.dumps(line) + "\n" for line in kept)
         write_atomically(self._file, lambda p: p.write_text(text))
         self._run = None
@@ -35,11 +36,11 @@ class MetricsLog:
             try:
                 self._run = wandb.init(
                     project=project,
-                    group=group,
+                    group=config.group,
                     name=path.name,
-                    id=config["wandb_id"],
+                    id=config.wandb_id,
                     resume="allow",
-                    config=config,
+                    config=asdict(config),
                     dir=path,
                     mode=mode,
                     reinit="create_new",  # several SAEs of one process, each with a run of its own

@@ -2,24 +2,25 @@
 
 import shutil
 import uuid
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trainer import checkpoint
 from trainer.block_diag import BlockDiagSAE
-from trainer.config import ActivationsConfig, TrainingConfig
+from trainer.checkpoint import Checkpoint, CheckpointError, Config, Model, Options, Sizes, Text
+from trainer.config import ActivationsConfig, SAEConfig, TrainingConfig
+from trainer.files import write_atomically
 from trainer.log import MetricsLog
-from trainer.recipes import SAEConfig
 
-# What may differ between a run and its continuation.
-_NOT_COMPARED = {"resume", "name", "label", "out", "device", "wandb", "wandb_project", "keep_training_state"} | {
-    f"{what}_every" for what in ("log", "save", "eval")
-}
+# What may differ between a run and its continuation; model and text are compared by what they are (`Run.describe`).
+_NOT_COMPARED = {"resume", "name", "label", "out", "device", "wandb", "wandb_project", "keep_training_state", "dataset"}
+_NOT_COMPARED |= {"context_size", "text_column", *(f"{what}_every" for what in ("log", "save", "eval"))}
 
 
 class Run:
@@ -27,26 +28,17 @@ class Run:
 
     Args:
         path: the directory.
-        sae: what is trained.
+        options: what is trained, on what, and how.
         group: name that the SAEs of one command share, also in W&B.
     """
 
-    def __init__(
-        self, path: Path, sae: SAEConfig, activations: ActivationsConfig, training: TrainingConfig, group: str
-    ) -> None:
-        self.path, self.sae, self.training, self.group = path, sae, training, group
-        self.description: dict[str, Any] = {
-            "recipe": sae.recipe,
-            "preset": sae.preset,
-            "block": sae.block,
-            "l1_coefficient": sae.l1_coefficient,
-            "seed": training.seed,
-            "group": group,
-            "training": {**asdict(activations), **asdict(sae), **asdict(training)},
-        }
-        self.log: MetricsLog | None = None
+    def __init__(self, path: Path, options: Options, group: str) -> None:
+        self.path, self.options, self.group = path, options, group
+        self.sae, self.training = options.sae, options.training
+        self.log: MetricsLog
         self.latest: dict[str, Any] = {}
-        self._begun: dict[str, Any] | None = None  # config.json of the run that is continued
+        self._config: Config
+        self._begun: Config | None = None  # config.json of the run that is continued
 
     @property
     def is_new(self) -> bool:
@@ -65,40 +57,55 @@ class Run:
             raise ValueError(
                 f"{self.path} exists already: choose another --name or --out, or continue it with --resume=true"
             )
-        config = checkpoint.load_config(self.path)
-        for key, value in self.description["training"].items():
-            before = config["training"].get(key)
-            if key not in _NOT_COMPARED and before != value:
+        begun = Checkpoint(self.path).config
+        if begun.options is None:
+            raise ValueError(f"{self.path} was imported: there is nothing to resume")
+        before = _flat(begun.options)
+        for key, value in _flat(self.options).items():
+            if key not in _NOT_COMPARED and before[key] != value:
+                was = f"{key}={before[key]}"
                 raise ValueError(
-                    f"{self.path} was begun with {key}={before}, not {value}: resume it with the same configuration"
+                    f"{self.path} was begun with {was}, not {value}: resume it with the same configuration"
                 )
-        self._begun = config
-        if config["status"] == "complete" and not self.training.keep_training_state:
+        self._begun = begun
+        if begun.status == "complete" and not self.training.keep_training_state:
             self.drop_states(keep=None)  # it was killed between its last two writes
-        return config["status"] != "complete"
+        return begun.status != "complete"
 
-    def describe(self, data: dict[str, Any]) -> None:
-        """Add what config.json says about the model and the text.
+    def describe(self, model: Model, text: Text, source: str) -> None:
+        """Say what the run reads.
+
+        Args:
+            source: of activations: cached or live.
 
         Raises:
             ValueError: the run was begun on others.
         """
-        for key, value in data.items():
-            if self._begun is not None and self._begun.get(key) != value:
-                raise ValueError(f"{self.path} was begun on another {key} than it would go on with: train anew")
-        self.description |= data
+        begun = self._begun
+        if begun is not None:
+            pairs = {"model": (begun.model, model), "text": (begun.text, text), "source": (begun.source, source)}
+            for what, (before, now) in pairs.items():
+                if before != now:
+                    raise ValueError(f"{self.path} was begun on another {what} than it would go on with: train anew")
+        self._reads = {"model": model, "text": text, "source": source}
 
     def begin(self, step: int, sae: BlockDiagSAE) -> None:
         """Open the log at `step`; the app shows the run from now on."""
         self.path.mkdir(parents=True, exist_ok=True)
-        self.description["wandb_id"] = (self._begun or {}).get("wandb_id") or uuid.uuid4().hex[:8]
-        checkpoint.save_config(self.path, sae, self._config("training", step))
-        self.log = MetricsLog(
-            self.path, step, self.training.wandb, self.training.wandb_project, self.group, self.description
-        )
+        wandb_id = (self._begun and self._begun.wandb_id) or uuid.uuid4().hex[:8]
+        self._config = Config(
+            sae=Sizes.of(sae), group=self.group, options=self.options, wandb_id=wandb_id, status="training", steps=step,
+            tokens_seen=step * self.training.batch_size, versions=checkpoint.versions(), **self._reads,
+        )  # fmt: skip
+        checkpoint.save_config(self.path, self._config)
+        text = self._reads["text"]
+        options = to_flags(self.options) | {"name": self.path.name, "dataset": text.name}
+        options |= {"context_size": text.context_size, "resume": False}  # what was decided since
+        write_atomically(self.path / "run.yaml", lambda p: p.write_text(yaml.safe_dump(options, sort_keys=False)))
+        self.log = MetricsLog(self.path, step, self.training.wandb, self.training.wandb_project, self._config)
         if self.log.url:
-            self.description["wandb_url"] = self.log.url
-            checkpoint.save_config(self.path, sae, self._config("training", step))
+            self._config = replace(self._config, wandb_url=self.log.url)
+            checkpoint.save_config(self.path, self._config)
 
     def record(self, step: int, figures: dict[str, Any], histograms: dict[str, Tensor]) -> None:
         """Write one line of figures."""
@@ -107,13 +114,15 @@ class Run:
 
     def save(self, sae: BlockDiagSAE, step: int, status: str) -> None:
         """Write the weights for use and the config."""
-        checkpoint.save(self.path, sae, self._config(status, step))
+        tokens = step * self.training.batch_size
+        self._config = replace(self._config, status=status, steps=step, tokens_seen=tokens)
+        checkpoint.save(self.path, sae, self._config)
 
     def save_state(self, step: int, state: dict[str, Tensor]) -> None:
         """Write what resuming at `step` needs, beside what is there."""
         self._folder.mkdir(exist_ok=True)
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-        checkpoint.write_atomically(self._state(step), lambda p: save_file(state, p))
+        write_atomically(self._state(step), lambda p: save_file(state, p))
 
     def saved_steps(self) -> set[int]:
         """Steps from which this run can go on."""
@@ -129,7 +138,7 @@ class Run:
         try:
             return load_file(file)
         except (SafetensorError, OSError) as error:
-            raise checkpoint.CheckpointError(f"{file} is damaged: {error}") from error
+            raise CheckpointError(f"{file} is damaged: {error}") from error
 
     def drop_states(self, keep: int | None) -> None:
         """Delete saved states but that of step `keep`."""
@@ -145,15 +154,17 @@ class Run:
     def _state(self, step: int) -> Path:
         return self._folder / f"step-{step:07d}.safetensors"
 
-    def _config(self, status: str, step: int) -> dict[str, Any]:
-        progress = {"status": status, "steps": step, "tokens_seen": step * self.training.batch_size}
-        return {**self.description, **progress}
 
-
-def saved_steps(checkpoint: Path) -> set[int]:
+def saved_steps(path: Path) -> set[int]:
     """Steps from which the run of a checkpoint directory can go on."""
-    files = (checkpoint / "training_state").glob("step-*.safetensors")
+    files = (path / "training_state").glob("step-*.safetensors")
     return {int(file.stem.removeprefix("step-")) for file in files}
+
+
+def to_flags(options: Options) -> dict[str, Any]:
+    """Options as the command line names them."""
+    flags = _flat(options)
+    return {"l1_coefficients" if key == "l1_coefficient" else key: value for key, value in flags.items()}
 
 
 def plan(activations: ActivationsConfig, saes: list[SAEConfig], training: TrainingConfig) -> list[Run]:
@@ -168,7 +179,7 @@ def plan(activations: ActivationsConfig, saes: list[SAEConfig], training: Traini
         dense = "" if sae.block == "head" else "-dense"
         what = f"{sae.label or sae.preset or sae.recipe}{dense}-x{sae.expansion_factor}-{sae.sparsity}"
         name = training.name if training.name and len(saes) == 1 else f"{base}-L{sae.hook_layer}-{what}"
-        runs.append(Run(Path(training.out) / name, sae, activations, training, base))
+        runs.append(Run(Path(training.out) / name, Options(activations, sae, training), base))
     names = [run.path.name for run in runs]
     for part in (training.name, *(sae.label for sae in saes)):
         if part is not None and (part != Path(part).name or part.startswith(".")):
@@ -190,3 +201,7 @@ def plan(activations: ActivationsConfig, saes: list[SAEConfig], training: Traini
     except OSError as error:
         raise ValueError(f"checkpoints cannot be written to {training.out}: {error.strerror}") from error
     return left
+
+
+def _flat(options: Options) -> dict[str, Any]:
+    return {**asdict(options.activations), **asdict(options.sae), **asdict(options.training)}

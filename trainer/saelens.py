@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -25,12 +25,13 @@ from torch import Tensor
 
 from trainer import checkpoint, cli
 from trainer.block_diag import BlockDiagSAE
+from trainer.checkpoint import Checkpoint
 from trainer.config import require
 
 if TYPE_CHECKING:
     from sae_lens import SAE
 
-    from trainer.model.lm import LanguageModel
+    from trainer.model.lm import Layer
 
 _ARCHITECTURES = ("standard", "jumprelu", "topk", "batchtopk", "gated")
 # Kept in the metadata for the way back.
@@ -38,20 +39,17 @@ _OF_TRAINING, _OF_TEXT = ("recipe", "k", "l1_coefficient"), ("context_size", "he
 
 
 @torch.no_grad()
-def to_saelens(sae: BlockDiagSAE, config: dict[str, Any]) -> "SAE":
+def to_saelens(saved: Checkpoint) -> "SAE":
     """The same SAE as a sae-lens object on the CPU, with W_enc [d_in, d_sae] and W_dec [d_sae, d_in] in full.
 
     relu becomes StandardSAE, jumprelu JumpReLUSAE, topk TopKSAE. It takes z [..., head, d_head]; features keep
     their ids, activations and reconstructions are the same.
 
-    Args:
-        sae: for raw hook_z, as `checkpoint.load` returns it.
-        config: config.json of the checkpoint.
-
     Raises:
-        ValueError: it is topk with k features of each head, which SAELens cannot express.
+        ValueError: it cannot be read, or is topk with k features of each head, which SAELens cannot express.
     """
-    if sae.activation == "topk" and sae.k_scope == "head" and sae.n_heads > 1:
+    sae = saved.sae
+    if sae.activation == "topk" and sae.k_scope == "head" and sae.n_blocks > 1:
         raise ValueError(
             f"SAELens has no topk with k features of each head, only over all features, so this SAE with k {sae.k} of "
             "each head cannot be exported"
@@ -59,12 +57,13 @@ def to_saelens(sae: BlockDiagSAE, config: dict[str, Any]) -> "SAE":
     import sae_lens
     from sae_lens.saes.sae import SAEMetadata
 
-    model, text = config["model"], config["text"]
+    model, text = saved.config.model, saved.config.text
+    of_training = saved.config.imported if saved.config.options is None else saved.config.options.sae
     metadata = SAEMetadata(
         sae_lens_training_version=None,  # which says that SAELens did not train it
-        model_name=model["name"], hook_name=model["hook_name"], hook_head_index=None, prepend_bos=True,
-        dataset_path=text["name"], **{key: text.get(key) for key in _OF_TEXT},
-        n_heads=model["n_heads"], d_head=model["d_head"], **{key: config["training"].get(key) for key in _OF_TRAINING},
+        model_name=model.name, hook_name=model.hook_name, hook_head_index=None, prepend_bos=True,
+        dataset_path=text.name, **{key: getattr(text, key) for key in _OF_TEXT},
+        n_heads=model.n_heads, d_head=model.d_head, **{key: getattr(of_training, key) for key in _OF_TRAINING},
     )  # fmt: skip
     common = {
         "d_in": sae.d_in, "d_sae": sae.d_sae, "reshape_activations": "hook_z", "normalize_activations": "none",
@@ -78,7 +77,7 @@ def to_saelens(sae: BlockDiagSAE, config: dict[str, Any]) -> "SAE":
     else:
         theirs = sae_lens.StandardSAE(sae_lens.StandardSAEConfig(**common))
     # Whoever loads the SAE is told to load the model in this way. Set only now, or SAELens warns us of it too.
-    metadata.model_from_pretrained_kwargs = model["processing"]
+    metadata.model_from_pretrained_kwargs = model.processing
     ours = {name: parameter.detach().float().cpu() for name, parameter in sae.named_parameters()}
     full = {name: torch.block_diag(*p) if name.startswith("W_") else p.flatten() for name, p in ours.items()}
     theirs.load_state_dict(full)
@@ -92,7 +91,7 @@ def export_checkpoint(path: Path, folder: Path) -> None:
         ValueError: the checkpoint cannot be read or expressed, or the folder exists.
     """
     with _new_folder(folder) as partial:
-        to_saelens(*checkpoint.load(path)).save_model(partial)
+        to_saelens(Checkpoint(path)).save_model(partial)
 
 
 @torch.no_grad()
@@ -181,64 +180,48 @@ def import_checkpoint(
         from trainer.evaluate import evaluate_checkpoints
         from trainer.model.lm import LanguageModel
 
-        lm = LanguageModel.load(model)
-        sae = _fitted(theirs, scale, lm, int(hook[1]), folder)
-        text = {
-            "name": dataset,
-            "context_size": min(metadata.context_size or 128, lm.n_ctx),
-            "held_out_fraction": metadata.held_out_fraction or 0.05,
-            "text_column": text_column or metadata.text_column or "text",
-        }
-        checkpoint.save(partial, sae, _describe(theirs, sae, lm, int(hook[1]), text, eval_tokens))
+        layer = LanguageModel.load(model).layer(int(hook[1]))
+        sae = _fitted(theirs, scale, layer, folder)
+        checkpoint.save(partial, sae, _describe(theirs, sae, layer, dataset, text_column))
         evaluate_checkpoints([partial], eval_tokens)
 
 
-def _fitted(theirs: "SAE", scale: float, lm: "LanguageModel", layer: int, folder: Path) -> BlockDiagSAE:
+def _fitted(theirs: "SAE", scale: float, layer: "Layer", folder: Path) -> BlockDiagSAE:
     """The SAE for the z of this model, or ValueError where it was not trained on that."""
-    lm.check_layer(layer)
-    d_in = lm.n_heads * lm.d_head
+    n_heads, d_head = layer.n_heads, layer.d_head
     require(
-        theirs.cfg.d_in == d_in,
-        f"{folder} reads {theirs.cfg.d_in} dimensions, but {lm.name} has {lm.n_heads} heads of {lm.d_head} = {d_in}",
+        theirs.cfg.d_in == n_heads * d_head,
+        f"{folder} reads {theirs.cfg.d_in} dimensions, but {layer.lm.name} has {n_heads} heads of {d_head} = "
+        f"{n_heads * d_head}",
     )
     # SAELens trains on models loaded without processing: value biases are then in z, and here in b_O. If the SAE
     # does not say how its model was loaded, it was as TransformerLens loads by default, and as here (Kissane et al.).
     loading = theirs.cfg.metadata.model_from_pretrained_kwargs or {}
     folded = loading.get("fold_value_biases", not loading)
-    return from_saelens(theirs, lm.n_heads, scale, None if folded else lm.folded_value_bias(layer))
+    return from_saelens(theirs, n_heads, scale, None if folded else layer.folded_b_V)
 
 
 def _describe(
-    theirs: "SAE", sae: BlockDiagSAE, lm: "LanguageModel", layer: int, text: dict[str, Any], eval_tokens: int
-) -> dict[str, Any]:
+    theirs: "SAE", sae: BlockDiagSAE, layer: "Layer", dataset: str, text_column: str | None
+) -> checkpoint.Config:
     """config.json, as far as it is known how the SAE was trained."""
-    from trainer.model.lm import PROCESSING
-    from trainer.origin import open_text
+    from trainer.data.text import Corpus
+    from trainer.model.loading import PROCESSING
 
-    architecture, metadata = theirs.cfg.architecture(), theirs.cfg.metadata
-    block = "head" if sae.n_heads == lm.n_heads else "dense"
-    what = {"recipe": metadata.recipe or architecture, "l1_coefficient": metadata.l1_coefficient, "block": block}
-    what |= {"preset": None, "seed": 0}
-    label = None if metadata.recipe else f"SAELens {architecture}"  # tells it from what was trained here
-    training = {
-        "model": lm.name, "dataset": text["name"], "hook_layer": layer, "k": metadata.k or sae.k, "label": label,
-        "eval_tokens": eval_tokens,
-    }  # fmt: skip
-    model = {
-        "name": lm.name, "fingerprint": lm.fingerprint(), "n_heads": lm.n_heads, "d_head": lm.d_head,
-        "dtype": "float32", "processing": PROCESSING, "hook_name": metadata.hook_name, "hook_layer": layer,
-    }  # fmt: skip
-    return {
-        **what,
-        "group": Path(lm.name).name,
-        "training": {**what, **training},
-        "model": model,
-        "text": {**text, "fingerprint": open_text(text, lm.tokenizer).fingerprint},
-        "imported_from": f"SAELens {architecture}",
-        "status": "complete",
-        "steps": None,  # of the training elsewhere
-        "tokens_seen": None,
-    }
+    architecture, metadata, lm = theirs.cfg.architecture(), theirs.cfg.metadata, layer.lm
+    fraction, column = metadata.held_out_fraction or 0.05, text_column or metadata.text_column or "text"
+    corpus = Corpus(dataset, lm.tokenizer, min(metadata.context_size or 128, lm.n_ctx), fraction, column)
+    source = f"SAELens {architecture}"  # tells it from what was trained here
+    return checkpoint.Config(
+        sae=checkpoint.Sizes.of(sae),
+        model=checkpoint.Model(
+            lm.name, lm.fingerprint(), lm.n_heads, lm.d_head, "float32", PROCESSING, layer.hook_name, layer.index
+        ),
+        text=checkpoint.Text(dataset, corpus.fingerprint, corpus.context_size, fraction, column),
+        group=Path(lm.name).name,
+        imported=checkpoint.Imported(source, metadata.recipe or source, metadata.l1_coefficient, metadata.k or sae.k),
+        versions=checkpoint.versions(),
+    )
 
 
 def _load_saelens(folder: Path) -> tuple["SAE", float]:

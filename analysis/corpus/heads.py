@@ -9,7 +9,7 @@ from torch import Tensor
 
 from analysis import attribution as dfa
 from analysis.corpus.running import Chunk, FeatureStatistics, Sources
-from trainer.model.lm import LanguageModel
+from trainer.model.lm import Layer
 
 MIN_FIRINGS = 10  # attributed firings from which a feature's role is judged
 _PAIRS = 512  # (query, source) pairs per head of which the copying rank is taken
@@ -31,13 +31,13 @@ class Copying(NamedTuple):
 
 
 @torch.no_grad()
-def copying(lm: LanguageModel, layer: int, chunks: list[Chunk]) -> list[Copying]:
+def copying(layer: Layer, chunks: list[Chunk]) -> list[Copying]:
     """Whether each head's OV circuit raises or lowers the logit of what it reads, on text.
 
     A pair is a query and the source but BOS to which it attends most; queries are spread evenly over the chunks. The
     direct path alone: v through W_O, the final norm (whose scale changes no rank) and W_U.
     """
-    W_O, b_V = lm.W_O(layer).float(), lm.value_bias(layer).float()
+    lm, W_O, b_V = layer.lm, layer.W_O.float(), layer.b_V.float()
     index, tokens, v, pattern = (
         torch.cat([getattr(c, name) for c in chunks]) for name in ("index", "tokens", "v", "pattern")
     )

@@ -15,36 +15,33 @@ from analysis import attribution as dfa
 from analysis.corpus.running import Chunk, FeatureStatistics, Firings, Sources
 from trainer.block_diag import BlockDiagSAE
 from trainer.evaluate import repeated_tokens
-from trainer.model.lm import LanguageModel
+from trainer.model.lm import Layer
 
 _LM_TOKENS = 4096  # of one forward
 _CHUNK_TOKENS = 1024  # encoded at a time: 100 MB of activations with 24,576 features
 _SMALL = 0.01  # sources with less than this share of the largest |DFA|, and less attention, are left out of examples
 
 
-def chunks(
-    lm: LanguageModel, layer: int, contexts: Int[Tensor, "context pos"], index: Int[Tensor, " context"]
-) -> Iterator[list[Chunk]]:
+def chunks(layer: Layer, contexts: Int[Tensor, "context pos"], index: Int[Tensor, " context"]) -> Iterator[list[Chunk]]:
     """The contexts named by `index`: one list of chunks a forward."""
     length = contexts.shape[1]
     for batch in index.split(max(1, _LM_TOKENS // length)):
-        tokens = contexts[batch].to(lm.device)
-        z, v, pattern = lm.attention(tokens, layer)
-        slots = torch.stack([dfa.source_slots(each) for each in tokens]).to(lm.device)
+        tokens = contexts[batch].to(layer.device)
+        z, v, pattern = layer.attention(tokens)
+        slots = torch.stack([dfa.source_slots(each) for each in tokens]).to(layer.device)
         parts = (batch, tokens, z, v, pattern.float(), slots)
         yield [Chunk(*each) for each in zip(*(p.split(max(1, _CHUNK_TOKENS // length)) for p in parts), strict=True)]
 
 
 def first_pass(
-    lm: LanguageModel,
-    layer: int,
+    layer: Layer,
     contexts: Int[Tensor, "context pos"],
     start: int,
     statistics: list[FeatureStatistics],
     after_forward: Callable[[int], None],
 ) -> None:
     """Add the contexts from `start` on to the statistics; `after_forward` is told how many contexts are done."""
-    for batch in chunks(lm, layer, contexts, torch.arange(start, len(contexts))):
+    for batch in chunks(layer, contexts, torch.arange(start, len(contexts))):
         for chunk in batch:
             for each in statistics:
                 each.update(chunk)
@@ -53,20 +50,20 @@ def first_pass(
 
 @torch.no_grad()
 def sources_on_repeats(
-    lm: LanguageModel, layer: int, saes: list[BlockDiagSAE], n_contexts: int, length: int, seed: int
+    layer: Layer, saes: list[BlockDiagSAE], n_contexts: int, length: int, seed: int
 ) -> list[Sources]:
     """Where features and heads read from on random tokens repeated once, scored on the second half."""
     half = (length - 1) // 2
-    tokens = repeated_tokens(lm, n_contexts, half, seed)
-    found = [Sources(sae.d_sae, lm.n_heads, None) for sae in saes]
-    b_V = lm.value_bias(layer).float()
-    for batch in chunks(lm, layer, tokens, torch.arange(n_contexts)):
+    tokens = repeated_tokens(layer.lm, n_contexts, half, seed)
+    found = [Sources(sae.d_sae, layer.n_heads, None) for sae in saes]
+    b_V = layer.b_V.float()
+    for batch in chunks(layer, tokens, torch.arange(n_contexts)):
         for chunk in batch:
             for sae, sources in zip(saes, found, strict=True):
-                reads = dfa.reads_by_feature(chunk.v.float(), b_V, dfa.head_encoders(sae, lm.n_heads, lm.d_head))
+                reads = dfa.reads_by_feature(chunk.v.float(), b_V, dfa.head_encoders(sae, layer.n_heads, layer.d_head))
                 f = sae.encode(chunk.z.float())
                 f[:, : 1 + half] = 0
-                sources.add_features(Firings.of(f), chunk, reads, sae.n_heads != lm.n_heads)
+                sources.add_features(Firings.of(f), chunk, reads, sae.is_dense)
                 sources.add_heads(chunk, reads, f > 0, 1 + half)
     return found
 
@@ -158,8 +155,7 @@ class Strips:
 
 @torch.no_grad()
 def second_pass(
-    lm: LanguageModel,
-    layer: int,
+    layer: Layer,
     contexts: Int[Tensor, "context pos"],
     start: int,
     saes: list[BlockDiagSAE],
@@ -171,15 +167,15 @@ def second_pass(
     needed = example_contexts(examples)
     orders = [np.argsort(table["context"].to_numpy(), kind="stable") for table in examples]
     sorted_contexts = [table["context"].to_numpy()[order] for table, order in zip(examples, orders, strict=True)]
-    b_V = lm.value_bias(layer).float()
+    b_V = layer.b_V.float()
     done = start
-    for batch in chunks(lm, layer, contexts, needed[start:]):
+    for batch in chunks(layer, contexts, needed[start:]):
         for chunk in batch:
             first, last = int(chunk.index[0]), int(chunk.index[-1])
             for sae, table, order, held, strip in zip(saes, examples, orders, sorted_contexts, strips, strict=True):
                 rows = order[np.searchsorted(held, first) : np.searchsorted(held, last, "right")]
                 if len(rows):
-                    _add_examples(lm, sae, b_V, chunk, table.iloc[rows], torch.from_numpy(rows), strip)
+                    _add_examples(sae, b_V, chunk, table.iloc[rows], torch.from_numpy(rows), strip)
             done += len(chunk.index)
         after_forward(done)
 
@@ -190,7 +186,6 @@ def example_contexts(examples: list[pd.DataFrame]) -> Int[Tensor, " context"]:
 
 
 def _add_examples(
-    lm: LanguageModel,
     sae: BlockDiagSAE,
     b_V: Float[Tensor, "head d_head"],
     chunk: Chunk,
@@ -198,14 +193,14 @@ def _add_examples(
     example: Int[Tensor, " example"],
     strips: Strips,
 ) -> None:
-    dense = sae.n_heads != lm.n_heads
+    dense = sae.is_dense
     f = sae.encode(chunk.z.float()).flatten(2)
     f[:, 0] = 0
-    reads = dfa.reads_by_feature(chunk.v.float(), b_V, dfa.head_encoders(sae, lm.n_heads, lm.d_head))
+    reads = dfa.reads_by_feature(chunk.v.float(), b_V, dfa.head_encoders(sae, *b_V.shape))
     context = torch.searchsorted(chunk.index, torch.from_numpy(table["context"].to_numpy(copy=True)).long())
     query, feature = (torch.from_numpy(table[name].to_numpy(copy=True)).long() for name in ("position", "feature"))
     for part in torch.arange(len(table)).split(_CHUNK_TOKENS):
         c, q, i = (each[part].to(f.device) for each in (context, query, feature))
         attribution = dfa.firing_sources(chunk.pattern, reads, c, q, i, dense)
-        head = attribution.sum(2).argmax(1) if dense else i // sae.features_per_head
+        head = attribution.sum(2).argmax(1) if dense else i // sae.features_per_block
         strips.add(example[part], f[c, :, i], attribution, chunk.pattern[c, head, q], head)

@@ -37,10 +37,11 @@ from analysis.corpus.passes import (
 from analysis.corpus.running import FeatureStatistics, Sources, load_state, state
 from analysis.logits import head_of_features, inverse_final_scale, logit_effects, written
 from trainer import checkpoint
+from trainer.checkpoint import Checkpoint, by_origin
 from trainer.data.text import Corpus
+from trainer.files import write_atomically
 from trainer.interrupts import Interrupted, deferred_interrupts
-from trainer.model.lm import LanguageModel, pick_device
-from trainer.origin import Trained, load_by_origin, open_model, open_text
+from trainer.model.lm import Layer, pick_device
 
 _SAVE_SECONDS = 120  # between two saves of the state
 _REPEATED_TOKENS = 4096  # random ones, repeated once, on which roles are scored
@@ -73,13 +74,12 @@ class AnalysisConfig:
 class Job:
     """The analysis of one checkpoint on its way: `stage` 1 or 2, and how many contexts of it are done."""
 
-    def __init__(self, trained: Trained, lm: LanguageModel, key: dict[str, Any], n_top: int) -> None:
-        self.path, self.config = trained.path, trained.config
-        self.sae = trained.sae.to(lm.device)
+    def __init__(self, trained: Checkpoint, layer: Layer, key: dict[str, Any], n_top: int) -> None:
+        self.checkpoint, self.path, self.layer = trained, trained.path, layer
+        self.sae = trained.sae.to(layer.device)
         self.stage, self.done, self.seconds = 1, 0, [0.0, 0.0]
-        self._key = {**key, "weights": store.weights_hash(trained.path)}
-        b_V = lm.value_bias(self.config["model"]["hook_layer"])
-        self.statistics = FeatureStatistics(self.sae, b_V, lm.d_vocab, n_top)
+        self._key = {**key, "weights": trained.weights_hash}
+        self.statistics = FeatureStatistics(self.sae, layer.b_V, layer.lm.d_vocab, n_top)
         self.examples: pd.DataFrame | None = None
         self.strips: Strips | None = None
 
@@ -96,7 +96,7 @@ class Job:
         if self.strips is not None:
             found |= state(self.strips, "strips.")
         found = {name: value.contiguous() for name, value in found.items()}
-        checkpoint.write_atomically(self._folder / "state.safetensors", lambda p: save_file(found, p, self._position()))
+        write_atomically(self._folder / "state.safetensors", lambda p: save_file(found, p, self._position()))
 
     def load(self, n_quantiles: int, length: int) -> None:
         """Go on from what `save` wrote, if it belongs to the same analysis.
@@ -148,52 +148,51 @@ def analyse(
         ValueError: a checkpoint, its model or the text cannot be used.
         Interrupted: Ctrl-C or SIGTERM; what was done is saved.
     """
-    for group in load_by_origin(paths):
-        first = group[0].config
-        lm = open_model(first, pick_device(device))
-        text = first["text"] | ({"name": cfg.dataset, "held_out_fraction": 1.0} if cfg.dataset else {})
-        corpus = open_text(text, lm.tokenizer)
+    for group in by_origin([Checkpoint(path) for path in paths]):
+        lm = group[0].open_model(pick_device(device))
+        layer, text = lm.layer(group[0].layer), group[0].config.text
+        corpus = group[0].open_text(lm.tokenizer)
+        if cfg.dataset:  # another one, of which everything is read
+            corpus = Corpus(cfg.dataset, lm.tokenizer, text.context_size, 1.0, text.text_column)
         contexts = corpus.held_out_tokens(cfg.tokens)
         key = {**asdict(cfg), "text": corpus.fingerprint, "n_contexts": len(contexts)}
-        jobs = [Job(each, lm, key, cfg.examples) for each in group]
+        jobs = [Job(each, layer, key, cfg.examples) for each in group]
         for job in jobs:
             if resume:
                 job.load(cfg.quantile_examples, corpus.context_size)
             else:
                 job.forget()
-        _run(jobs, lm, corpus, contexts, cfg, wandb)
+        _run(jobs, layer, corpus, contexts, cfg, wandb)
 
 
 def _run(
     jobs: list[Job],
-    lm: LanguageModel,
+    layer: Layer,
     corpus: Corpus,
     contexts: Int[Tensor, "context pos"],
     cfg: AnalysisConfig,
     wandb: str,
 ) -> None:
-    layer, length = jobs[0].config["model"]["hook_layer"], contexts.shape[1]
+    length = contexts.shape[1]
     # Jobs that stopped at different contexts catch up first: those that are equally far share the forwards.
     for start, same in _by_progress(jobs, 1):
-        run = partial(first_pass, lm, layer, contexts, start, [job.statistics for job in same])
+        run = partial(first_pass, layer, contexts, start, [job.statistics for job in same])
         _follow("First pass ", run, same, len(contexts), length)
         for job in same:
             job.begin_second(cfg.quantile_examples, length)
     for start, same in _by_progress(jobs, 2):
         examples = [job.examples for job in same]
-        run = partial(
-            second_pass, lm, layer, contexts, start, [j.sae for j in same], examples, [j.strips for j in same]
-        )
+        run = partial(second_pass, layer, contexts, start, [j.sae for j in same], examples, [j.strips for j in same])
         _follow("Second pass", run, same, len(example_contexts(examples)), length)
 
     n_repeated = max(1, _REPEATED_TOKENS // (length - 1))
-    repeats = sources_on_repeats(lm, layer, [job.sae for job in jobs], n_repeated, length, cfg.seed)
-    copied = copying(lm, layer, next(chunks(lm, layer, contexts, torch.arange(min(32, len(contexts))))))
-    inverse_scale = inverse_final_scale(lm, layer, contexts[: max(1, _SCALE_TOKENS // length)])
+    repeats = sources_on_repeats(layer, [job.sae for job in jobs], n_repeated, length, cfg.seed)
+    copied = copying(layer, next(chunks(layer, contexts, torch.arange(min(32, len(contexts))))))
+    inverse_scale = inverse_final_scale(layer, contexts[: max(1, _SCALE_TOKENS // length)])
     documents = corpus.documents(contexts)
     for job, sources in zip(jobs, repeats, strict=True):
         print(f"Writing {job.path}/analysis", flush=True)
-        tables, redundancy = _tables(job, lm, sources, copied, contexts, documents, inverse_scale)
+        tables, redundancy = _tables(job, sources, copied, contexts, documents, inverse_scale)
         meta = _meta(job, corpus, cfg, redundancy) | {"inverse_final_scale": inverse_scale}
         store.write(job.path / "analysis", meta, tables)
         job.forget()
@@ -239,7 +238,6 @@ def _follow(what: str, run: Callable[[Callable[[int], None]], None], jobs: list[
 
 def _tables(
     job: Job,
-    lm: LanguageModel,
     repeats: Sources,
     copied: list[Copying],
     contexts: Int[Tensor, "context pos"],
@@ -247,14 +245,14 @@ def _tables(
     inverse_scale: float,
 ) -> tuple[dict[str, pd.DataFrame | pa.Table], dict[str, Any]]:
     """Everything that is written, and the redundancy in total."""
-    layer = job.config["model"]["hook_layer"]
-    head, head_share = (each.numpy() for each in head_of_features(job.sae, lm.n_heads))
-    directions = written(job.sae, lm.W_O(layer))
+    layer, lm = job.layer, job.layer.lm
+    head, head_share = (each.numpy() for each in head_of_features(job.sae, layer.n_heads))
+    directions = written(job.sae, layer.W_O)
     redundancy = compare_features(job.statistics.cofiring, directions, head, lm.n_heads)
     effects = logit_effects(lm, directions, inverse_scale)
-    W_enc = dfa.head_encoders(job.sae, lm.n_heads, lm.d_head)
+    W_enc = dfa.head_encoders(job.sae, layer.n_heads, layer.d_head)
     features = feature_table(
-        job.statistics, repeats, effects, _constants(job, lm, W_enc), head, head_share.astype(np.float32)
+        job.statistics, repeats, effects, _constants(job, W_enc), head, head_share.astype(np.float32)
     )
     pairs = pd.concat([each.examples for each in copied], ignore_index=True)
     shown = np.union1d(job.examples["context"], pairs["context"])
@@ -268,7 +266,7 @@ def _tables(
         "features": features,
         "examples": _examples(job.examples.assign(document=of_example.int().numpy()), job.strips),
         "contexts": pd.DataFrame({"context": shown.astype(np.int32), "token_ids": list(tokens.int().numpy())}),
-        "heads": head_table(job.statistics, repeats, copied, checkpoint.load_eval(job.path), head),
+        "heads": head_table(job.statistics, repeats, copied, job.checkpoint.eval, head),
         "copying": pairs,
         "pairs": redundancy.neighbours,
         "merging": redundancy.merging,
@@ -276,11 +274,10 @@ def _tables(
     }, {"l0": redundancy.l0, "heads": redundancy.heads, "n_tokens": redundancy.n_tokens}
 
 
-def _constants(job: Job, lm: LanguageModel, W_enc: Tensor) -> Tensor:
+def _constants(job: Job, W_enc: Tensor) -> Tensor:
     """b_V . w + b_enc of every feature."""
-    b_V = lm.value_bias(job.config["model"]["hook_layer"]).float()
-    constants = dfa.constants(b_V, W_enc, torch.zeros_like(W_enc[:, 0]))
-    if job.sae.n_heads != lm.n_heads:
+    constants = dfa.constants(job.layer.b_V.float(), W_enc, torch.zeros_like(W_enc[:, 0]))
+    if job.sae.is_dense:
         constants = constants.sum(0, keepdim=True)
     return (constants + job.sae.b_enc).flatten().detach().cpu()
 
@@ -310,8 +307,8 @@ def _meta(job: Job, corpus: Corpus, cfg: AnalysisConfig, redundancy: dict[str, A
     statistics = job.statistics
     return {
         "checkpoint": job.path.name,
-        "weights": store.weights_hash(job.path),
-        "model": job.config["model"],
+        "weights": job.checkpoint.weights_hash,
+        "model": asdict(job.checkpoint.config.model),
         "text": {
             "name": corpus.name,
             "fingerprint": corpus.fingerprint,

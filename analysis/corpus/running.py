@@ -67,7 +67,7 @@ class FeatureStatistics:
         self._sae, self._b_V = sae, b_V
         n_heads, d_sae = len(b_V), sae.d_sae
         self._W_enc = dfa.head_encoders(sae, *b_V.shape)
-        self._dense = sae.n_heads != n_heads
+        self._dense = sae.is_dense
         self.n_tokens = torch.tensor(0)
         self.firings = torch.zeros(d_sae, dtype=torch.int64)
         self.total = torch.zeros(d_sae, dtype=torch.float64)
@@ -78,7 +78,7 @@ class FeatureStatistics:
         self.sample = Largest(d_sae, SAMPLE)
         self.fires_on = Tally(d_vocab)
         self.sources = Sources(d_sae, n_heads, d_vocab)
-        self.l0 = torch.zeros(sae.n_heads, dtype=torch.float64)
+        self.l0 = torch.zeros(sae.n_blocks, dtype=torch.float64)
         self.error = torch.zeros(n_heads, dtype=torch.float64)
         self.z_sum = torch.zeros(b_V.shape, dtype=torch.float64)
         self.z_squared = torch.zeros(n_heads, dtype=torch.float64)

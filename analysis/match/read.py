@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from analysis.prompt.run import PromptRun
-from analysis.store import SCHEMA_VERSION, weights_hash
-from trainer.checkpoint import CheckpointError
+from analysis.store import SCHEMA_VERSION
+from trainer.checkpoint import Checkpoint, CheckpointError
 
 
 class Match:
@@ -21,19 +21,18 @@ class Match:
     `a` and `b` are theirs in the frames: `first` and `second`, but where one is dense it is `a`.
 
     Args:
-        first, second: checkpoint directories.
+        first, second: which of them is `a` where both are block diagonal, or dense.
 
     Raises:
         CheckpointError: they have not been matched, the match is of another schema version or of other weights, or it
             is damaged.
     """
 
-    def __init__(self, first: Path | str, second: Path | str) -> None:
-        first, second = Path(first), Path(second)
-        command = f"`{command_for(first, [second])}`"
+    def __init__(self, first: Checkpoint, second: Checkpoint) -> None:
+        self._command = f"python -m analysis.match {first.path} {second.path}"
         orders = [(x, y) for x, y in ((first, second), (second, first)) if (match_folder(x, y) / "meta.json").exists()]
         if not orders:
-            raise CheckpointError(f"{first.name} and {second.name} have not been matched yet: run {command}")
+            raise CheckpointError(f"{first.name} and {second.name} have not been matched yet", self._command)
         self.a, self.b = orders[0]
         self.folder = match_folder(self.a, self.b)
         file = self.folder / "meta.json"
@@ -41,11 +40,11 @@ class Match:
             self.meta: dict[str, Any] = json.loads(file.read_text())
             found, weights, self.kind = (self.meta[key] for key in ("schema_version", "weights", "kind"))
         except (json.JSONDecodeError, UnicodeDecodeError, OSError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{file} is damaged ({error}): run {command}") from error
+            raise CheckpointError(f"{file} is damaged ({error})", self._command) from error
         if found != SCHEMA_VERSION:
             raise CheckpointError(f"{file} has schema version {found}, this program reads {SCHEMA_VERSION}")
-        if weights != [weights_hash(self.a), weights_hash(self.b)]:
-            raise CheckpointError(f"{self.folder} describes other weights than the checkpoints have: run {command}")
+        if weights != [self.a.weights_hash, self.b.weights_hash]:
+            raise CheckpointError(f"{self.folder} describes other weights than the checkpoints have", self._command)
         self._swapped = self.kind == "one-to-one" and self.a != first
         if self._swapped:
             self.a, self.b = first, second
@@ -88,19 +87,14 @@ class Match:
         try:
             return pq.read_table(file).to_pandas()
         except FileNotFoundError:
-            raise CheckpointError(f"{file} is missing: run {command_for(self.a, [self.b])}") from None
+            raise CheckpointError(f"{file} is missing", self._command) from None
         except (pa.ArrowInvalid, OSError) as error:
             raise CheckpointError(f"{file} is damaged: {error}") from error
 
 
-def match_folder(first: Path, second: Path) -> Path:
+def match_folder(first: Checkpoint, second: Checkpoint) -> Path:
     """Where a match of two checkpoints lies, if they were matched in this order."""
-    return first / "matches" / second.name
-
-
-def command_for(first: Path | str, others: list[Path | str]) -> str:
-    """What to type to match a checkpoint with others."""
-    return " ".join(["python -m analysis.match", *map(str, (first, *others))])
+    return first.path / "matches" / second.name
 
 
 def activations(run: PromptRun, position: int | None) -> np.ndarray:

@@ -15,6 +15,7 @@ Written to `<A>/matches/<B>/` (the dense one's, if only one is dense), which ana
 """
 
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,8 +36,8 @@ from analysis.corpus.running import Cofiring, Firings
 from analysis.logits import head_of_features
 from trainer import checkpoint
 from trainer.block_diag import BlockDiagSAE
-from trainer.model.lm import LanguageModel, pick_device
-from trainer.origin import Trained, load_by_origin, open_model, open_text
+from trainer.checkpoint import Checkpoint
+from trainer.model.lm import Layer, pick_device
 
 THRESHOLD = 0.5  # score from which two features are a pair: Jaccard 0.36 at cosine 0.7, 0.25 at cosine 1
 PART = 0.4  # score from which a block feature is part of a dense one; both similarities are of parts, so lower
@@ -65,7 +66,7 @@ class Side(NamedTuple):
         """An SAE of a model with `n_heads`."""
         direction = torch.nn.functional.normalize(sae.W_dec.detach().flatten(0, 1), dim=1).cpu().numpy()
         firings = np.bincount(fires.indices, minlength=fires.shape[1])
-        return cls(fires, firings, direction, head_of_features(sae, n_heads)[0].numpy(), sae.n_heads)
+        return cls(fires, firings, direction, head_of_features(sae, n_heads)[0].numpy(), sae.n_blocks)
 
     @property
     def binary(self) -> sp.csr_matrix:
@@ -169,14 +170,12 @@ def split(a: Side, b: Side) -> Tables:
 
 
 @torch.no_grad()
-def firings(
-    lm: LanguageModel, layer: int, contexts: Int[Tensor, "context pos"], saes: list[BlockDiagSAE]
-) -> list[Cofiring]:
+def firings(layer: Layer, contexts: Int[Tensor, "context pos"], saes: list[BlockDiagSAE]) -> list[Cofiring]:
     """What each SAE fires on, from one forward for all of them; it ends early where the firings fill the memory."""
     found = [Cofiring() for _ in saes]
     length = contexts.shape[1]
     with tqdm(desc="Matching", total=len(contexts) * (length - 1), unit="tok", unit_scale=True) as bar:
-        for batch in chunks(lm, layer, contexts, torch.arange(len(contexts))):
+        for batch in chunks(layer, contexts, torch.arange(len(contexts))):
             for chunk in batch:
                 for sae, each in zip(saes, found, strict=True):
                     f = sae.encode(chunk.z.float())
@@ -197,21 +196,20 @@ def match(first: Path, others: list[Path], tokens: int = 20_000, device: str = "
     if tokens < 1:
         raise ValueError(f"tokens must be at least 1, got {tokens}")
     trained = _load([first, *others])
-    config = trained[0].config
-    lm = open_model(config, pick_device(device))
+    lm = trained[0].open_model(pick_device(device))
     for each in trained:
         if each.sae.d_in != lm.n_heads * lm.d_head:
             raise ValueError(
                 f"{each.path} reads {each.sae.d_in} dimensions, but {lm.name} has {lm.n_heads * lm.d_head}"
             )
-    corpus = open_text(config["text"], lm.tokenizer)
+    corpus = trained[0].open_text(lm.tokenizer)
     saes = [each.sae.to(lm.device) for each in trained]
-    cofiring = firings(lm, config["model"]["hook_layer"], corpus.held_out_tokens(tokens), saes)
+    cofiring = firings(lm.layer(trained[0].layer), corpus.held_out_tokens(tokens), saes)
     text = {"name": corpus.name, "fingerprint": corpus.fingerprint, "context_size": corpus.context_size}
     written = []
     for i in range(1, len(trained)):
         a, b = (0, i)
-        if saes[a].n_heads == lm.n_heads != saes[b].n_heads:
+        if saes[b].is_dense and not saes[a].is_dense:
             a, b = b, a  # the dense one is split
         fires = _matrices([cofiring[a], cofiring[b]], [saes[a].d_sae, saes[b].d_sae])
         sides = [Side.of(saes[j], each, lm.n_heads) for j, each in zip((a, b), fires, strict=True)]
@@ -225,13 +223,13 @@ def match(first: Path, others: list[Path], tokens: int = 20_000, device: str = "
             "min_firings": MIN_FIRINGS,
             "n_tokens": fires[0].shape[0],
             "text": text,
-            "model": config["model"],
+            "model": asdict(trained[0].config.model),
         }
         written.append(_write(trained[a], trained[b], meta, tables))
     return written
 
 
-def _load(paths: list[Path]) -> list[Trained]:
+def _load(paths: list[Path]) -> list[Checkpoint]:
     """The checkpoints in the order of `paths`.
 
     Raises:
@@ -239,11 +237,10 @@ def _load(paths: list[Path]) -> list[Trained]:
     """
     if len({path.resolve() for path in paths}) < len(paths):
         raise ValueError("a checkpoint cannot be matched with itself: name different ones")
-    found = {each.path: each for group in load_by_origin(paths) for each in group}
-    trained = [found[path] for path in paths]
+    trained = [Checkpoint(path) for path in paths]
     for each in trained[1:]:
         for key, what in (("fingerprint", "model"), ("hook_layer", "layer"), ("processing", "processing of the model")):
-            ours, theirs = (one.config["model"].get(key) for one in (trained[0], each))
+            ours, theirs = (getattr(one.config.model, key) for one in (trained[0], each))
             if ours != theirs:
                 raise ValueError(
                     f"{trained[0].path} and {each.path} are not of the same {what} ({ours} and {theirs}), "
@@ -252,13 +249,13 @@ def _load(paths: list[Path]) -> list[Trained]:
     return trained
 
 
-def _write(a: Trained, b: Trained, meta: dict[str, Any], tables: Tables) -> Path:
+def _write(a: Checkpoint, b: Checkpoint, meta: dict[str, Any], tables: Tables) -> Path:
     """Write into the folder of `a`, in place of what either order has left."""
     folder = a.path / "matches" / b.path.name
     meta |= {
         "a": a.path.name,
         "b": b.path.name,
-        "weights": [store.weights_hash(each.path) for each in (a, b)],
+        "weights": [each.weights_hash for each in (a, b)],
         "versions": checkpoint.versions(),
     }
     store.write(folder, meta, tables._asdict())

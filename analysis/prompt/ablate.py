@@ -17,7 +17,7 @@ from analysis.prompt.run import PromptRun
 from trainer.block_diag import BlockDiagSAE
 
 if TYPE_CHECKING:  # it imports transformer_lens, for which pages that run no prompt should not wait
-    from trainer.model.lm import LanguageModel
+    from trainer.model.lm import Layer
 
 Kind = Literal["feature", "features of head", "head by reconstruction", "layer by reconstruction"]
 
@@ -48,16 +48,15 @@ class Ablation(NamedTuple):
 
 @torch.no_grad()
 def ablate(
-    lm: "LanguageModel",
+    layer: "Layer",
     sae: BlockDiagSAE,
-    layer: int,
     run: PromptRun,
     kind: Kind,
     which: int,
     position: int = -1,
     only_at: int | None = None,
 ) -> Ablation:
-    """Ablate on a prompt that `run_prompt` ran with this model and SAE, and predict the token after `position`.
+    """Ablate on a prompt that `run_prompt` ran with this layer and SAE, and predict the token after `position`.
 
     Args:
         kind: `feature`: its contribution f W_dec is taken out of z, what the SAE leaves unexplained stays;
@@ -73,37 +72,37 @@ def ablate(
     for name, at in (("position", position), ("only_at", only_at)):
         if at is not None and not -length <= at < length:
             raise ValueError(f"{name} {at} is out of range: the prompt has {length} tokens with BOS")
-    f, z, resid_pre, final = (each.to(lm.device) for each in (run.f, run.z, run.resid_pre, run.final))
-    delta = _change(lm, sae, f, z, kind, which)
+    f, z, resid_pre, final = (each.to(layer.device) for each in (run.f, run.z, run.resid_pre, run.final))
+    delta = _change(sae, layer.n_heads, f, z, kind, which)
     keep = torch.ones(length, dtype=torch.bool, device=delta.device)
     if only_at is not None:
         keep = torch.arange(length, device=delta.device) == only_at % length
     keep[0] = False
     delta[~keep] = 0
-    without = lm.final(resid_pre[None], layer, (z + delta)[None])[0]
+    without = layer.final(resid_pre[None], (z + delta)[None])[0]
     before = torch.stack([final[position], without[position]])[:, None]
-    clean, full = lm.logits(before, lm.n_layers)[:, 0].float()
-    written = torch.einsum("hd,hdm->m", delta[position], lm.W_O(layer).float())
-    direct = clean + lm.unembed(written).float() / lm.final_scale(before, lm.n_layers)[0, 0].float()
+    clean, full = layer.lm.logits(before)[:, 0].float()
+    written = torch.einsum("hd,hdm->m", delta[position], layer.W_O.float())
+    direct = clean + layer.lm.unembed(written).float() / layer.lm.final_scale(before)[0, 0].float()
     return Ablation(clean.cpu(), direct.cpu(), full.cpu())
 
 
 def _change(
-    lm: "LanguageModel",
     sae: BlockDiagSAE,
+    n_heads: int,
     f: Float[Tensor, "pos block feature"],
     z: Float[Tensor, "pos head d_head"],
     kind: Kind,
     which: int,
 ) -> Float[Tensor, "pos head d_head"]:
     """What the ablation adds to z."""
-    n = sae.d_sae if kind == "feature" else lm.n_heads
+    n = sae.d_sae if kind == "feature" else n_heads
     if not 0 <= which < n:
         raise ValueError(f"there is no {'feature' if kind == 'feature' else 'head'} {which}: ids run from 0 to {n - 1}")
     if kind.endswith("reconstruction"):
         delta = sae.decode(f).reshape(z.shape) - z
-        replaced = (torch.arange(lm.n_heads, device=z.device) == which) | (kind == "layer by reconstruction")
+        replaced = (torch.arange(n_heads, device=z.device) == which) | (kind == "layer by reconstruction")
         return torch.where(replaced[:, None], delta, 0.0)
-    of_feature = torch.arange(sae.d_sae) if kind == "feature" else head_of_features(sae, lm.n_heads)[0]
-    gone = (of_feature == which).view(sae.n_heads, sae.features_per_head).to(z.device)
+    of_feature = torch.arange(sae.d_sae) if kind == "feature" else head_of_features(sae, n_heads)[0]
+    gone = (of_feature == which).view(sae.n_blocks, sae.features_per_block).to(z.device)
     return (sae.b_dec - sae.decode(torch.where(gone, f, 0.0))).reshape(z.shape)

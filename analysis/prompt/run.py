@@ -14,7 +14,7 @@ from analysis import attribution as dfa
 from trainer.block_diag import BlockDiagSAE
 
 if TYPE_CHECKING:  # it imports transformer_lens, for which pages that run no prompt should not wait
-    from trainer.model.lm import LanguageModel
+    from trainer.model.lm import Layer
 
 
 @dataclass(frozen=True)
@@ -59,27 +59,29 @@ class PromptRun:
 
 
 @torch.no_grad()
-def run_prompt(lm: "LanguageModel", sae: BlockDiagSAE, layer: int, prompt: str) -> PromptRun:
-    """Run a prompt and encode its hook_z of `layer`.
+def run_prompt(layer: "Layer", sae: BlockDiagSAE, prompt: str) -> PromptRun:
+    """Run a prompt and encode its hook_z of a layer.
 
     Raises:
         ValueError: the prompt is empty or too long, or the SAE's sizes are not this model's.
     """
-    if sae.d_in != lm.n_heads * lm.d_head:
-        raise ValueError(f"the SAE reads {sae.d_in} dimensions, but {lm.name} has {lm.n_heads} x {lm.d_head}")
-    tokens = lm.to_tokens(prompt)
-    attention, resid_pre, final = lm.forward(tokens, layer)
+    if sae.d_in != layer.n_heads * layer.d_head:
+        raise ValueError(
+            f"the SAE reads {sae.d_in} dimensions, but {layer.lm.name} has {layer.n_heads} x {layer.d_head}"
+        )
+    tokens = layer.lm.to_tokens(prompt)
+    attention, resid_pre, final = layer.forward(tokens)
     z, v, pattern = (part[0].float() for part in attention)
-    sae = sae.to(lm.device)
+    sae = sae.to(layer.device)
     ids = tokens[0].cpu()
     return PromptRun(
         tokens=ids,
-        strings=lm.token_strings(ids.tolist()),
+        strings=layer.lm.token_strings(ids.tolist()),
         f=sae.encode(z).cpu(),
         z=z.cpu(),
         pattern=pattern.cpu(),
-        values=(v - lm.value_bias(layer).float()).transpose(0, 1).cpu(),
-        W_enc=dfa.head_encoders(sae, lm.n_heads, lm.d_head).detach().cpu(),
+        values=(v - layer.b_V.float()).transpose(0, 1).cpu(),
+        W_enc=dfa.head_encoders(sae, layer.n_heads, layer.d_head).detach().cpu(),
         slots=dfa.source_slots(ids),
         resid_pre=resid_pre[0].cpu(),
         final=final[0].cpu(),
@@ -164,16 +166,14 @@ def _from_source(run: PromptRun, source: int) -> Float[Tensor, "pos block featur
 
 
 @torch.no_grad()
-def direct_effects(
-    lm: "LanguageModel", sae: BlockDiagSAE, layer: int, run: PromptRun, token: int
-) -> Float[Tensor, "pos block feature"]:
+def direct_effects(layer: "Layer", sae: BlockDiagSAE, run: PromptRun, token: int) -> Float[Tensor, "pos block feature"]:
     """What each firing adds to the logit of a next token at its own position, by the direct path.
 
     f (W_dec W_O) . direction of the token / scale of the final norm; everything else frozen.
     """
-    W_O = lm.W_O(layer).float().reshape(sae.n_heads, sae.d_head, -1)
-    per_unit = (sae.W_dec @ (W_O @ lm.logit_direction(token).float())[..., None])[..., 0]
-    scale = lm.final_scale(run.final[None].to(lm.device), lm.n_layers)[0]
+    W_O = layer.W_O.float().reshape(sae.n_blocks, sae.width, -1)
+    per_unit = (sae.W_dec @ (W_O @ layer.lm.logit_direction(token).float())[..., None])[..., 0]
+    scale = layer.lm.final_scale(run.final[None].to(layer.device))[0]
     return run.f * (per_unit / scale[..., None].float()).cpu()
 
 

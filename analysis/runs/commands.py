@@ -1,4 +1,4 @@
-"""Command lines of `python -m trainer`, from a config.json or from a form; each is checked by reading it back."""
+"""Command lines of `python -m trainer`: of a run that is there, or from a form."""
 
 import shlex
 import threading
@@ -8,12 +8,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from trainer.__main__ import build_parser
-from trainer.config import ActivationsConfig, TrainingConfig, require
-from trainer.recipes import LISTED, TOP_K, SAEConfig, SweepConfig
+from trainer import cli
+from trainer.checkpoint import Checkpoint
+from trainer.config import require
 from trainer.run import plan
 
-_NOT_REPEATED = ("name", "out", "resume")  # said for each command
 _parsing = threading.Lock()  # sessions share the parser
 
 
@@ -22,26 +21,26 @@ def shell(arguments: list[str]) -> str:
     return f"python -m trainer {shlex.join(arguments)}"
 
 
-def repeat(config: dict[str, Any], name: str, out: str) -> list[str]:
-    """Arguments that train the SAE of a config.json once more, in a new directory.
+def repeat(checkpoint: Checkpoint, shown: str, name: str) -> list[str]:
+    """Arguments that train an SAE once more, in a new directory of the same folder.
 
     Args:
-        config: config.json of a checkpoint.
-        name, out: the new directory and its folder.
+        shown: the checkpoint's directory as one types it beside app.py.
+        name: of the new directory.
 
     Raises:
-        ValueError: it was not trained by this program, or not with options that a command line can say.
+        ValueError: it was not trained by this program, or by a version that wrote no run.yaml.
     """
-    return _write({**_options(config), **_place(name, out)})
+    return [*_of_run(checkpoint, shown), f"--name={name}"]
 
 
-def resume(config: dict[str, Any], name: str, out: str) -> list[str]:
-    """Arguments that go on with the interrupted training of a config.json in its own directory.
+def resume(checkpoint: Checkpoint, shown: str) -> list[str]:
+    """Arguments that go on with an interrupted training in its own directory.
 
     Raises:
         ValueError: as `repeat`.
     """
-    return _write({**_options(config), **_place(name, out), "resume": True})
+    return [*_of_run(checkpoint, shown), f"--name={checkpoint.name}", "--resume=true"]
 
 
 def compose(choices: dict[str, Any], folder: Path, out: str) -> tuple[list[str], list[str]]:
@@ -57,26 +56,13 @@ def compose(choices: dict[str, Any], folder: Path, out: str) -> tuple[list[str],
     """
     defaults = _defaults()
     options = {key: value for key, value in choices.items() if value is not None and value != defaults[key]}
-    activations, saes, training = build(options)
+    activations, saes, training = cli.build(options)
     # Elsewhere, where nothing exists: a form that is looked at writes nothing into the folder.
     with TemporaryDirectory() as empty:
         names = [run.path.name for run in plan(activations, saes, replace(training, out=empty))]
     for name in names:
         require(not (folder / name).exists(), f"{name} exists already: choose another name")
     return _write({**options, "out": out} if out != defaults["out"] else options), names
-
-
-def build(options: dict[str, Any]) -> tuple[ActivationsConfig, list[SAEConfig], TrainingConfig]:
-    """What `python -m trainer` makes of its options; those that are left out have their defaults.
-
-    Raises:
-        ValueError: a dataclass refuses one.
-    """
-    activations, sweep, training = (
-        group(**{each.name: options[each.name] for each in fields(group) if each.name in options})
-        for group in (ActivationsConfig, SweepConfig, TrainingConfig)
-    )
-    return activations, sweep.expand({each.name: options.get(each.name) for each in fields(SAEConfig)}), training
 
 
 def numbers(text: str, kind: type, what: str) -> Any:
@@ -98,38 +84,21 @@ def explanations() -> dict[str, str]:
     return {action.dest: action.help for action in _parser()._actions if action.help}
 
 
-def _options(config: dict[str, Any]) -> dict[str, Any]:
-    """What differs from the defaults of the program, of the preset and of the recipe, in the training of a config."""
-    imported = config.get("imported_from")
-    require(not imported, f"it was imported from {imported}: how it was trained is not known here")
-    stored, defaults = config["training"], _defaults()
-    own = [each.name for each in fields(ActivationsConfig) + fields(TrainingConfig) if each.name not in _NOT_REPEATED]
-    options = {key: stored[key] for key in own if key in stored and stored[key] != defaults[key]}
-    sae = {each.name: stored.get(each.name) for each in fields(SAEConfig)}
-    sparsity = "k" if sae["recipe"] in TOP_K else "l1_coefficient"
-    # A recipe and its sparsity are always named, for the reader; a preset names its recipe.
-    named = {key: sae[key] for key in ("preset", "recipe", "hook_layer", "label", sparsity)}
-    implied = SAEConfig.resolve(**named)
-    differing = {key: value for key, value in sae.items() if key not in named and value != getattr(implied, key)}
-    if sae["preset"] and SAEConfig.resolve(preset=sae["preset"], hook_layer=0).recipe == sae["recipe"]:
-        del named["recipe"]
-    if named["hook_layer"] == defaults["hook_layer"]:
-        del named["hook_layer"]
-    if "l1_coefficient" in named:
-        named["l1_coefficients"] = named.pop("l1_coefficient")
-    return {key: value for key, value in {**named, **differing, **options}.items() if value is not None}
-
-
-def _place(name: str, out: str) -> dict[str, str]:
-    return {"name": name} if out == _defaults()["out"] else {"out": out, "name": name}
+def _of_run(checkpoint: Checkpoint, shown: str) -> list[str]:
+    imported, file = checkpoint.config.imported, checkpoint.path / "run.yaml"
+    require(
+        imported is None, f"it was imported from {imported and imported.source}: how it was trained is not known here"
+    )
+    require(file.exists(), "it has no run.yaml: a version before 0.2 trained it")
+    out = str(Path(shown).parent)
+    return [f"--config={Path(shown) / 'run.yaml'}", f"--out={out}"]
 
 
 @lru_cache(maxsize=1)
 def _defaults() -> dict[str, Any]:
     """Of every option of the command line."""
-    groups = fields(ActivationsConfig) + fields(SweepConfig) + fields(TrainingConfig)
-    own = {each.name: None for each in fields(SAEConfig) if each.name not in LISTED}
-    return own | {each.name: None if each.default is MISSING else each.default for each in groups}
+    groups = [each for group in cli.GROUPS for each in fields(group)]
+    return {each.name: None if each.default is MISSING else each.default for each in groups}
 
 
 def _write(options: dict[str, Any]) -> list[str]:
@@ -151,7 +120,7 @@ def _write(options: dict[str, Any]) -> list[str]:
 
 @lru_cache(maxsize=1)
 def _parser() -> Any:
-    parser = build_parser()
+    parser = cli.parser()
     parser.exit_on_error = False
     return parser
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from trainer import checkpoint
+from trainer.checkpoint import Checkpoint, CheckpointError, read_metrics
 
 # Metric keys of eval.json with the axis label that says exactly what is drawn.
 METRICS = {
@@ -21,47 +21,40 @@ SCORES = ("CE_score", "KL_score")  # larger is better; they can be negative or a
 _SCALARS = ("L0", "MSE", "FVU", "CE_score", "CE_score_se", "KL_score", "KL_score_se", "dead_fraction")
 
 
-def site(config: dict[str, Any]) -> str:
-    """The model and layer whose head outputs a checkpoint reconstructs; only those of one site compare."""
-    return f"{Path(config['model']['name']).name} layer {config['model']['hook_layer']}"
-
-
-def summary(listed: list[checkpoint.Listed], repeated: bool = False, head: int | None = None) -> pd.DataFrame:
-    """One row per readable checkpoint. A run without eval.json shows its last training batch instead.
+def summary(checkpoints: list[Checkpoint], repeated: bool = False, head: int | None = None) -> pd.DataFrame:
+    """One row per checkpoint. A run without eval.json shows its last training batch instead.
 
     Args:
-        listed: checkpoints of models with the same number of heads, where `head` is given.
+        checkpoints: of models with the same number of heads, where `head` is given.
         repeated: figures on repeated random tokens instead of held-out text.
         head: figures of one head; scores with only that head replaced. A dense SAE has no L0 of a head (NaN).
     """
     rows = []
-    for path, config, _ in listed:
-        if config is None:
-            continue
-        figures, source = _figures(path, repeated)
-        shape, model = config["sae"], config["model"]
-        width = shape["n_heads"] * shape["d_head"]
-        last, seconds = _log_of(path)
+    for checkpoint in checkpoints:
+        config, model = checkpoint.config, checkpoint.config.model
+        figures, source = _figures(checkpoint, repeated)
+        width = model.n_heads * model.d_head
+        last, seconds = _log_of(checkpoint.path)
         n_tokens = figures.get("n_tokens")
         if head is not None:
-            figures, width = per_head(figures, model["n_heads"]).loc[head].to_dict(), model["d_head"]
+            figures, width = per_head(figures, model.n_heads).loc[head].to_dict(), model.d_head
         row = {
-            "name": path.name,
-            "recipe": _recipe(config),
-            "sparsity": _sparsity(config),
-            "block": config.get("block", "head"),
-            "status": config["status"],
+            "name": checkpoint.name,
+            "recipe": checkpoint.recipe,
+            "sparsity": checkpoint.sparsity,
+            "block": "dense" if checkpoint.is_dense else "head",
+            "status": config.status,
             "figures": source,
             **{key: figures.get(key) for key in _SCALARS},
             "MSE_per_dim": None if figures.get("MSE") is None else figures["MSE"] / width,
             "n_tokens": n_tokens,
-            "parameters": n_parameters(shape),
+            "parameters": config.sae.n_parameters,
             # config.json is written when weights are saved, the log more often.
-            "tokens_seen": last.get("tokens", config.get("tokens_seen")),
+            "tokens_seen": last.get("tokens", config.tokens_seen),
             "training_seconds": seconds,
-            "model": Path(model["name"]).name,
-            "hook_layer": model["hook_layer"],
-            "d_sae": shape["n_heads"] * shape["features_per_head"],
+            "model": Path(model.name).name,
+            "hook_layer": model.hook_layer,
+            "d_sae": config.sae.n_blocks * config.sae.features_per_block,
         }
         rows.append(row)
     frame = pd.DataFrame(rows)
@@ -69,13 +62,6 @@ def summary(listed: list[checkpoint.Listed], repeated: bool = False, head: int |
     numeric = [column for column in numeric if column in frame]
     frame[numeric] = frame[numeric].apply(pd.to_numeric)  # None (not measurable, not known) becomes NaN
     return frame
-
-
-def n_parameters(shape: dict[str, Any]) -> int:
-    """Weights and biases that an SAE of these sizes (`config["sae"]`) has: its blocks, without zeros around them."""
-    features = shape["n_heads"] * shape["features_per_head"]
-    thresholds = features if shape["activation"] == "jumprelu" else 0
-    return 2 * features * shape["d_head"] + features + shape["n_heads"] * shape["d_head"] + thresholds
 
 
 def training_seconds(lines: list[dict[str, Any]]) -> float | None:
@@ -107,12 +93,12 @@ def pareto(frame: pd.DataFrame, metric: str) -> pd.Series:
     return front
 
 
-def _figures(path: Path, repeated: bool) -> tuple[dict[str, Any], str]:
-    figures = checkpoint.load_eval(path)
+def _figures(checkpoint: Checkpoint, repeated: bool) -> tuple[dict[str, Any], str]:
+    figures = checkpoint.eval
     if repeated:
         return (figures or {}).get("induction") or {}, "repeated tokens"
     if figures is None:
-        return _log_of(path)[0], "training batch"
+        return _log_of(checkpoint.path)[0], "training batch"
     return figures, "held-out"
 
 
@@ -128,33 +114,19 @@ def _log_of(path: Path) -> tuple[dict[str, Any], float | None]:
 @lru_cache(maxsize=256)  # a page that refreshes itself reads only the logs that grew
 def _read_log(path: Path, modified: int, size: int) -> tuple[dict[str, Any], float | None]:
     try:
-        lines = checkpoint.load_metrics(path)
-    except checkpoint.CheckpointError:  # the training curves say so
+        lines = read_metrics(path)
+    except CheckpointError:  # the training curves say so
         return {}, None
     return (lines[-1] if lines else {}), training_seconds(lines)
 
 
-def _recipe(config: dict[str, Any]) -> str:
-    """What tells a family of checkpoints from others: its label, preset or recipe."""
-    options = config["training"]
-    name = options.get("label") or options.get("preset") or config.get("recipe", "unknown")
-    return f"{name} (dense)" if config.get("block") == "dense" else name
-
-
-def _sparsity(config: dict[str, Any]) -> str:
-    """The coefficient or k, as one reads it."""
-    k, coefficient = (config["training"].get(key) for key in ("k", "l1_coefficient"))
-    return f"k {k}" if k else "" if coefficient is None else f"λ {coefficient:g}"
-
-
-def curves(paths: list[Path]) -> pd.DataFrame:
+def curves(checkpoints: list[Checkpoint]) -> pd.DataFrame:
     """Every logged step of the given checkpoints: name, step, tokens, and the scalar figures."""
     rows = []
-    for path in paths:
-        for line in checkpoint.load_metrics(path):
-            rows.append(
-                {"name": path.name} | {key: value for key, value in line.items() if not isinstance(value, list)}
-            )
+    for checkpoint in checkpoints:
+        for line in checkpoint.metrics():
+            scalars = {key: value for key, value in line.items() if not isinstance(value, list)}
+            rows.append({"name": checkpoint.name, **scalars})
     return pd.DataFrame(rows)
 
 

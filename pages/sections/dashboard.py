@@ -9,12 +9,12 @@ from analysis.prompt.run import visible
 from analysis.store import Analysis
 from pages.charts import features as feature_charts
 from pages.shared import common, live, strips
-from trainer import checkpoint
+from trainer.checkpoint import Checkpoint
 
 _SAE_VIS_FEATURES = 20
 
 
-def show(listed: checkpoint.Listed, analysis: Analysis, labels: Labels, order: list[int]) -> None:
+def show(listed: Checkpoint, analysis: Analysis, labels: Labels, order: list[int]) -> None:
     """Draw the feature that the address names, with steps to its neighbours in `order`.
 
     Raises:
@@ -86,7 +86,7 @@ def exchange(labels: Labels, d_sae: int, name: str) -> None:
         st.error(str(error))
 
 
-def sae_vis_page(listed: checkpoint.Listed, features: list[int]) -> None:
+def sae_vis_page(listed: Checkpoint, features: list[int]) -> None:
     """A button that makes the sae-vis HTML of the first features shown."""
     chosen = features[:_SAE_VIS_FEATURES]
     st.caption(
@@ -96,9 +96,7 @@ def sae_vis_page(listed: checkpoint.Listed, features: list[int]) -> None:
     st.code(f"python -m analysis.sae_vis {common.shown_path(listed.path)} OUT.html", language="bash")
     if chosen and st.button("Make it"):
         page = live.sae_vis_page(listed, tuple(chosen))
-        st.download_button(
-            "Download the HTML", page, f"{listed.path.name}-sae-vis.html", "text/html", on_click="ignore"
-        )
+        st.download_button("Download the HTML", page, f"{listed.name}-sae-vis.html", "text/html", on_click="ignore")
 
 
 def _navigation(analysis: Analysis, order: list[int]) -> int:

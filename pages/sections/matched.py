@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
@@ -14,7 +13,7 @@ from analysis.prompt.run import PromptRun
 from pages.charts import compare as compare_charts
 from pages.charts.common import PALETTE
 from pages.shared import common
-from trainer import checkpoint
+from trainer.checkpoint import Checkpoint, CheckpointError
 
 _TABLE_ROWS = 1000  # sent to the browser of a table that shows all features
 
@@ -23,7 +22,7 @@ class Side(NamedTuple):
     """One of the compared checkpoints."""
 
     ordinal: str
-    listed: checkpoint.Listed
+    listed: Checkpoint
     short: str
     """its name without the words that all of them begin with"""
     colour: str
@@ -31,7 +30,7 @@ class Side(NamedTuple):
 
     @property
     def name(self) -> str:
-        return self.listed.path.name
+        return self.listed.name
 
     @property
     def label(self) -> str:
@@ -39,7 +38,7 @@ class Side(NamedTuple):
 
     @property
     def dense(self) -> bool:
-        return self.listed.config["sae"]["n_heads"] != self.listed.config["model"]["n_heads"]
+        return self.listed.is_dense
 
 
 class View(NamedTuple):
@@ -61,19 +60,19 @@ class View(NamedTuple):
 
 def show(sides: list[Side], runs: list[PromptRun], head: int | None, position: int | None) -> None:
     """Draw the match of two checkpoints on one prompt: of a head (None: all), at a position (None: anywhere)."""
-    ours, theirs = (side.listed.config["model"] for side in sides)
-    if any(ours.get(key) != theirs.get(key) for key in ("fingerprint", "hook_layer", "processing")):
+    ours, theirs = (side.listed.config.model for side in sides)
+    if any(getattr(ours, key) != getattr(theirs, key) for key in ("fingerprint", "hook_layer", "processing")):
         st.info("Features of different models or layers cannot be matched.")
         return
-    paths = [side.listed.path for side in sides]
     try:
-        match = load(*paths)
+        match = load(*(side.listed for side in sides))
         _ = match.pairs, match.features
-    except checkpoint.CheckpointError as error:
-        st.text(f"{str(error).split(': run')[0]}. This command matches their features:")
-        st.code(read.command_for(*_shown(paths)), language="bash")
+    except CheckpointError as error:
+        st.text(f"{error.reason}. This command matches their features:")
+        paths = " ".join(common.shown_path(side.listed.path) for side in sides)
+        st.code(f"python -m analysis.match {paths}", language="bash")
         return
-    if match.a != paths[0]:  # the dense one comes first
+    if match.a.path != sides[0].listed.path:  # the dense one comes first
         sides, runs = sides[::-1], runs[::-1]
     firing = st.toggle(
         "Only features that fire on the prompt", value=True, key="firing", bind="query-params",
@@ -86,25 +85,19 @@ def show(sides: list[Side], runs: list[PromptRun], head: int | None, position: i
     _alone(view)
 
 
-@st.cache_resource(max_entries=12, show_spinner=False)
-def _match(first: str, second: str, changed: tuple[float, ...]) -> Match:
+@st.cache_resource(max_entries=12, show_spinner=False, hash_funcs={Checkpoint: common.version})
+def _match(first: Checkpoint, second: Checkpoint, changed: tuple[float, ...]) -> Match:
     return Match(first, second)
 
 
-def load(first: Path, second: Path) -> Match:
+def load(first: Checkpoint, second: Checkpoint) -> Match:
     """The match of two checkpoints, read once for all sessions, which must not change its frames.
 
     Raises:
         CheckpointError: there is none, or it cannot be used.
     """
     files = [read.match_folder(*each) / "meta.json" for each in ((first, second), (second, first))]
-    files += [path / "sae.safetensors" for path in (first, second)]
-    return _match(str(first), str(second), tuple(map(common.modified, files)))
-
-
-def _shown(paths: list[Path]) -> tuple[str, list[str]]:
-    first, *others = map(common.shown_path, paths)
-    return first, others
+    return _match(first, second, tuple(map(common.modified, files)))
 
 
 def _counts(match: Match, sides: list[Side]) -> None:

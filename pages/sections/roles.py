@@ -8,12 +8,12 @@ import streamlit as st
 from analysis.prompt.run import visible
 from analysis.store import Analysis
 from pages.charts import heads as head_charts
-from trainer import checkpoint
+from trainer.checkpoint import Checkpoint
 
 _PERCENT = st.column_config.NumberColumn(format="percent")
 
 
-def cards(listed: checkpoint.Listed, analysis: Analysis) -> None:
+def cards(listed: Checkpoint, analysis: Analysis) -> None:
     """Every head in a table, one of them as a card."""
     heads = analysis.heads
     st.caption(
@@ -72,7 +72,7 @@ def cards(listed: checkpoint.Listed, analysis: Analysis) -> None:
         st.dataframe(_copying(analysis, int(row["head"])), hide_index=True, height=250)
 
 
-def monosemanticity(listed: checkpoint.Listed, analysis: Analysis) -> None:
+def monosemanticity(listed: Checkpoint, analysis: Analysis) -> None:
     """The share of features that have their head's role, and those that deviate."""
     st.caption(
         "A head is monosemantic where all its features do the same. Counted are features with 10 firings or more whose "
@@ -123,7 +123,7 @@ def monosemanticity(listed: checkpoint.Listed, analysis: Analysis) -> None:
     _linked(deviants[columns], listed, {f"{prefix}role_share": _PERCENT})
 
 
-def redundancy(listed: checkpoint.Listed, analysis: Analysis) -> None:
+def redundancy(listed: Checkpoint, analysis: Analysis) -> None:
     """Whether features of different heads say the same."""
     found = analysis.meta["redundancy"]
     st.caption(
@@ -170,13 +170,13 @@ def _pick_head(table: str = "roles") -> None:
         st.session_state["of_head"] = rows[0]
 
 
-def _linked(table: pd.DataFrame, listed: checkpoint.Listed, config: dict) -> None:
+def _linked(table: pd.DataFrame, listed: Checkpoint, config: dict) -> None:
     """A table in which the numbers of features are links to their dashboards.
 
     Links, because a page whose widgets are in its address cannot switch to another one with the same keys.
     """
     numbers = [name for name in ("feature", "other") if name in table]
-    address = f"features?checkpoint={quote(listed.path.name)}&feature="
+    address = f"features?checkpoint={quote(listed.name)}&feature="
     links = {name: st.column_config.LinkColumn(display_text=r"feature=(\d+)$") for name in numbers}
     table = table.assign(**{name: address + table[name].astype(str) for name in numbers})
     st.dataframe(table, hide_index=True, height=280, column_config=config | links)

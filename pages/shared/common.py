@@ -16,8 +16,7 @@ from streamlit.errors import StreamlitAPIException
 from streamlit.runtime.pages_manager import PagesManager
 
 from analysis.store import Analysis
-from trainer import checkpoint
-from trainer.block_diag import BlockDiagSAE
+from trainer.checkpoint import Checkpoint, CheckpointError, list_checkpoints
 
 ROOT = Path(__file__).parents[2]
 FIRST_COMMAND = (
@@ -62,15 +61,13 @@ def folder() -> Path:
     return Path(os.environ.get("ATTN_SAES_CHECKPOINTS") or ROOT / "checkpoints")
 
 
-def readable() -> list[checkpoint.Listed]:
+def readable() -> list[Checkpoint]:
     """Checkpoints that can be shown; the others are listed with their reason, and the app goes on."""
-    listed = checkpoint.list_checkpoints(folder())
-    broken = [each for each in listed if each.error]
-    if broken:
-        with st.expander(f"{len(broken)} unreadable checkpoint(s) in {folder().name}/", icon=":material/warning:"):
-            for each in broken:
-                st.text(each.error)
-    found = [each for each in listed if each.config]
+    found, errors = list_checkpoints(folder())
+    if errors:
+        with st.expander(f"{len(errors)} unreadable checkpoint(s) in {folder().name}/", icon=":material/warning:"):
+            for error in errors:
+                st.text(str(error))
     if not found:
         st.info("There is no checkpoint to show yet. Train one, it appears here while it trains:")
         st.code(FIRST_COMMAND, language="bash")
@@ -85,15 +82,15 @@ def select(column: Any, label: str, options: Sequence[str], key: str, **more: An
     return column.selectbox(label, options, key=key, bind="query-params", **more)
 
 
-def pick_checkpoint(listed: list[checkpoint.Listed], label: str, key: str, index: int = 0) -> checkpoint.Listed:
+def pick_checkpoint(listed: list[Checkpoint], label: str, key: str, index: int = 0) -> Checkpoint:
     """A select box over checkpoint names, kept in the URL under `key`; `index` counts from the default one.
 
     Streamlit leaves defaults out of the URL. Which checkpoint is the default changes as others are trained, so the box
     has none: the name is written down, and a link means the same SAE tomorrow.
     """
-    by_name = {each.path.name: each for each in listed}
+    by_name = {each.name: each for each in listed}
     names = list(by_name)
-    default = names[(names.index(_default(listed).path.name) + index) % len(names)]
+    default = names[(names.index(_default(listed).name) + index) % len(names)]
     wanted = st.query_params.get(key)
     if wanted is not None and wanted not in by_name:
         st.warning(f"There is no checkpoint {wanted} in {folder().name}/: {default} is shown.")
@@ -106,26 +103,27 @@ def pick_checkpoint(listed: list[checkpoint.Listed], label: str, key: str, index
     return by_name[st.selectbox(label, names, None, key=key, bind="query-params") or default]
 
 
-def _default(listed: list[checkpoint.Listed]) -> checkpoint.Listed:
+def _default(listed: list[Checkpoint]) -> Checkpoint:
     """The plain block-diagonal checkpoint with L0 up to 40 (which one can read) that keeps most; else the sparsest.
 
     Plain: neither a baseline nor labelled as a variant.
     """
 
-    def rank(each: checkpoint.Listed) -> tuple[bool, bool, float]:
-        figures = checkpoint.load_eval(each.path) or {"L0": math.inf, "FVU": math.inf}
-        variant = each.config["block"] == "dense" or each.config["training"].get("label") is not None
+    def rank(each: Checkpoint) -> tuple[bool, bool, float]:
+        figures = each.eval or {"L0": math.inf, "FVU": math.inf}
+        options = each.config.options
+        variant = each.is_dense or options is None or options.sae.label is not None
         readable = figures["L0"] <= 40
         return variant, not readable, figures["FVU"] if readable else figures["L0"]
 
     return min(listed, key=rank)
 
 
-def evaluation(listed: checkpoint.Listed) -> dict[str, Any] | None:
+def evaluation(listed: Checkpoint) -> dict[str, Any] | None:
     """eval.json of a checkpoint, or None with a sentence on the page."""
-    figures = checkpoint.load_eval(listed.path)
+    figures = listed.eval
     if figures is None:
-        st.info(f"{listed.path.name} is still training: its held-out figures come with eval.json at the end.")
+        st.info(f"{listed.name} is still training: its held-out figures come with eval.json at the end.")
     return figures
 
 
@@ -138,48 +136,46 @@ def pick_text(figures: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [texts[choice](each) for each in figures]
 
 
-@st.cache_resource(max_entries=8, show_spinner=False)
-def _sae(path: str, modified: float) -> tuple[BlockDiagSAE, dict[str, Any]]:
-    return checkpoint.load(path)
+def version(checkpoint: Checkpoint) -> tuple[str, float, float]:
+    """What is cached of a checkpoint is read again once its weights or its analysis are others."""
+    return str(checkpoint.path), modified(checkpoint.weights), modified(checkpoint.path / "analysis" / "meta.json")
 
 
-def load_sae(path: Path) -> tuple[BlockDiagSAE, dict[str, Any]]:
-    """An SAE and its config, read once for all sessions.
+@st.cache_resource(max_entries=8, show_spinner=False, hash_funcs={Checkpoint: version})
+def opened(checkpoint: Checkpoint) -> Checkpoint:
+    """One object for all sessions, so that weights are read once.
 
     Raises:
-        CheckpointError: it cannot be used.
+        CheckpointError: the weights cannot be used.
     """
-    return _sae(str(path), modified(path / "sae.safetensors"))
+    _ = checkpoint.sae
+    return checkpoint
 
 
-@st.cache_resource(max_entries=6, show_spinner=False)
-def _analysis(path: str, changed: tuple[float, float]) -> Analysis:
-    return Analysis(path)
-
-
-def load_analysis(path: Path) -> Analysis:
+@st.cache_resource(max_entries=6, show_spinner=False, hash_funcs={Checkpoint: version})
+def load_analysis(checkpoint: Checkpoint) -> Analysis:
     """The analysis of a checkpoint, read once for all sessions, which must not change its frames.
 
     Raises:
         CheckpointError: there is none, or it cannot be used.
     """
-    return _analysis(str(path), (modified(path / "analysis" / "meta.json"), modified(path / "sae.safetensors")))
+    return Analysis(checkpoint)
 
 
-def analysis_or_hint(listed: checkpoint.Listed) -> Analysis | None:
+def analysis_or_hint(listed: Checkpoint) -> Analysis | None:
     """The analysis of a checkpoint, or None with a sentence and the command that makes it."""
     try:
-        return load_analysis(listed.path)
-    except checkpoint.CheckpointError as error:
-        st.info(f"{str(error).split(': run')[0]}. This command writes one; --tokens=20000 is quicker:")
+        return load_analysis(listed)
+    except CheckpointError as error:
+        st.info(f"{error.reason}. This command writes one; --tokens=20000 is quicker:")
         st.code(f"python -m analysis {shown_path(listed.path)}", language="bash")
         return None
 
 
-def feature_link(column: Any, listed: checkpoint.Listed, feature: int) -> None:
+def feature_link(column: Any, listed: Checkpoint, feature: int) -> None:
     """A link to a feature's dashboard, where there is an analysis."""
     if (listed.path / "analysis" / "meta.json").exists():
-        query = {"checkpoint": listed.path.name, "feature": str(feature)}
+        query = {"checkpoint": listed.name, "feature": str(feature)}
         column.page_link(
             "pages/features.py", label="Its dashboard", icon=":material/arrow_forward:", query_params=query
         )
@@ -190,7 +186,7 @@ def sentences() -> Iterator[None]:
     """A file that turns out to be damaged ends the page with its sentence, not with a traceback."""
     try:
         yield
-    except checkpoint.CheckpointError as error:
+    except CheckpointError as error:
         st.error(str(error))
         st.stop()
 

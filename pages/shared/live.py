@@ -3,6 +3,8 @@
 The model is shared by all sessions and holds its own lock around hooks.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,8 +15,8 @@ import streamlit as st
 from analysis.prompt.ablate import Kind, ablate
 from analysis.prompt.run import PromptRun, direct_effects, role_table, run_prompt, visible
 from pages.shared import common
-from trainer import checkpoint, embedded
-from trainer.block_diag import BlockDiagSAE
+from trainer import embedded
+from trainer.checkpoint import Checkpoint
 
 # A tour on the shipped checkpoint batchtopk-x8-k32: what one should see is tested in tests/test_embedded.py.
 EXAMPLES = {
@@ -53,90 +55,83 @@ def _language_model(name: str, dtype: str) -> tuple[Any, str]:
     return lm, lm.fingerprint()
 
 
-def _loaded(path: str) -> tuple[Any, BlockDiagSAE, int]:
-    """The language model, the SAE and the layer of a checkpoint."""
-    sae, config = common.load_sae(Path(path))
-    model = config["model"]
-    return _language_model(model["name"], model["dtype"])[0], sae, model["hook_layer"]
+def _layer(checkpoint: Checkpoint) -> Any:
+    """The attention layer of the language model that a checkpoint was trained on."""
+    model = checkpoint.config.model
+    return _language_model(model.name, model.dtype)[0].layer(model.hook_layer)
 
 
-@st.cache_resource(max_entries=6, show_spinner="Running the prompt")
-def _prompt_run(path: str, modified: float, prompt: str) -> PromptRun:
-    lm, sae, layer = _loaded(path)
-    return run_prompt(lm, sae, layer, prompt)
+@st.cache_resource(max_entries=6, show_spinner="Running the prompt", hash_funcs={Checkpoint: common.version})
+def _prompt_run(checkpoint: Checkpoint, prompt: str) -> PromptRun:
+    return run_prompt(_layer(checkpoint), common.opened(checkpoint).sae, prompt)
 
 
-def prompt_run(listed: checkpoint.Listed, prompt: str) -> PromptRun:
+def prompt_run(checkpoint: Checkpoint, prompt: str) -> PromptRun:
     """Run a prompt, fetching the embedded model first if it is not there; errors end the page with a sentence."""
-    model = listed.config["model"]
-    name = model["name"]
-    try:
-        if name == embedded.NAME and not embedded.is_ready():
+    model = checkpoint.config.model
+    with _sentences():
+        if model.name == embedded.NAME and not embedded.is_ready():
             with st.empty():
                 bar = st.progress(0.0, "The embedded model is fetched once")
                 embedded.ensure(lambda fraction, message: bar.progress(fraction, message))
                 st.empty()
-        run = _prompt_run(str(listed.path), _weights(listed), prompt)
-        _, fingerprint = _language_model(name, model["dtype"])
-        if fingerprint != model["fingerprint"]:
-            st.warning(f"{name} has other weights here than when {listed.path.name} was trained.")
+        run = _prompt_run(checkpoint, prompt)
+        if _language_model(model.name, model.dtype)[1] != model.fingerprint:
+            st.warning(f"{model.name} has other weights here than when {checkpoint.name} was trained.")
         return run
-    except (ValueError, RuntimeError, OSError) as error:
-        st.error(str(error))
-        st.stop()
 
 
-@st.cache_data(max_entries=64, show_spinner="Ablating")
-def _ablation(path: str, modified: float, prompt: str, kind: Kind, which: int, position: int) -> pd.DataFrame:
-    lm, sae, layer = _loaded(path)
-    found = ablate(lm, sae, layer, _prompt_run(path, modified, prompt), kind, which, position)
+@st.cache_data(max_entries=64, show_spinner="Ablating", hash_funcs={Checkpoint: common.version})
+def _ablation(checkpoint: Checkpoint, prompt: str, kind: Kind, which: int, position: int) -> pd.DataFrame:
+    layer, sae = _layer(checkpoint), common.opened(checkpoint).sae
+    found = ablate(layer, sae, _prompt_run(checkpoint, prompt), kind, which, position)
     table = found.table(found.most_changed())
-    table.insert(0, "token", [visible(text) for text in lm.token_strings(table["id"].tolist())])
+    table.insert(0, "token", [visible(text) for text in layer.lm.token_strings(table["id"].tolist())])
     return table
 
 
-def ablation(listed: checkpoint.Listed, prompt: str, kind: Kind, which: int, position: int) -> pd.DataFrame:
+def ablation(checkpoint: Checkpoint, prompt: str, kind: Kind, which: int, position: int) -> pd.DataFrame:
     """The likeliest and the most changed next tokens after `position`, with and without; errors are a sentence."""
-    try:
-        return _ablation(str(listed.path), _weights(listed), prompt, kind, which, position)
-    except (ValueError, RuntimeError) as error:
-        st.error(str(error))
-        st.stop()
+    with _sentences():
+        return _ablation(checkpoint, prompt, kind, which, position)
 
 
-def predictions(listed: checkpoint.Listed, prompt: str, position: int) -> pd.DataFrame:
+def predictions(checkpoint: Checkpoint, prompt: str, position: int) -> pd.DataFrame:
     """The likeliest next tokens after `position`, as they are and with the SAE spliced in."""
-    return ablation(listed, prompt, "layer by reconstruction", 0, position)
+    return ablation(checkpoint, prompt, "layer by reconstruction", 0, position)
 
 
-def direct_effects_on(listed: checkpoint.Listed, prompt: str, token: int) -> Any:
+def direct_effects_on(checkpoint: Checkpoint, prompt: str, token: int) -> Any:
     """What each firing adds to the logit of a token, `[pos, block, feature]`."""
-    path = str(listed.path)
-    return direct_effects(*_loaded(path), _prompt_run(path, _weights(listed), prompt), token)
+    return direct_effects(_layer(checkpoint), common.opened(checkpoint).sae, _prompt_run(checkpoint, prompt), token)
 
 
-@st.cache_data(max_entries=4, show_spinner="Running the model and drawing with sae-vis")
-def _sae_vis_page(path: str, modified: float, features: tuple[int, ...]) -> bytes:
+@st.cache_data(
+    max_entries=4, show_spinner="Running the model and drawing with sae-vis", hash_funcs={Checkpoint: common.version}
+)
+def _sae_vis_page(checkpoint: Checkpoint, features: tuple[int, ...]) -> bytes:
     from analysis.sae_vis import export  # imports sae_lens, for seconds
 
-    lm, _, _ = _loaded(path)
     with TemporaryDirectory() as folder:
         out = Path(folder) / "page.html"
-        export(Path(path), out, tokens=4_000, features=list(features), lm=lm)
+        export(checkpoint.path, out, tokens=4_000, features=list(features), lm=_layer(checkpoint).lm)
         return out.read_bytes()
 
 
-def sae_vis_page(listed: checkpoint.Listed, features: tuple[int, ...]) -> bytes:
+def sae_vis_page(checkpoint: Checkpoint, features: tuple[int, ...]) -> bytes:
     """The sae-vis HTML of some features; errors end the page with a sentence."""
+    with _sentences():
+        return _sae_vis_page(checkpoint, features)
+
+
+@contextmanager
+def _sentences() -> Iterator[None]:
+    """What cannot be run ends the page with its sentence."""
     try:
-        return _sae_vis_page(str(listed.path), _weights(listed), features)
+        yield
     except (ValueError, RuntimeError, OSError) as error:
         st.error(str(error))
         st.stop()
-
-
-def _weights(listed: checkpoint.Listed) -> float:
-    return common.modified(listed.path / "sae.safetensors")
 
 
 def prompt_box() -> str:

@@ -35,8 +35,8 @@ def test_sources_and_constants_are_the_pre_activation(n_key_value_heads, dense):
     sae = BlockDiagSAE(1, 24, 40) if dense else BlockDiagSAE(6, 4, 10)
     sae.b_enc.data.normal_()
     tokens = torch.randint(50, (1, 20))
-    z, v, pattern = (each[0] for each in lm.attention(tokens, 1))
-    b_V = lm.value_bias(1)
+    z, v, pattern = (each[0] for each in lm.layer(1).attention(tokens))
+    b_V = lm.layer(1).b_V
     assert b_V.abs().min() > 0
     W_enc = dfa.head_encoders(sae, 6, 4)
     contributions = torch.einsum("hqs,hfs->hqf", pattern, dfa.reads_by_feature(v[None], b_V, W_enc)[0])
@@ -52,14 +52,14 @@ def test_the_table_of_one_feature_adds_up(model, request):
     lm = request.getfixturevalue(model)
     torch.manual_seed(0)
     sae = BlockDiagSAE(lm.n_heads, lm.d_head, 12)
-    run = run_prompt(lm, sae, 1, "the head reads the head")
+    run = run_prompt(lm.layer(1), sae, "the head reads the head")
     table = active_features(run, None, None)
     assert len(table) == min(500, int((run.f[1:] > 0).sum()))
     assert table["activation"].is_monotonic_decreasing
     for row in table.head(20).itertuples():
         index = row.feature - row.head * 12
         sources = source_attribution(run, row.head, index, row.position)
-        constant = dfa.constants(lm.value_bias(1), sae.W_enc, sae.b_enc)[row.head, index].item()
+        constant = dfa.constants(lm.layer(1).b_V, sae.W_enc, sae.b_enc)[row.head, index].item()
         assert sources["dfa"].sum() + constant == pytest.approx(row.activation, abs=1e-4)
         assert sources.loc[sources["dfa"].idxmax(), "token"] == row._7  # "reads from"
         assert sources["attention"].sum() == pytest.approx(1, abs=1e-5)
@@ -74,8 +74,8 @@ def test_sources_of_a_prompt_leave_value_biases_out(dense, monkeypatch):
     tokens = torch.randint(50, (1, 20))
     monkeypatch.setattr(lm, "to_tokens", lambda prompt: tokens)
     monkeypatch.setattr(lm, "token_strings", lambda ids: [str(i) for i in ids])
-    run, W_enc = run_prompt(lm, sae, 1, "any"), dfa.head_encoders(sae, 6, 4)
-    constant = dfa.constants(lm.value_bias(1), W_enc, torch.zeros(6, W_enc.shape[2]))
+    run, W_enc = run_prompt(lm.layer(1), sae, "any"), dfa.head_encoders(sae, 6, 4)
+    constant = dfa.constants(lm.layer(1).b_V, W_enc, torch.zeros(6, W_enc.shape[2]))
     constant = (constant.sum(0)[None] if dense else constant) + sae.b_enc
     for row in active_features(run, None, None).head(20).itertuples():
         block, index = divmod(row.feature, run.features_per_block)
@@ -181,14 +181,14 @@ def hand_run(layer: int) -> PromptRun:
     sae.b_enc.data.zero_()
     block = torch.tensor([3, 7, 4, 9, 5, 8])
     tokens = torch.cat([torch.tensor([0]), block, block, block])
-    (z, v, pattern), resid_pre, final = lm.forward(tokens[None], layer)
+    (z, v, pattern), resid_pre, final = lm.layer(layer).forward(tokens[None])
     return PromptRun(
         tokens=tokens,
         strings=[str(t) for t in tokens.tolist()],
         f=sae.encode(z[0]).detach(),
         z=z[0],
         pattern=pattern[0],
-        values=(v[0] - lm.value_bias(layer)).transpose(0, 1),
+        values=(v[0] - lm.layer(layer).b_V).transpose(0, 1),
         W_enc=sae.W_enc.detach(),
         slots=dfa.source_slots(tokens),
         resid_pre=resid_pre[0],

@@ -84,8 +84,8 @@ def position(token: dict) -> tuple[int, int]:
 
 def z_direction(shown, feature: int) -> torch.Tensor:
     """What a feature adds to z per unit of activation, [head, d_head]."""
-    block, index = divmod(feature, shown.sae.features_per_head)
-    direction = torch.zeros(shown.sae.n_heads, shown.sae.d_head)
+    block, index = divmod(feature, shown.sae.features_per_block)
+    direction = torch.zeros(shown.sae.n_blocks, shown.sae.width)
     direction[block] = shown.sae.W_dec[block, index]
     return direction.view(shown.lm.n_heads, shown.lm.d_head)
 
@@ -95,10 +95,10 @@ def activations(shown) -> torch.Tensor:
 
 
 def test_selector_has_the_first_live_features_of_each_head(shown):
-    F, f = shown.sae.features_per_head, activations(shown)
+    F, f = shown.sae.features_per_block, activations(shown)
     expected = [i for i in range(shown.sae.d_sae) if i % F < N and (f[:, 7:-5, i] > 0).any()]
     assert list(shown.page) == expected
-    assert not {1, F} & set(expected) and len(expected) >= shown.sae.n_heads
+    assert not {1, F} & set(expected) and len(expected) >= shown.sae.n_blocks
     for feature, parts in shown.page.items():
         density = (f[:, 1:, feature] > 0).float().mean()
         for histogram in ("actsHistogram", "logitsHistogram"):
@@ -122,13 +122,13 @@ def test_activations_are_those_of_the_sae(shown):
 
 
 def test_sources_are_the_exact_dfa(shown):
-    lm, sae, b_V = shown.lm, shown.sae, shown.lm.value_bias(LAYER)
+    lm, sae, b_V = shown.lm, shown.sae, shown.lm.layer(LAYER).b_V
     v, pattern = (shown.cache[f"blocks.{LAYER}.attn.hook_{name}"] for name in ("v", "pattern"))
     v = v[:, :, torch.arange(lm.n_heads) // (lm.n_heads // v.shape[2])]  # each query head's values
     f = activations(shown)
     for feature, example in examples(shown.page):
-        block, index = divmod(feature, sae.features_per_head)
-        encoder = torch.zeros(sae.n_heads, sae.d_head)
+        block, index = divmod(feature, sae.features_per_block)
+        encoder = torch.zeros(sae.n_blocks, sae.width)
         encoder[block] = sae.W_enc[block, :, index]
         encoder = encoder.view(lm.n_heads, lm.d_head)
         context, q = position(next(token for token in example["seqData"] if token.get("isBold")))

@@ -11,7 +11,7 @@ from analysis.match.__main__ import main as match_main
 from analysis.match.read import Match
 from analysis.prompt.run import active_features, role_table, roles, run_prompt
 from tests.helpers import ROOT, open_page, said
-from trainer import checkpoint
+from trainer.checkpoint import Checkpoint
 
 PAGE = "pages/compare.py"
 PROMPT = "the head reads a token"
@@ -60,7 +60,7 @@ def commands(app) -> list[str]:
 
 
 def run(path, lm):
-    return run_prompt(lm, checkpoint.load(path)[0], 1, PROMPT)
+    return run_prompt(lm.layer(1), Checkpoint(path).sae, PROMPT)
 
 
 @pytest.mark.parametrize("n", [2, 3, 4])
@@ -70,18 +70,18 @@ def test_figures_against_the_first(folder, n):
     ordinals = ["first", "second", "third", "fourth"][:n]
     assert list(figures) == [*ordinals, *(f"{each} - first" for each in ordinals[1:])]
     for ordinal, name in zip(ordinals, NAMES, strict=False):
-        stored = checkpoint.load_eval(folder / name)
+        stored = Checkpoint(folder / name).eval
         assert figures.loc["FVU", ordinal] == pytest.approx(stored["FVU"])
         assert figures.loc["L0", ordinal] == pytest.approx(stored["L0"])
         if ordinal != "first":
             assert figures.loc["FVU", f"{ordinal} - first"] == pytest.approx(
-                stored["FVU"] - checkpoint.load_eval(folder / NAMES[0])["FVU"]
+                stored["FVU"] - Checkpoint(folder / NAMES[0]).eval["FVU"]
             )
 
 
 def test_figures_on_repeated_tokens(folder):
     repeated = compare(*NAMES, text="Repeated random tokens").dataframe[0].value.set_index("figure")
-    expected = checkpoint.load_eval(folder / NAMES[3])["induction"]["FVU"]
+    expected = Checkpoint(folder / NAMES[3]).eval["induction"]["FVU"]
     assert repeated.loc["FVU", "fourth"] == pytest.approx(expected)
 
 
@@ -121,7 +121,7 @@ def test_matched_features_head_by_head(folder, gpt2, swapped):
 def test_the_url_restores_head_token_and_pair(folder):
     app = compare(*NAMES[:2], firing="false", show="Features")
     everything = frame(app, "activation_a")
-    assert len(everything) == len(Match(folder / NAMES[0], folder / NAMES[1]).pairs)
+    assert len(everything) == len(Match(Checkpoint(folder / NAMES[0]), Checkpoint(folder / NAMES[1])).pairs)
     row = everything.loc[everything["head"] == 1, ["a", "b"]].iloc[-1]
     pair = f"{row['a']} = {row['b']}"
     token = app.selectbox(key="token").options[2]
@@ -145,7 +145,7 @@ def test_the_url_restores_head_token_and_pair(folder):
 @pytest.mark.parametrize("names", [("block-l1_1", "dense"), ("dense", "block-l1_1")])
 def test_a_dense_one_is_split_in_either_order(folder, gpt2, names):
     app = compare(*names, show="Features")
-    found = Match(folder / names[0], folder / names[1])
+    found = Match(Checkpoint(folder / names[0]), Checkpoint(folder / names[1]))
     assert found.a.name == "dense"
     dense, block = (run(path, gpt2) for path in (found.a, found.b))
     expected = read.split_on(found, dense, None)

@@ -12,6 +12,7 @@ from analysis.labels import Labels
 from analysis.store import Analysis
 from pages.shared import strips
 from tests.helpers import open_page, said
+from trainer.checkpoint import Checkpoint
 
 NAMES = ["block-l1_1", "dense", "batchtopk"]
 
@@ -41,7 +42,7 @@ def shown_feature(app) -> int:
 def test_the_dashboard_of_the_most_frequent_feature(folder, name):
     app = open_page("pages/features.py", checkpoint=name)
     assert not app.exception and not app.error
-    analysis = Analysis(folder / name)
+    analysis = Analysis(Checkpoint(folder / name))
     first = int(analysis.search()["feature"].iloc[0])
     assert shown_feature(app) == first
     row = analysis.feature(first)
@@ -54,7 +55,7 @@ def test_the_dashboard_of_the_most_frequent_feature(folder, name):
 
 
 def test_the_address_restores_filters_and_feature(folder):
-    analysis = Analysis(folder / "block-l1_1")
+    analysis = Analysis(Checkpoint(folder / "block-l1_1"))
     feature = int(analysis.search(head=2)["feature"].iloc[1])
     app = open_page("pages/features.py", checkpoint="block-l1_1", head="2", order="rarest first", feature=str(feature))
     assert not app.exception
@@ -84,7 +85,7 @@ def test_a_feature_of_a_larger_checkpoint_gives_way(folder):
     app.session_state["feature"], app.session_state["page"] = 10**6, 99  # as they were there
     app.run()
     assert not app.exception
-    assert shown_feature(app) == int(Analysis(folder / "block-l1_1").search()["feature"].iloc[0])
+    assert shown_feature(app) == int(Analysis(Checkpoint(folder / "block-l1_1")).search()["feature"].iloc[0])
 
 
 def test_a_checkpoint_that_is_not_there_is_named(folder):
@@ -93,7 +94,7 @@ def test_a_checkpoint_that_is_not_there_is_named(folder):
 
 
 def test_from_a_feature_that_is_filtered_away_next_is_the_first(folder):
-    analysis = Analysis(folder / "block-l1_1")
+    analysis = Analysis(Checkpoint(folder / "block-l1_1"))
     app = open_page("pages/features.py", checkpoint="block-l1_1", head="2")
     away = int(analysis.search(head=1)["feature"].iloc[0])
     app.number_input(key="feature").set_value(away).run()
@@ -117,7 +118,7 @@ def test_previous_next_and_the_next_head(folder):
     app.button(key="go_Previous").click().run()
     assert shown_feature(app) == order[0]
     app.button(key="go_Next head").click().run()
-    features = Analysis(folder / "block-l1_1").features
+    features = Analysis(Checkpoint(folder / "block-l1_1")).features
     assert features.loc[shown_feature(app), "head"] == 2
     app.button(key="go_Previous head").click().run()
     assert features.loc[shown_feature(app), "head"] == 1
@@ -181,7 +182,7 @@ def test_heads_read_the_analysis(folder, name, show):
     app = open_page("pages/heads.py", checkpoint=name, show=show)
     assert not app.exception and not app.error
     assert app.get("vega_lite_chart")
-    heads = Analysis(folder / name).heads
+    heads = Analysis(Checkpoint(folder / name)).heads
     if show == "Monosemanticity":
         sheet = app.dataframe[0].value
         assert sheet["mono_share"].tolist() == pytest.approx(heads["mono_share"].tolist(), nan_ok=True)

@@ -7,6 +7,8 @@ import pytest
 
 from tests.helpers import OTHERS, PAGES, open_page, said
 from trainer import checkpoint
+from trainer.checkpoint import Checkpoint
+from trainer.files import write_json
 
 DRAWN = PAGES[:4]  # these have a chart without an analysis
 
@@ -76,11 +78,11 @@ def test_a_run_in_training_shows_its_last_batch_and_moves(folder):
     path = folder / "block-l1_4"
     (path / "eval.json").unlink()
     config = checkpoint.load_config(path)
-    checkpoint.write_json(path / "config.json", {**config, "status": "training"})
+    write_json(path / "config.json", {**config, "status": "training"})
     table = lambda app: app.dataframe[0].value.set_index("name").loc["block-l1_4"]  # noqa: E731
     before = table(open_page("pages/tradeoffs.py"))
     assert (before["status"], before["figures"]) == ("training", "training batch")
-    line = checkpoint.load_metrics(path)[-1]
+    line = checkpoint.read_metrics(path)[-1]
     assert before["L0"] == pytest.approx(line["L0"])
     with (path / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({**line, "step": 999, "L0": 3.5}) + "\n")
@@ -101,8 +103,8 @@ def test_the_prompt_page_shows_the_numbers_of_the_checkpoint(folder, gpt2):
     from analysis.prompt.run import active_features, run_prompt
 
     app = open_page("pages/prompt.py", checkpoint="block-l1_1", prompt="the head reads")
-    sae, _ = checkpoint.load(folder / "block-l1_1")
-    expected = active_features(run_prompt(gpt2, sae, 1, "the head reads"), None, None)
+    sae = Checkpoint(folder / "block-l1_1").sae
+    expected = active_features(run_prompt(gpt2.layer(1), sae, "the head reads"), None, None)
     shown = app.dataframe[0].value
     assert shown["feature"].tolist() == expected["feature"].tolist()
     assert shown["activation"].tolist() == pytest.approx(expected["activation"].tolist(), rel=1e-4)
@@ -128,7 +130,7 @@ def test_compare_shows_both_and_their_difference(folder):
     app = open_page("pages/compare.py", a="block-l1_1", b="block-l1_4")
     figures = app.dataframe[0].value.set_index("figure")
     for column, name in (("first", "block-l1_1"), ("second", "block-l1_4")):
-        assert figures.loc["FVU", column] == pytest.approx(checkpoint.load_eval(folder / name)["FVU"])
+        assert figures.loc["FVU", column] == pytest.approx(Checkpoint(folder / name).eval["FVU"])
     difference = figures["second"] - figures["first"]
     assert figures.loc["L0", "second - first"] == pytest.approx(difference["L0"])
 

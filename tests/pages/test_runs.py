@@ -16,11 +16,11 @@ from streamlit.testing.v1 import AppTest
 
 from analysis.runs import commands, progress
 from analysis.runs.background import Processes, tail
-from tests.helpers import OTHERS, ROOT, open_page, said
+from tests.helpers import OTHERS, ROOT, decided, open_page, said
 from trainer import checkpoint
 from trainer.__main__ import build_parser, main
-from trainer.config import ActivationsConfig, TrainingConfig
-from trainer.recipes import SAEConfig, SweepConfig
+from trainer.config import ActivationsConfig, SAEConfig, SweepConfig, TrainingConfig
+from trainer.files import write_json
 
 PAGE = "pages/runs.py"
 NAMES = ["block-l1_1", "block-l1_4", "dense", *OTHERS]
@@ -56,9 +56,9 @@ def of_config(activations: ActivationsConfig, sae: SAEConfig, training: Training
 def interrupt(path, step: int | None = 10) -> dict:
     """Make a complete checkpoint look like one that was interrupted."""
     config = {**checkpoint.load_config(path), "status": "training", "steps": step or 0}
-    checkpoint.write_json(path / "config.json", config)
+    write_json(path / "config.json", config)
     (path / "eval.json").unlink()
-    lines = [json.dumps(line) + "\n" for line in checkpoint.load_metrics(path) if line["step"] <= (step or 5)]
+    lines = [json.dumps(line) + "\n" for line in checkpoint.read_metrics(path) if line["step"] <= (step or 5)]
     (path / "metrics.jsonl").write_text("".join(lines))
     if step:
         (path / "training_state").mkdir()
@@ -101,7 +101,7 @@ def test_commands_of_any_options(data):
               "label": maybe(st.text("ab $'\"\\\t;|é", min_size=1)),
               "expansion_factor": maybe(st.integers(1, 64))}  # fmt: skip
     sparsity = {"k": maybe(st.integers(1, 99))} if "topk" in recipe else {"l1_coefficient": maybe(st.floats(0, 1e9))}
-    sae = SAEConfig.resolve(**given_, **sparsity)
+    sae = decided(**given_, **sparsity)
     activations = ActivationsConfig(model=draw(st.sampled_from(["gpt2", "/a b/c", "$(touch x)"])),
                                     cache_gb=draw(st.sampled_from([16.0, 0.0, 2.5])))  # fmt: skip
     training = TrainingConfig(seed=draw(st.integers(0, 9)), keep_training_state=draw(st.booleans()),
@@ -159,7 +159,7 @@ def test_progress_of_a_live_and_of_a_killed_run(folder):
     assert shown.index[0] == "gated" and shown.index[1] == "topk", "what is not complete comes first"
     assert shown.loc["topk", ["state", "step", "steps", "done"]].tolist() == ["training", 10, 20, 0.5]
     assert shown.loc["gated", ["state", "step", "last_line"]].tolist() == ["stopped", 5, "2 h"]
-    line = checkpoint.load_metrics(folder / "topk")[-1]
+    line = checkpoint.read_metrics(folder / "topk")[-1]
     for key in ("tokens_per_second", "L0", "FVU", "loss"):
         assert shown.loc["topk", key] == pytest.approx(line[key])
     assert (shown.drop(["topk", "gated"])["state"] == "complete").all()
@@ -178,7 +178,7 @@ def test_odd_checkpoints_leave_the_page(folder):
     config = checkpoint.load_config(folder / "topk")
     kept = ("model", "dataset", "hook_layer", "k", "recipe", "block", "preset", "seed", "eval_tokens")
     more = {"training": {key: config["training"][key] for key in kept}, "imported_from": "SAELens topk"}
-    checkpoint.write_json(folder / "topk" / "config.json", {**config, **more, "steps": None, "tokens_seen": None})
+    write_json(folder / "topk" / "config.json", {**config, **more, "steps": None, "tokens_seen": None})
     (folder / "topk" / "metrics.jsonl").unlink()
     app = open_page(PAGE, run="topk")
     assert not app.exception and not app.error
@@ -294,7 +294,7 @@ def test_a_training_runs_in_the_background_and_is_cancelled(
     assert "behind: running" in said(app)
     assert os.getpgid(pid(app)) == pid(app), "a session of its own"
     try:
-        wait_for(lambda: (folder / "behind" / "metrics.jsonl").exists() and checkpoint.load_metrics(folder / "behind"))
+        wait_for(lambda: (folder / "behind" / "metrics.jsonl").exists() and checkpoint.read_metrics(folder / "behind"))
         again = AppTest.from_file(str(ROOT / "app.py"), default_timeout=60).run()  # another session, another page
         again.switch_page(PAGE).run()
         assert "behind: running" in said(again)

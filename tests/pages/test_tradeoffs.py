@@ -14,6 +14,7 @@ from analysis.runs import tables
 from pages.charts import tradeoffs as tradeoff_charts
 from tests.helpers import OTHERS, ROOT, said
 from trainer import checkpoint
+from trainer.files import write_json
 
 
 def open_page(**query) -> AppTest:
@@ -72,7 +73,7 @@ def test_what_a_point_costs(folder):
 
 def test_an_unknown_cost_is_empty(folder):
     (folder / "dense" / "metrics.jsonl").unlink()
-    lines = checkpoint.load_metrics(folder / "topk")
+    lines = checkpoint.read_metrics(folder / "topk")
     del lines[1]["tokens_per_second"]
     (folder / "topk" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     shown = table(open_page())["training_minutes"]
@@ -162,12 +163,12 @@ def test_a_run_without_eval_is_on_text_and_waits_on_repeated_tokens(folder):
     path = folder / "topk"
     (path / "eval.json").unlink()
     config = checkpoint.load_config(path)
-    checkpoint.write_json(path / "config.json", {**config, "status": "training"})
+    write_json(path / "config.json", {**config, "status": "training"})
     app = open_page()
     assert "Hollow" in said(app)
     assert "topk" in [row["name"] for row in rows(app)]
     one = table(open_page(head="1")).loc["topk"]
-    assert one["L0"] == pytest.approx(checkpoint.load_metrics(path)[-1]["L0_per_head"][1])
+    assert one["L0"] == pytest.approx(checkpoint.read_metrics(path)[-1]["L0_per_head"][1])
     app = open_page(text="Repeated random tokens")
     assert "Not evaluated yet: topk" in said(app)
     assert "topk" not in [row["name"] for row in rows(app)]
@@ -179,7 +180,7 @@ def test_an_imported_checkpoint_stands_beside_ours(folder):
     kept = ("model", "dataset", "hook_layer", "k", "recipe", "l1_coefficient", "block", "preset", "seed", "eval_tokens")
     training = {key: config["training"][key] for key in kept} | {"label": "SAELens topk"}
     more = {"training": training, "imported_from": "SAELens topk", "steps": None, "tokens_seen": None}
-    checkpoint.write_json(path / "config.json", {**config, **more})
+    write_json(path / "config.json", {**config, **more})
     (path / "metrics.jsonl").unlink()
     app = open_page(runs="topk")
     assert not app.exception and not app.error
@@ -190,7 +191,7 @@ def test_an_imported_checkpoint_stands_beside_ours(folder):
 
 def test_a_head_that_is_silent_is_named_and_not_drawn_on_log_axes(folder):
     file = folder / "dense" / "eval.json"
-    checkpoint.write_json(file, {**json.loads(file.read_text()), "L0": 0})
+    write_json(file, {**json.loads(file.read_text()), "L0": 0})
     app = open_page()
     assert "because a value is 0: dense" in said(app)
     assert "dense" not in [row["name"] for row in rows(app)]

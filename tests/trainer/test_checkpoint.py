@@ -9,6 +9,7 @@ import torch
 from trainer import checkpoint
 from trainer.block_diag import BlockDiagSAE
 from trainer.checkpoint import CheckpointError
+from trainer.files import write_json
 
 SIZES = {"n_heads": 2, "d_head": 4, "features_per_head": 6, "activation": "topk", "k": 3, "k_scope": "head"}
 CONFIG = {
@@ -33,7 +34,7 @@ def test_round_trip(saved):
     loaded, config = checkpoint.load(path)
     z = torch.randn(5, 2, 4)
     assert torch.equal(loaded(z), sae(z))
-    assert (loaded.n_heads, loaded.d_head, loaded.features_per_head, loaded.k) == (2, 4, 6, 3)
+    assert (loaded.n_blocks, loaded.width, loaded.features_per_block, loaded.k) == (2, 4, 6, 3)
     assert config["schema_version"] == checkpoint.SCHEMA_VERSION
     assert config["versions"]["torch"] and config["recipe"] == "april"
     assert not list(path.glob(".*")), "no partial file is left"
@@ -88,12 +89,12 @@ def test_weights_that_are_not_finite_are_refused(saved):
 def test_a_metrics_line_that_is_still_being_written_is_left_out(saved):
     path, _ = saved
     (path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"ste')
-    assert [line["step"] for line in checkpoint.load_metrics(path)] == [1, 2]
+    assert [line["step"] for line in checkpoint.read_metrics(path)] == [1, 2]
 
 
 def test_a_failed_write_leaves_the_old_file(saved):
     path, _ = saved
     before = (path / "config.json").read_bytes()
     with pytest.raises(ValueError, match="JSON compliant"):
-        checkpoint.write_json(path / "config.json", {"loss": float("nan")})
+        write_json(path / "config.json", {"loss": float("nan")})
     assert (path / "config.json").read_bytes() == before and not list(path.glob(".*"))

@@ -13,6 +13,7 @@ from pages.shared.live import EXAMPLES
 from tests.helpers import ROOT
 from trainer import checkpoint, embedded
 from trainer.block_diag import BlockDiagSAE
+from trainer.checkpoint import Checkpoint
 from trainer.data.text import Corpus
 from trainer.evaluate import evaluate_tokens, repeated_tokens
 from trainer.model.lm import LanguageModel
@@ -31,8 +32,8 @@ def lm():
 
 def test_the_model_is_the_one_we_mean(lm):
     tokens = lm.to_tokens("When John and Mary went to the store, John gave a drink to")
-    resid, _ = lm.prefix(tokens, LAYER)
-    assert lm.token_strings([int(lm.logits(resid, LAYER)[0, -1].argmax())]) == [" Mary"]
+    resid, _ = lm.layer(LAYER).prefix(tokens)
+    assert lm.token_strings([int(lm.layer(LAYER).logits(resid)[0, -1].argmax())]) == [" Mary"]
     assert (lm.n_layers, lm.n_heads, lm.d_head) == (30, 9, 64)
 
 
@@ -41,7 +42,9 @@ def test_layer_17_heads_3_4_5_are_induction_heads(lm):
     tokens = repeated_tokens(lm, 4, half, seed=0)
     mass = torch.stack(
         [
-            dfa.shares(dfa.mass_per_slot(lm.attention(row[None], LAYER).pattern[0], dfa.source_slots(row), 1 + half))
+            dfa.shares(
+                dfa.mass_per_slot(lm.layer(LAYER).attention(row[None]).pattern[0], dfa.source_slots(row), 1 + half)
+            )
             for row in tokens
         ]
     ).mean(0)
@@ -55,15 +58,15 @@ def test_the_shipped_features_of_those_heads_read_from_the_induction_slot(lm):
     sae, config = checkpoint.load(SHIPPED)
     assert config["model"]["hook_layer"] == LAYER
     prompt = "The cat sat on the mat. The dog ran to the park. The cat sat on the"
-    table = role_table(roles(run_prompt(lm, sae, LAYER, prompt))).set_index("head")
+    table = role_table(roles(run_prompt(lm.layer(LAYER), sae, prompt))).set_index("head")
     assert table.loc[INDUCTION_HEADS, "by DFA"].tolist() == ["induction"] * 3
 
 
 def test_the_tour_shows_what_it_says(lm):
     """The sentences of the Prompt page's examples (pages/live.py)."""
-    sae, _ = checkpoint.load(SHIPPED)
+    sae = Checkpoint(SHIPPED).sae
     examples = {name: text for name, (text, _) in EXAMPLES.items()}
-    runs = {name: run_prompt(lm, sae, LAYER, text) for name, text in examples.items()}
+    runs = {name: run_prompt(lm.layer(LAYER), sae, text) for name, text in examples.items()}
     tables = {name: role_table(roles(run)).set_index("head") for name, run in runs.items()}
 
     def strongest(name: str, head: int | None = None):
@@ -71,7 +74,7 @@ def test_the_tour_shows_what_it_says(lm):
         return active_features(runs[name], head, (last, last))
 
     def probability(name: str, kind: str, which: int) -> tuple[float, float, float]:
-        found = ablate(lm, sae, LAYER, runs[name], kind, which)
+        found = ablate(lm.layer(LAYER), sae, runs[name], kind, which)
         best = found.clean.argmax()
         return tuple(round(float(p.softmax(-1)[best]), 2) for p in found)
 
@@ -106,7 +109,7 @@ def test_heads_with_a_known_job(lm):
     by the DFA of random directions of each head."""
     known = {17: dict.fromkeys(INDUCTION_HEADS, "induction"), 11: {1: "previous"}, 16: {0: "previous"}}
     for layer, heads in known.items():
-        sae = checkpoint.load(SHIPPED)[0] if layer == LAYER else _random_sae(lm, layer)
+        sae = Checkpoint(SHIPPED).sae if layer == LAYER else _random_sae(lm, layer)
         (sources,) = sources_on_repeats(lm, layer, [sae], 8, 81, seed=0)
         for head, role in heads.items():
             for mass in (sources.head_attention, sources.head_dfa):
@@ -117,20 +120,20 @@ def _random_sae(lm, layer) -> BlockDiagSAE:
     """Random directions with a bias at which each fires on a tenth of a text's tokens."""
     torch.manual_seed(0)
     sae = BlockDiagSAE(lm.n_heads, lm.d_head, 64).requires_grad_(False)
-    z = lm.hook_z(lm.to_tokens(EXAMPLES["Previous token"][0]), layer)[0, 1:]
+    z = lm.layer(layer).z(lm.to_tokens(EXAMPLES["Previous token"][0]))[0, 1:]
     sae.b_enc.copy_(-sae.pre_activations(z).quantile(0.9, dim=0))
     return sae
 
 
 def test_the_shipped_checkpoint_is_what_its_eval_json_says(lm):
     sae, config = checkpoint.load(SHIPPED)
-    stored = checkpoint.load_eval(SHIPPED)
+    stored = Checkpoint(SHIPPED).eval
     text = config["text"]
     corpus = Corpus(text["name"], lm.tokenizer, text["context_size"], text["held_out_fraction"])
     assert corpus.fingerprint == text["fingerprint"]
     per_context = text["context_size"] - 1
     held_out = corpus.held_out(stored["n_tokens"] // per_context)
-    (found,) = evaluate_tokens(lm, LAYER, [sae], held_out, 1, per_head=False)
+    (found,) = evaluate_tokens(lm.layer(LAYER), [sae], held_out, 1, per_head=False)
     assert found["n_tokens"] == stored["n_tokens"]
     for key in ("L0", "FVU", "KL_zero", "KL_score", "CE_clean"):
         assert found[key] == pytest.approx(stored[key], rel=1e-3), key

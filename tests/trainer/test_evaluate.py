@@ -38,7 +38,7 @@ def contexts(lm, n=24, pos=24):
 
 
 def test_identity_and_zero_reconstruction(lm):
-    exact, nothing = evaluate_tokens(lm, 1, [identity(lm), zero(lm)], contexts(lm), 1)
+    exact, nothing = evaluate_tokens(lm.layer(1), [identity(lm), zero(lm)], contexts(lm), 1)
     assert exact["FVU"] == pytest.approx(0, abs=1e-9)
     assert exact["MSE"] == pytest.approx(0, abs=1e-6)
     assert exact["CE_sae"] == pytest.approx(exact["CE_clean"], abs=1e-5)
@@ -55,7 +55,7 @@ def test_identity_and_zero_reconstruction(lm):
 def test_heads_sum_to_the_total(lm):
     torch.manual_seed(0)
     sae = BlockDiagSAE(lm.n_heads, lm.d_head, 3 * lm.d_head)
-    (result,) = evaluate_tokens(lm, 1, [sae], contexts(lm), 1, per_head=False)
+    (result,) = evaluate_tokens(lm.layer(1), [sae], contexts(lm), 1, per_head=False)
     assert sum(result["L0_per_head"]) == pytest.approx(result["L0"])
     assert sum(result["MSE_per_head"]) == pytest.approx(result["MSE"])
     for counts, l0 in zip(result["L0_histogram_per_head"], result["L0_per_head"], strict=True):
@@ -67,7 +67,7 @@ def test_figures_against_a_direct_computation(lm):
     """MSE, FVU, CE and KL of one SAE, recomputed without the evaluator's batching, hooks or folding."""
     torch.manual_seed(0)
     sae, layer, tokens = BlockDiagSAE(lm.n_heads, lm.d_head, 3 * lm.d_head), 1, contexts(lm)
-    (result,) = evaluate_tokens(lm, layer, [sae], tokens, 1, per_head=False)
+    (result,) = evaluate_tokens(lm.layer(layer), [sae], tokens, 1, per_head=False)
     name = f"blocks.{layer}.attn.hook_z"
     with torch.no_grad():
         logits, cache = lm.model.run_with_cache(tokens)
@@ -90,8 +90,8 @@ def test_one_call_for_several_saes_equals_one_call_each(lm):
     torch.manual_seed(0)
     saes = [BlockDiagSAE(lm.n_heads, lm.d_head, lm.d_head), identity(lm)]
     tokens = contexts(lm, n=6)
-    together = evaluate(lm, 1, saes, tokens, seed=0)
-    apart = [evaluate(lm, 1, [sae], tokens, seed=0)[0] for sae in saes]
+    together = evaluate(lm.layer(1), saes, tokens, seed=0)
+    apart = [evaluate(lm.layer(1), [sae], tokens, seed=0)[0] for sae in saes]
     assert together == apart
     assert set(together[0]["induction"]) == set(together[0]) - {"induction"}
 
@@ -103,7 +103,7 @@ def test_a_score_without_a_measurable_effect_is_not_a_number(gpt2):
     before = W_O.data.clone()
     try:
         W_O.data.zero_()
-        (result,) = evaluate_tokens(gpt2, layer, [zero(gpt2)], contexts(gpt2, n=4), 1)
+        (result,) = evaluate_tokens(gpt2.layer(layer), [zero(gpt2)], contexts(gpt2, n=4), 1)
     finally:
         W_O.data.copy_(before)
     assert result["CE_score"] is None and result["KL_score_per_head"] == [None] * gpt2.n_heads
@@ -112,7 +112,7 @@ def test_a_score_without_a_measurable_effect_is_not_a_number(gpt2):
 def test_a_model_in_bfloat16_is_evaluated_with_a_float32_sae(gpt2, gpt2_folder):
     half = LanguageModel.load(str(gpt2_folder), dtype="bfloat16")
     tokens = contexts(gpt2, n=6)
-    (exact,) = evaluate_tokens(half, 1, [identity(half)], tokens, 1, per_head=False)
+    (exact,) = evaluate_tokens(half.layer(1), [identity(half)], tokens, 1, per_head=False)
     assert exact["FVU"] == pytest.approx(0, abs=1e-6)
     assert exact["KL_score"] == pytest.approx(1, abs=0.01)
 

@@ -11,6 +11,7 @@ from analysis.runs import tables
 from tests.helpers import PAGES, open_page
 from trainer import checkpoint
 from trainer.block_diag import BlockDiagSAE
+from trainer.checkpoint import Checkpoint
 from trainer.model.lm import PROCESSING
 from trainer.saelens import from_saelens, main, to_saelens
 
@@ -62,7 +63,7 @@ def inputs(gpt2):
     """z: random, and of the model, [batch, pos, head, d_head]."""
     torch.manual_seed(4)
     tokens = torch.randint(1, 257, (3, 16))
-    return torch.cat([torch.randn(3, 16, N_HEADS, D_HEAD), gpt2.hook_z(tokens, 1)])
+    return torch.cat([torch.randn(3, 16, N_HEADS, D_HEAD), gpt2.layer(1).z(tokens)])
 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -153,7 +154,7 @@ def test_export_and_import_is_a_round_trip(kind, config, inputs, tmp_path, run):
     status, said = run("import", tmp_path / "theirs", tmp_path / "back", "--eval_tokens=60")
     assert status == 0, said
     back, described = checkpoint.load(tmp_path / "back")
-    assert (back.n_heads, back.d_head, back.features_per_head) == KINDS[kind][:3]
+    assert (back.n_blocks, back.width, back.features_per_block) == KINDS[kind][:3]
     assert_close(back.encode(inputs), sae.encode(inputs))
     assert_close(back(inputs), sae(inputs))
     assert described["model"] == config["model"]
@@ -161,7 +162,7 @@ def test_export_and_import_is_a_round_trip(kind, config, inputs, tmp_path, run):
     assert described["block"] == ("dense" if "dense" in kind else "head")
     assert (described["training"]["l1_coefficient"], described["training"]["k"]) == (2.0, 7)
     assert described["recipe"] == "april"
-    figures = checkpoint.load_eval(tmp_path / "back")
+    figures = Checkpoint(tmp_path / "back").eval
     assert figures["n_tokens"] == 60
     f = sae.encode(inputs).flatten(-2)
     assert abs(figures["L0"] - (f[3:, 1:] > 0).sum(-1).float().mean()) < 0.3 * figures["L0"]
@@ -182,7 +183,7 @@ def test_export_and_import_is_a_round_trip(kind, config, inputs, tmp_path, run):
 def test_a_dense_sae_of_saelens_computes_the_same_here(architecture, options, centred, inputs):
     theirs = their_sae(architecture, apply_b_dec_to_input=centred, **options)
     ours = from_saelens(theirs, N_HEADS)
-    assert (ours.n_heads, ours.d_head, ours.features_per_head) == (1, N_HEADS * D_HEAD, 20)
+    assert (ours.n_blocks, ours.width, ours.features_per_block) == (1, N_HEADS * D_HEAD, 20)
     assert_same(ours, theirs, inputs)
 
 
@@ -287,7 +288,7 @@ def test_value_biases_in_their_z_move_into_our_biases(architecture, tmp_path, gp
     with torch.no_grad():
         model(tokens)
     their_z = kept[0].view(1, -1, N_HEADS, D_HEAD)
-    z, b_V = gpt2.hook_z(tokens, 1), gpt2.folded_value_bias(1)
+    z, b_V = gpt2.layer(1).z(tokens), gpt2.folded_value_bias(1)
     assert b_V.abs().min() > 0
     assert_close(z + b_V, their_z)
     f, expected = ours.encode(z).flatten(-2), theirs.encode(their_z)

@@ -20,8 +20,9 @@ from safetensors.torch import load_file
 from tests.helpers import ROOT, save_tiny_gpt2
 from trainer import checkpoint
 from trainer.__main__ import main
+from trainer.checkpoint import Checkpoint
+from trainer.config import SAEConfig, SweepConfig
 from trainer.optimise.stack import Stack
-from trainer.recipes import SAEConfig, SweepConfig
 from trainer.run import Run
 
 REFERENCE = ["--l1_coefficients=[2]", "--hook_layer=4", "--expansion_factor=32", "--total_training_steps=50000"]
@@ -88,20 +89,20 @@ def test_every_recipe_trains_saves_loads_and_evaluates_and_a_sweep_is_its_points
     assert len(paths) == 2
     for path in (*paths, out / "alone"):
         sae, config = checkpoint.load(path)
-        figures = checkpoint.load_eval(path)
+        figures = Checkpoint(path).eval
         assert config["status"] == "complete" and config["tokens_seen"] == 12 * 128
-        assert (sae.n_heads, sae.d_head) == ((4, 8) if block == "head" else (1, 32))
+        assert (sae.n_blocks, sae.width) == ((4, 8) if block == "head" else (1, 32))
         assert sae.activation == {"topk": "topk", "april": "relu", "bricken": "relu"}.get(recipe, "jumprelu")
-        assert len(figures["L0_per_head"]) == sae.n_heads and len(figures["FVU_per_head"]) == 4
+        assert len(figures["L0_per_head"]) == sae.n_blocks and len(figures["FVU_per_head"]) == 4
         assert figures["n_tokens"] >= 200 and 0 < figures["L0"] < sae.d_sae
         assert not (path / "training_state").exists()
-        lines = checkpoint.load_metrics(path)
+        lines = checkpoint.read_metrics(path)
         assert [line["step"] for line in lines] == [4, 8, 12]
         for key in ("loss", "squared_error", "grad_norm", "L0", "FVU", "dead_fraction", "encoder_norm", "decoder_norm"):
             assert all(line[key] >= 0 for line in lines), key
         assert len(lines[0]["FVU_per_head"]) == 4 and 0 <= lines[0]["activations_share"] <= 1
     if recipe in ("topk", "batchtopk"):
-        assert checkpoint.load_eval(together)["L0"] == pytest.approx(9, rel=0.35 if recipe == "batchtopk" else 0.02)
+        assert Checkpoint(together).eval["L0"] == pytest.approx(9, rel=0.35 if recipe == "batchtopk" else 0.02)
     if recipe == "batchtopk":
         assert (weights(together)["threshold"] > 0).all()
 
@@ -147,8 +148,8 @@ def test_figures_while_training_are_those_of_the_saved_sae(command, monkeypatch,
     monkeypatch.setattr(Stack, "update", lambda self, z: (batches.append(z), original(self, z))[1])
     # A learning rate of almost nothing: the weights of the last line are the saved ones.
     assert main([*arguments, "--lr=1e-12", f"--recipe={recipe}"]) == 0
-    sae, _ = checkpoint.load(out / "run")
-    line, z = checkpoint.load_metrics(out / "run")[-1], batches[-1]
+    sae = Checkpoint(out / "run").sae
+    line, z = checkpoint.read_metrics(out / "run")[-1], batches[-1]
     error = (sae(z) - z).pow(2).sum((0, 2))
     assert line["MSE"] == pytest.approx((error.sum() / len(z)).item(), rel=1e-3)
     assert line["FVU"] == pytest.approx((error.sum() / (z - z.mean(0)).pow(2).sum()).item(), rel=1e-3)
@@ -159,7 +160,7 @@ def test_float16_weights_are_what_is_evaluated(command):
     arguments, out = command
     assert main([*arguments, "--weights_dtype=float16"]) == 0
     assert all(tensor.dtype == torch.float16 for tensor in weights(out / "run").values())
-    assert checkpoint.load(out / "run")[0].W_enc.dtype == torch.float32
+    assert Checkpoint(out / "run").sae.W_enc.dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -174,11 +175,11 @@ def test_an_interrupted_run_resumes_to_the_same_weights(command, monkeypatch, op
     names = [path.name.removeprefix("whole") for path in out.glob("whole*")]
     for name in names:
         assert checkpoint.load_config(out / f"halves{name}")["status"] == "training"
-        assert checkpoint.load(out / f"halves{name}")[0], "an interrupted run can be looked at"
+        assert Checkpoint(out / f"halves{name}").sae, "an interrupted run can be looked at"
     assert main([*arguments, "--name=halves", "--resume=true"]) == 0
     for name in names:
         assert_same_weights(out / f"whole{name}", out / f"halves{name}")
-        lines = [checkpoint.load_metrics(out / f"{which}{name}") for which in ("whole", "halves")]
+        lines = [checkpoint.read_metrics(out / f"{which}{name}") for which in ("whole", "halves")]
         assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]] == [4, 8, 12]
         assert lines[0][0]["held_out_FVU"] == lines[1][0]["held_out_FVU"] > 0
 
@@ -366,7 +367,7 @@ def test_an_interrupted_evaluation_needs_no_training_again(command, monkeypatch)
         assert main(arguments) == 130
     monkeypatch.setattr(Stack, "update", lambda self, z: pytest.fail("a step was trained again"))
     assert main([*arguments, "--resume=true"]) == 0
-    assert checkpoint.load_eval(out / "run")["n_tokens"] >= 200
+    assert Checkpoint(out / "run").eval["n_tokens"] >= 200
     assert not (out / "run" / "training_state").exists()
 
 
@@ -385,7 +386,7 @@ def test_a_full_disk_loses_nothing(command, capsys, monkeypatch):
         assert main(arguments) == 2
     assert "No space left on device" in capsys.readouterr().err
     assert main([*arguments, "--resume=true"]) == 0
-    steps = [line["step"] for line in checkpoint.load_metrics(out / "run")]
+    steps = [line["step"] for line in checkpoint.read_metrics(out / "run")]
     assert steps == [4, 8, 12], "lines that were logged after the save are not there twice"
 
 
@@ -416,9 +417,9 @@ def test_the_reference_command_on_a_tiny_gpt2_from_the_hub_cache(tmp_path, text_
     sae, config = checkpoint.load(path)
     assert path.name == "gpt2-small-L4-april-x32-l1_2"
     assert config["model"]["hook_name"] == "blocks.4.attn.hook_z"
-    assert (sae.n_heads, sae.d_head, sae.features_per_head) == (4, 8, 32 * 8), "sizes come from the model"
+    assert (sae.n_blocks, sae.width, sae.features_per_block) == (4, 8, 32 * 8), "sizes come from the model"
     assert config["recipe"] == "april" and config["l1_coefficient"] == 2
-    assert checkpoint.load_eval(path)["n_tokens"] >= 200
+    assert Checkpoint(path).eval["n_tokens"] >= 200
 
 
 def test_the_reference_flags_parse_to_the_reference_run(capsys):

@@ -23,9 +23,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from trainer.checkpoint import write_atomically, write_json
-from trainer.config import ActivationsConfig, cache_dir
+from trainer.config import ActivationsConfig
 from trainer.data.text import Corpus
+from trainer.files import cache_dir, write_atomically, write_json
 from trainer.model.lm import LanguageModel
 
 _SHARD_CONTEXTS = 256
@@ -309,7 +309,7 @@ def harvest(
         ValueError: a value does not fit in float16.
     """
     for chunk in contexts.split(max(1, _LM_BATCH_TOKENS // contexts.shape[1])):
-        z = torch.stack(lm.hook_z_of(chunk, layers), dim=2)[:, 1:].flatten(0, 1).half().cpu()
+        z = torch.stack(lm.z_of(chunk, layers), dim=2)[:, 1:].flatten(0, 1).half().cpu()
         if not z.isfinite().all():
             raise ValueError(f"head outputs of {lm.name} layer {', '.join(map(str, layers))} do not fit in float16")
         yield z

@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from trainer.config import CENTRED, TOP_K, SAEConfig
 from trainer.kernels.dense import Params
-from trainer.recipes import CENTRED, TOP_K, SAEConfig
 
 _JUMP_AT_START, _SHARE_ACTIVE_AT_START = 0.1, 0.1
 

@@ -7,11 +7,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from trainer.block_diag import BlockDiagSAE
-from trainer.config import TrainingConfig
+from trainer.config import CENTRED, TOP_K, SAEConfig, TrainingConfig
 from trainer.kernels import dense, sparse
 from trainer.kernels.dense import Outcome, Params
 from trainer.optimise.revive import aux_k, resample
-from trainer.recipes import CENTRED, TOP_K, SAEConfig
 
 # Below this share of active features the sparse gradients are faster; at 0.05 both cost the same
 # (benchmarks/README.md).
@@ -62,6 +61,7 @@ class Stack:
         self.active_share = torch.ones(self.n_points)
         self.threshold = torch.zeros(self._n_groups, device=scale.device)
         self._guess: Tensor | None = None
+        self._last: Batch
         together = scale.device.type != "cpu" if together is None else together
         self._passes = [slice(0, self.n_points)] if together else [slice(p, p + 1) for p in range(self.n_points)]
 
@@ -71,7 +71,7 @@ class Stack:
         return self.n_points * (1 if self.cfg.k_scope == "layer" else self.n_heads)
 
     @torch.no_grad()
-    def update(self, z: Float[Tensor, "batch head d_head"]) -> Batch:
+    def update(self, z: Float[Tensor, "batch head d_head"]) -> None:
         """One optimizer step of every point on raw activations."""
         x = (z.reshape(len(z), *self.scale.shape) * self.scale).transpose(0, 1).contiguous()
         out = _join([self._gradients(points, x) for points in self._passes])
@@ -87,7 +87,7 @@ class Stack:
         self.active_share = out.fired.view(self.n_points, -1).mean(1).cpu() / len(z)
         self.step += 1
         self._resample(x, out.error)
-        return Batch(z, out, grad_norm)
+        self._last = Batch(z, out, grad_norm)
 
     def _gradients(self, points: slice, x: Tensor) -> Outcome:
         blocks = slice(points.start * self.n_heads, points.stop * self.n_heads)
@@ -172,14 +172,14 @@ class Stack:
         warm_up = self.cfg.sparsity_warm_up_fraction * self.training.total_training_steps
         return min(1.0, step / warm_up) if warm_up else 1.0
 
-    def figures(self, point: int, batch: Batch) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """What is logged of one point, in raw units, so that curves and eval.json can share an axis.
+    def figures(self, point: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What is logged of one point's last step, in raw units, so that curves and eval.json can share an axis.
 
         Returns:
             Figures, lists being per head, and values of every feature, for histograms.
         """
         blocks = slice(point * self.n_heads, (point + 1) * self.n_heads)
-        z, out = batch.z, batch.out
+        z, out, grad_norm = self._last
         tokens = len(z)
         error = out.error[blocks]
         mse = error.pow(2).sum().item() / tokens
@@ -196,7 +196,7 @@ class Stack:
             "loss": loss,
             "squared_error": mse,
             **terms,
-            "grad_norm": batch.grad_norm[point].item(),
+            "grad_norm": grad_norm[point].item(),
             "lr": self.optimizer.param_groups[0]["lr"],
             "L0": l0.sum().item(),
             "L0_per_head": l0.tolist(),

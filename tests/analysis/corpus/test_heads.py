@@ -50,7 +50,7 @@ def token_features(lm) -> BlockDiagSAE:
 @pytest.fixture(scope="module")
 def seen(lm):
     sae, contexts = token_features(lm), repeats()
-    statistics = FeatureStatistics(sae, lm.value_bias(1), VOCABULARY, n_top=5)
+    statistics = FeatureStatistics(sae, lm.layer(1).b_V, VOCABULARY, n_top=5)
     first_pass(lm, 1, contexts, 0, [statistics], lambda done: None)
     return sae, contexts, statistics
 
@@ -86,7 +86,7 @@ def test_copying_and_copy_suppression(lm, seen):
     assert (copies.examples["rank"] == 0).all()
     assert (suppresses.examples["rank"] == VOCABULARY - 1).all()
     for row in copies.examples.itertuples():
-        attention = lm.attention(contexts[row.context][None], 1).pattern[0, 0, row.query]
+        attention = lm.layer(1).attention(contexts[row.context][None]).pattern[0, 0, row.query]
         assert row.source == int(attention[1:].argmax()) + 1
         assert row.attention == pytest.approx(float(attention[row.source]))
 
@@ -98,7 +98,7 @@ def test_repeats_judge_the_second_half_only(lm):
     attention = dfa.shares(sources.head_attention)[0]
     assert attention[dfa.SLOTS.index("induction")] > 0.95
     assert int(sources.head_tokens) == 16 * 5
-    f = sae.encode(lm.hook_z(repeated_tokens(lm, 16, 5, 0), 1))
+    f = sae.encode(lm.layer(1).z(repeated_tokens(lm, 16, 5, 0)))
     assert sources.firings.tolist() == (f[:, 6:] > 0).sum((0, 1)).flatten().tolist(), "of the second half"
     assert dfa.SLOTS[int(sources.head_dfa[0].argmax())] == "induction"
 
@@ -147,7 +147,7 @@ def test_logit_effects_against_autograd(model, dense, request):
         with lm.model.hooks(fwd_hooks=[("ln_final.hook_scale", freeze)]):
             return lm.model.unembed(lm.model.ln_final(resid + added))[0, 0]
 
-    jacobian = torch.autograd.functional.jacobian(logits, torch.zeros(sae.n_heads, sae.features_per_head))
+    jacobian = torch.autograd.functional.jacobian(logits, torch.zeros(sae.n_blocks, sae.features_per_block))
     expected = jacobian.flatten(1).T  # [feature, d_vocab]
     effects = logit_effects(lm, written(sae, attn.W_O), 1 / scale[0].item())
     values, ids = expected.sort(dim=1, descending=True)

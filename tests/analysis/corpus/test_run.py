@@ -14,8 +14,7 @@ from analysis.__main__ import main
 from analysis.corpus import run
 from analysis.store import Analysis
 from trainer import checkpoint
-from trainer.checkpoint import CheckpointError
-from trainer.origin import open_model, open_text
+from trainer.checkpoint import Checkpoint, CheckpointError
 
 TABLES = ["features", "examples", "contexts", "heads", "copying", "pairs", "merging", "tokens"]
 OPTIONS = ["--tokens=600", "--examples=5", "--quantile_examples=3", "--device=cpu"]
@@ -51,11 +50,11 @@ def test_artefacts_agree_with_the_model(analysed):
         sae, config = checkpoint.load(analysed / name)
         lm = open_model(config)
         corpus = open_text(config["text"], lm.tokenizer)
-        analysis = Analysis(analysed / name)
+        analysis = Analysis(Checkpoint(analysed / name))
         n_contexts = analysis.meta["n_tokens"] // 31
         assert analysis.meta["n_tokens"] == 20 * 31
         contexts = corpus.held_out(n_contexts)
-        f = sae.encode(lm.hook_z(contexts, 1))
+        f = sae.encode(lm.layer(1).z(contexts))
         f[:, 0] = 0
         density = (f > 0).float().sum((0, 1)).flatten() / analysis.meta["n_tokens"]
         assert np.allclose(analysis.features["density"], density, atol=2e-3)
@@ -77,7 +76,7 @@ def test_artefacts_agree_with_the_model(analysed):
 
 def test_heads_and_features_add_up(analysed):
     for name in NAMES:
-        analysis = Analysis(analysed / name)
+        analysis = Analysis(Checkpoint(analysed / name))
         heads, features = analysis.heads, analysis.features
         assert len(heads) == 4
         assert heads["L0"].sum() == pytest.approx(analysis.meta["L0"], rel=1e-5)
@@ -147,11 +146,11 @@ def test_one_behind_the_other_catches_up(trained, tmp_path, monkeypatch):
     assert main([str(tmp_path / "a"), *OPTIONS]) == 130
     monkeypatch.setattr(run, "deferred_interrupts", real)
     assert main([str(tmp_path / "a"), str(tmp_path / "b"), *OPTIONS, "--resume"]) == 0
-    assert {Analysis(tmp_path / name).meta["n_tokens"] for name in ("a", "b")} == {620}
+    assert {Analysis(Checkpoint(tmp_path / name)).meta["n_tokens"] for name in ("a", "b")} == {620}
 
 
 def test_search(analysed):
-    analysis = Analysis(analysed / "block-l1_1")
+    analysis = Analysis(Checkpoint(analysed / "block-l1_1"))
     everything = analysis.search()
     assert len(everything) == (analysis.features["firings"] > 0).sum()
     assert everything["firings"].is_monotonic_decreasing
@@ -175,7 +174,7 @@ def test_search(analysed):
 
 
 def test_descriptions(analysed):
-    features = Analysis(analysed / "block-l1_1").features
+    features = Analysis(Checkpoint(analysed / "block-l1_1")).features
     assert (features.loc[features["firings"] == 0, "description"] == "never fires").all()
     judged = features[features["role"].notna()]
     assert len(judged)
@@ -189,7 +188,7 @@ def test_another_text_is_read_whole(trained, tmp_path):
     text = tmp_path / "other.txt"
     text.write_text("a head reads back what it wrote again\n" * 40)
     assert main([str(tmp_path / "a"), f"--dataset={text}", *OPTIONS]) == 0
-    meta = Analysis(tmp_path / "a").meta
+    meta = Analysis(Checkpoint(tmp_path / "a")).meta
     assert (meta["text"]["name"], meta["text"]["held_out"]) == (str(text), False)
     assert meta["n_tokens"] == 620
 
@@ -207,22 +206,22 @@ def test_refusals(analysed, tmp_path, capsys):
     assert "tokens must be at least 1" in refused(str(path), "--tokens=0")
     assert "quantile_examples" in refused(str(path), "--quantile_examples=99")
     assert "does not exist" in refused(str(path), "--dataset=gone.txt")
-    assert Analysis(path).meta["n_tokens"] == 620, "what was there is still there"
+    assert Analysis(Checkpoint(path)).meta["n_tokens"] == 620, "what was there is still there"
 
     with pytest.raises(CheckpointError, match="has no analysis yet: run"):
-        Analysis(tmp_path)
+        Analysis(Checkpoint(tmp_path))
     with pytest.raises(ValueError, match="there is no feature 100000"):
-        Analysis(path).feature(100_000)
+        Analysis(Checkpoint(path)).feature(100_000)
     meta = json.loads((path / "analysis" / "meta.json").read_text())
     (path / "analysis" / "meta.json").write_text(json.dumps({**meta, "schema_version": 99}))
     with pytest.raises(CheckpointError, match="schema version 99"):
-        Analysis(path)
+        Analysis(Checkpoint(path))
     (path / "analysis" / "meta.json").write_text(json.dumps({**meta, "weights": "others"}))
     with pytest.raises(CheckpointError, match="other weights"):
-        Analysis(path)
+        Analysis(Checkpoint(path))
     (path / "analysis" / "meta.json").write_text("{")
     with pytest.raises(CheckpointError, match="damaged"):
-        Analysis(path)
+        Analysis(Checkpoint(path))
 
 
 def test_a_damaged_artefact_is_one_sentence(analysed, tmp_path):
@@ -230,10 +229,10 @@ def test_a_damaged_artefact_is_one_sentence(analysed, tmp_path):
     shutil.copytree(analysed / "dense", path)
     (path / "analysis" / "heads.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(CheckpointError, match=r"heads.parquet is damaged"):
-        _ = Analysis(path).heads
+        _ = Analysis(Checkpoint(path)).heads
     (path / "analysis" / "examples.parquet").unlink()
     with pytest.raises(CheckpointError, match=r"examples.parquet is missing"):
-        Analysis(path).examples(0)
+        Analysis(Checkpoint(path)).examples(0)
 
 
 def test_resuming_another_analysis_is_refused(trained, tmp_path, monkeypatch, capsys):
@@ -289,7 +288,7 @@ def test_csv(analysed, tmp_path, capsys):
     written = [line.rsplit("/", 1)[1] for line in capsys.readouterr().out.split()]
     assert written == [f"{name}.csv" for name in (
         "checkpoint", "evaluation", "features", "heads", "copying", "pairs", "merging")]  # fmt: skip
-    analysis = Analysis(analysed / "block-l1_1")
+    analysis = Analysis(Checkpoint(analysed / "block-l1_1"))
     features = pd.read_csv(tmp_path / "out" / "features.csv")
     row = features.loc[features["firings"].idxmax()]
     expected = analysis.feature(int(row["feature"]))

@@ -28,7 +28,7 @@ def seen(request, gpt2):
     contexts[:, 0] = 0
     statistics = FeatureStatistics(sae, gpt2.value_bias(LAYER), gpt2.d_vocab, n_top=7)
     first_pass(gpt2, LAYER, contexts, 0, [statistics], lambda done: None)
-    z = gpt2.hook_z(contexts, LAYER)
+    z = gpt2.layer(LAYER).z(contexts)
     f = sae.encode(z)
     f[:, 0] = 0
     return gpt2, sae, contexts, statistics, z, f.flatten(2)
@@ -41,7 +41,7 @@ def test_activations(seen):
     assert torch.equal(statistics.firings, (f > 0).sum((0, 1)))
     assert torch.allclose(statistics.total, f.double().sum((0, 1)))
     assert torch.equal(statistics.maximum, f.amax((0, 1)))
-    per_block = (f > 0).sum((0, 1)).view(sae.n_heads, -1).sum(1).double()
+    per_block = (f > 0).sum((0, 1)).view(sae.n_blocks, -1).sum(1).double()
     assert torch.equal(statistics.l0, per_block)
     kept = z[:, 1:].flatten(0, 1)
     assert torch.allclose(statistics.deviation(), (kept - kept.mean(0)).pow(2).sum((0, 2)).double(), rtol=1e-4)
@@ -103,20 +103,20 @@ def test_the_sample_is_of_real_firings_and_uniform(seen):
 
 def test_tokens_that_features_fire_on_and_read(seen):
     lm, sae, contexts, statistics, _, f = seen
-    _, v, pattern = lm.attention(contexts, LAYER)
+    _, v, pattern = lm.layer(LAYER).attention(contexts)
     W_enc = dfa.head_encoders(sae, lm.n_heads, lm.d_head)
-    dense = sae.n_heads != lm.n_heads
+    dense = sae.n_blocks != lm.n_heads
     fires, reads = statistics.fires_on.top(sae.d_sae, 3), statistics.sources.reads.top(sae.d_sae, 3)
     mass = torch.zeros(sae.d_sae, len(dfa.SLOTS), dtype=torch.float64)
     slots = [dfa.source_slots(row) for row in contexts]
     for feature in range(sae.d_sae):
-        heads = range(lm.n_heads) if dense else [feature // sae.features_per_head]
-        index = feature if dense else feature % sae.features_per_head
+        heads = range(lm.n_heads) if dense else [feature // sae.features_per_block]
+        index = feature if dense else feature % sae.features_per_block
         on, read = Counter(), Counter()
         for c, q in (f[..., feature] > 0).nonzero().tolist():
             on[int(contexts[c, q])] += 1
             by_head = {
-                h: pattern[c, h, q] * ((v[c, :, h] - lm.value_bias(LAYER)[h]) @ W_enc[h, :, index]) for h in heads
+                h: pattern[c, h, q] * ((v[c, :, h] - lm.layer(LAYER).b_V[h]) @ W_enc[h, :, index]) for h in heads
             }
             total = sum(by_head.values())
             if total.max() > 0:
@@ -132,7 +132,7 @@ def test_tokens_that_features_fire_on_and_read(seen):
     assert torch.allclose(statistics.sources.mass, mass, rtol=1e-4, atol=1e-5)
     by_head = torch.zeros(lm.n_heads, len(dfa.SLOTS), dtype=torch.float64)
     if not dense:
-        by_head.index_add_(0, torch.arange(sae.d_sae) // sae.features_per_head, mass)
+        by_head.index_add_(0, torch.arange(sae.d_sae) // sae.features_per_block, mass)
         assert torch.allclose(statistics.sources.head_dfa, by_head, rtol=1e-4, atol=1e-5)
     assert statistics.sources.head_dfa.sum().item() == pytest.approx(mass.sum().item(), rel=1e-4)
     expected = sum(dfa.mass_per_slot(p, s).double() for p, s in zip(pattern, slots, strict=True))
@@ -147,8 +147,8 @@ def test_the_strips_of_examples(seen):
     strips = Strips(len(table))
     second_pass(lm, LAYER, contexts, 0, [sae], [table], [strips], lambda done: None)
     parts = state(strips)
-    _, v, pattern = lm.attention(contexts, LAYER)
-    W_enc, b_V = dfa.head_encoders(sae, lm.n_heads, lm.d_head), lm.value_bias(LAYER)
+    _, v, pattern = lm.layer(LAYER).attention(contexts)
+    W_enc, b_V = dfa.head_encoders(sae, lm.n_heads, lm.d_head), lm.layer(LAYER).b_V
     pre = sae.pre_activations(z).flatten(2)
     for row in table.sample(60, random_state=0).itertuples():
         c, q, feature = row.context, row.position, row.feature
@@ -161,9 +161,9 @@ def test_the_strips_of_examples(seen):
         along = torch.zeros(LENGTH)
         along[mine["active_position"].long()] = mine["active_value"]
         assert torch.allclose(along, f[c, :, feature], rtol=1e-3)
-        dense = sae.n_heads != lm.n_heads
-        heads = list(range(lm.n_heads)) if dense else [feature // sae.features_per_head]
-        index = feature if dense else feature % sae.features_per_head
+        dense = sae.n_blocks != lm.n_heads
+        heads = list(range(lm.n_heads)) if dense else [feature // sae.features_per_block]
+        index = feature if dense else feature % sae.features_per_block
         by_head = torch.stack([pattern[c, h, q] * ((v[c, :, h] - b_V[h]) @ W_enc[h, :, index]) for h in heads])
         found = torch.zeros(LENGTH)
         found[mine["source_position"].long()] = mine["source_dfa"]
@@ -196,9 +196,9 @@ def test_quantile_examples_lie_in_their_quantiles(seen):
 
 def test_an_interrupted_stream_goes_on_exactly(seen):
     lm, sae, contexts, statistics, _, _ = seen
-    first = FeatureStatistics(sae, lm.value_bias(LAYER), lm.d_vocab, n_top=7)
+    first = FeatureStatistics(sae, lm.layer(LAYER).b_V, lm.d_vocab, n_top=7)
     first_pass(lm, LAYER, contexts[:21], 0, [first], lambda done: None)
-    second = FeatureStatistics(sae, lm.value_bias(LAYER), lm.d_vocab, n_top=7)
+    second = FeatureStatistics(sae, lm.layer(LAYER).b_V, lm.d_vocab, n_top=7)
     load_state(second, {name: value.clone() for name, value in state(first).items()})
     first_pass(lm, LAYER, contexts, 21, [second], lambda done: None)
     for each in (second, statistics):

@@ -16,8 +16,7 @@ from analysis.match.read import Match
 from analysis.prompt.run import run_prompt
 from trainer import checkpoint
 from trainer.block_diag import BlockDiagSAE
-from trainer.checkpoint import CheckpointError
-from trainer.origin import open_model, open_text
+from trainer.checkpoint import Checkpoint, CheckpointError
 
 N_HEADS, D_HEAD, N_FEATURES = 3, 16, 12
 OPTIONS = ["--tokens=600", "--device=cpu"]
@@ -216,15 +215,15 @@ def matched(trained, tmp_path_factory):
 
 
 def test_a_reversed_copy_on_real_text(matched):
-    found = Match(matched / "copy", matched / "block-l1_1")
+    found = Match(Checkpoint(matched / "copy"), Checkpoint(matched / "block-l1_1"))
     assert (found.a.name, found.b.name, found.kind) == ("copy", "block-l1_1", "one-to-one")
     per_head = 32
     sae, config = checkpoint.load(matched / "block-l1_1")
     reverse = lambda i: i // per_head * per_head + per_head - 1 - i % per_head  # noqa: E731
-    assert per_head == sae.features_per_head
+    assert per_head == sae.features_per_block
     lm = open_model(config)
     contexts = open_text(config["text"], lm.tokenizer).held_out(20)
-    f = sae.encode(lm.hook_z(contexts, 1)).flatten(2)[:, 1:]
+    f = sae.encode(lm.layer(1).z(contexts)).flatten(2)[:, 1:]
     firings = (f > 0).sum((0, 1)).numpy()
     expected = [i for i in range(sae.d_sae) if firings[i] >= scoring.MIN_FIRINGS]
     assert len(expected) > 50 and found.meta["n_tokens"] == 620
@@ -252,12 +251,15 @@ def test_matching_again_in_the_other_order_leaves_one(matched, tmp_path):
         shutil.copytree(matched / name, tmp_path / name)
     assert main([str(tmp_path / "block-l1_1"), str(tmp_path / "copy"), *OPTIONS]) == 0
     assert not (tmp_path / "copy" / "matches" / "block-l1_1").exists()
-    assert Match(tmp_path / "copy", tmp_path / "block-l1_1").folder == tmp_path / "block-l1_1" / "matches" / "copy"
+    assert (
+        Match(Checkpoint(tmp_path / "copy"), Checkpoint(tmp_path / "block-l1_1")).folder
+        == tmp_path / "block-l1_1" / "matches" / "copy"
+    )
 
 
 def test_two_runs_of_a_prompt_aligned(matched, gpt2):
-    found = Match(matched / "copy", matched / "block-l1_1")
-    runs = [run_prompt(gpt2, checkpoint.load(path)[0], 1, "the head reads") for path in (found.a, found.b)]
+    found = Match(Checkpoint(matched / "copy"), Checkpoint(matched / "block-l1_1"))
+    runs = [run_prompt(gpt2.layer(1), Checkpoint(path).sae, "the head reads") for path in (found.a, found.b)]
     for position in (None, 3):
         table = read.aligned(found, *runs, position)
         assert len(table) and np.allclose(table["activation_a"], table["activation_b"], rtol=1e-4)
@@ -270,8 +272,8 @@ def test_two_runs_of_a_prompt_aligned(matched, gpt2):
     along = read.over_tokens([("here", runs[0], int(table["a"].iloc[0])), ("there", runs[1], 5)])
     assert along["position"].tolist() == 2 * list(range(1, len(f)))
     assert read.only_in(found, "a", runs[0], None).empty
-    split = Match(matched / "dense", matched / "copy")
-    dense = run_prompt(gpt2, checkpoint.load(split.a)[0], 1, "the head reads")
+    split = Match(Checkpoint(matched / "dense"), Checkpoint(matched / "copy"))
+    dense = run_prompt(gpt2.layer(1), Checkpoint(split.a).sae, "the head reads")
     table = read.split_on(split, dense, None)
     assert (table["activation"] > 0).all() and table["activation"].is_monotonic_decreasing
     assert len(read.split_on(split, dense, None, firing=False)) >= len(table)
@@ -283,10 +285,10 @@ def test_two_runs_of_a_prompt_aligned(matched, gpt2):
 
 def test_the_figures_of_a_split_on_real_text(matched):
     """Against the definitions, from activations."""
-    found = Match(matched / "dense", matched / "copy")
+    found = Match(Checkpoint(matched / "dense"), Checkpoint(matched / "copy"))
     (dense, config), (block, _) = (checkpoint.load(path) for path in (found.a, found.b))
     lm = open_model(config)
-    z = lm.hook_z(open_text(config["text"], lm.tokenizer).held_out(20), 1)[:, 1:].flatten(0, 1)
+    z = lm.layer(1).z(open_text(config["text"], lm.tokenizer).held_out(20))[:, 1:].flatten(0, 1)
     f, g = (sae.encode(z).flatten(1).numpy() for sae in (dense, block))
     assert len(found.pairs)
     for row in found.pairs.sample(20, random_state=0).itertuples():
@@ -334,7 +336,7 @@ def test_refusals_of_the_reader(matched, tmp_path):
     with pytest.raises(
         CheckpointError, match=r"have not been matched yet: run `python -m analysis.match .*copy .*l1_4`"
     ):
-        Match(a, tmp_path / "block-l1_4")
+        Match(Checkpoint(a), Checkpoint(tmp_path / "block-l1_4"))
     file = a / "matches" / "block-l1_1" / "meta.json"
     text = file.read_text()
     for broken, message in (
@@ -344,19 +346,19 @@ def test_refusals_of_the_reader(matched, tmp_path):
     ):
         file.write_text(broken)
         with pytest.raises(CheckpointError, match=message):
-            Match(b, a)
+            Match(Checkpoint(b), Checkpoint(a))
     file.write_text(text)
     pairs = file.with_name("pairs.parquet")
     pairs.write_bytes(b"PAR1 not really")
     with pytest.raises(CheckpointError, match=r"pairs.parquet is damaged"):
-        _ = Match(a, b).pairs
+        _ = Match(Checkpoint(a), Checkpoint(b)).pairs
     pairs.unlink()
     with pytest.raises(CheckpointError, match=r"pairs.parquet is missing: run"):
-        _ = Match(a, b).pairs
+        _ = Match(Checkpoint(a), Checkpoint(b)).pairs
     weights = b / "sae.safetensors"
     shutil.copy(tmp_path / "block-l1_4" / "sae.safetensors", weights)
     with pytest.raises(CheckpointError, match="describes other weights"):
-        Match(a, b)
+        Match(Checkpoint(a), Checkpoint(b))
 
 
 def test_analysing_again_leaves_matches(matched, tmp_path):

@@ -37,16 +37,16 @@ def ablated_z(lm, sae, z, kind, which):
             heads = [which] if kind.startswith("head") else list(range(lm.n_heads))
             z[q, heads] = sae(z)[q, heads]
             continue
-        for block in range(sae.n_heads):
-            for index in range(sae.features_per_head):
+        for block in range(sae.n_blocks):
+            for index in range(sae.features_per_block):
                 row = sae.W_dec[block, index]
-                if sae.n_heads == lm.n_heads:
+                if sae.n_blocks == lm.n_heads:
                     head, gone = block, torch.zeros(lm.n_heads, lm.d_head)
                     gone[block] = row
                 else:
                     gone = row.view(lm.n_heads, lm.d_head)
                     head = int(gone.norm(dim=1).argmax())
-                if (kind == "feature" and block * sae.features_per_head + index == which) or (
+                if (kind == "feature" and block * sae.features_per_block + index == which) or (
                     kind == "features of head" and head == which
                 ):
                     z[q] -= f[q, block, index] * gone
@@ -60,7 +60,7 @@ def test_direct_and_full(lm, sae, kind):
     z = cache[f"blocks.{LAYER}.attn.hook_z"][0]
     which = int(sae.encode(z)[-1].argmax()) if kind == "feature" else 2
     wanted = ablated_z(lm, sae, z, kind, which)
-    found = ablate(lm, sae, LAYER, run_prompt(lm, sae, LAYER, PROMPT), kind, which)
+    found = ablate(lm.layer(LAYER), sae, run_prompt(lm.layer(LAYER), sae, PROMPT), kind, which)
 
     clean = lm.model(tokens)[0, -1]
     assert torch.allclose(found.clean, clean, atol=1e-4)
@@ -89,26 +89,26 @@ def test_direct_and_full(lm, sae, kind):
 
 def test_the_prediction_after_an_earlier_token(lm, sae):
     tokens = lm.to_tokens(PROMPT)
-    z = lm.hook_z(tokens, LAYER)[0]
+    z = lm.layer(LAYER).z(tokens)[0]
     wanted = ablated_z(lm, sae, z, "features of head", 1)
     full = lm.model.run_with_hooks(
         tokens, fwd_hooks=[(f"blocks.{LAYER}.attn.hook_z", lambda value, hook: wanted[None])]
     )
-    found = ablate(lm, sae, LAYER, run_prompt(lm, sae, LAYER, PROMPT), "features of head", 1, position=4)
+    found = ablate(lm.layer(LAYER), sae, run_prompt(lm.layer(LAYER), sae, PROMPT), "features of head", 1, position=4)
     assert torch.allclose(found.clean, lm.model(tokens)[0, 4], atol=1e-4)
     assert torch.allclose(found.full, full[0, 4], atol=1e-4)
 
 
 def test_one_position_only(lm, sae):
     tokens = lm.to_tokens(PROMPT)
-    z = lm.hook_z(tokens, LAYER)[0]
+    z = lm.layer(LAYER).z(tokens)[0]
     wanted = z.clone()
     wanted[3] = ablated_z(lm, sae, z, "features of head", 1)[3]
     full = lm.model.run_with_hooks(
         tokens, fwd_hooks=[(f"blocks.{LAYER}.attn.hook_z", lambda value, hook: wanted[None])]
     )
-    run = run_prompt(lm, sae, LAYER, PROMPT)
-    found = ablate(lm, sae, LAYER, run, "features of head", 1, only_at=3)
+    run = run_prompt(lm.layer(LAYER), sae, PROMPT)
+    found = ablate(lm.layer(LAYER), sae, run, "features of head", 1, only_at=3)
     assert torch.allclose(found.full, full[0, -1], atol=1e-4)
     assert torch.allclose(found.direct, found.clean, atol=1e-5), "another position does not reach the last one directly"
 
@@ -117,9 +117,9 @@ def test_ten_sessions_share_one_model(lm, sae):
     """Hooks of one thread in a forward of another would change its answer."""
 
     def answer(session: int) -> list[torch.Tensor]:
-        run = run_prompt(lm, sae, LAYER, "the head reads " + "the " * session)
-        found = ablate(lm, sae, LAYER, run, "features of head", session % lm.n_heads)
-        return [run.f, run.final, found.clean, found.full, direct_effects(lm, sae, LAYER, run, 40)]
+        run = run_prompt(lm.layer(LAYER), sae, "the head reads " + "the " * session)
+        found = ablate(lm.layer(LAYER), sae, run, "features of head", session % lm.n_heads)
+        return [run.f, run.final, found.clean, found.full, direct_effects(lm.layer(LAYER), sae, run, 40)]
 
     alone = [answer(session) for session in range(10)]
     with ThreadPoolExecutor(10) as pool:
@@ -129,29 +129,29 @@ def test_ten_sessions_share_one_model(lm, sae):
 
 
 def test_what_is_not_there(lm, sae):
-    run = run_prompt(lm, sae, LAYER, "the head")
+    run = run_prompt(lm.layer(LAYER), sae, "the head")
     with pytest.raises(ValueError, match=f"there is no feature {sae.d_sae}"):
-        ablate(lm, sae, LAYER, run, "feature", sae.d_sae)
+        ablate(lm.layer(LAYER), sae, run, "feature", sae.d_sae)
     with pytest.raises(ValueError, match="there is no head -1"):
-        ablate(lm, sae, LAYER, run, "features of head", -1)
+        ablate(lm.layer(LAYER), sae, run, "features of head", -1)
     with pytest.raises(ValueError, match="only_at 99 is out of range"):
-        ablate(lm, sae, LAYER, run, "feature", 0, only_at=99)
+        ablate(lm.layer(LAYER), sae, run, "feature", 0, only_at=99)
 
 
 def test_direct_effects_of_firings_are_what_their_ablation_takes_away(lm, sae):
-    run = run_prompt(lm, sae, LAYER, PROMPT)
+    run = run_prompt(lm.layer(LAYER), sae, PROMPT)
     token = 40
-    effect = direct_effects(lm, sae, LAYER, run, token)
+    effect = direct_effects(lm.layer(LAYER), sae, run, token)
     last = len(run.tokens) - 1
     table = active_features(run, span=(last, last), effect=effect)
     assert table["effect"].abs().is_monotonic_decreasing and len(table) == int((run.f[last] > 0).sum())
     for row in table.head(4).itertuples():
-        found = ablate(lm, sae, LAYER, run, "feature", row.feature)
+        found = ablate(lm.layer(LAYER), sae, run, "feature", row.feature)
         assert row.effect == pytest.approx(float(found.clean[token] - found.direct[token]), abs=1e-4)
 
 
 def test_ranking_by_one_source(lm, sae):
-    run = run_prompt(lm, sae, LAYER, PROMPT)
+    run = run_prompt(lm.layer(LAYER), sae, PROMPT)
     table = active_features(run, source=2)
     assert table["from source"].is_monotonic_decreasing and (table["from source"] > 0).all()
     assert len(table) > 3
@@ -162,7 +162,7 @@ def test_ranking_by_one_source(lm, sae):
 
 
 def test_a_span_of_positions(lm, sae):
-    run = run_prompt(lm, sae, LAYER, PROMPT)
+    run = run_prompt(lm.layer(LAYER), sae, PROMPT)
     assert set(active_features(run, span=(3, 5))["position"]) <= {3, 4, 5}
     everything = active_features(run)
     assert len(active_features(run, span=(3, 5))) == everything["position"].between(3, 5).sum() > 0

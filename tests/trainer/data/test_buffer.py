@@ -52,7 +52,7 @@ def test_the_cache_holds_what_the_model_computes(gpt2, corpus, cache_root):
     fill(source, gpt2, corpus)
     contexts = torch.stack(list(corpus.train()))[:8]
     shard = load_file(only_folder(source) / "shard-00000.safetensors")["z"]
-    expected = gpt2.hook_z(contexts, LAYER)[:, 1:].flatten(0, 1)
+    expected = gpt2.layer(LAYER).z(contexts)[:, 1:].flatten(0, 1)
     assert shard.dtype == torch.float16
     assert torch.allclose(shard.float(), expected, atol=2e-3)
     groups = torch.cat([next(source.groups(g)) for g in range(-(-len(source._shard_rows) // source._per_group))])
@@ -200,7 +200,7 @@ def test_several_layers_share_one_forward_and_serve_the_same_rows(gpt2, corpus, 
     assert two.shape == (64, 2, 4, 8) and torch.equal(one[:, 0], two[:, 1])
     contexts = torch.stack(list(corpus.train()))[:8]
     live = LiveActivations(gpt2, [1, LAYER], corpus, 8, buffer_rows=120)
-    assert torch.allclose(next(live.groups(0))[:, 0].float(), gpt2.hook_z(contexts, 1)[:, 1:].flatten(0, 1), atol=4e-3)
+    assert torch.allclose(next(live.groups(0))[:, 0].float(), gpt2.layer(1).z(contexts)[:, 1:].flatten(0, 1), atol=4e-3)
 
 
 def test_a_stream_that_is_too_short_is_refused_not_repeated(gpt2, corpus, cache_root):

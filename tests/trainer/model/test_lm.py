@@ -20,26 +20,26 @@ TOKENS = torch.arange(1, 41).view(2, 20)
 
 def test_logits_are_hugging_faces(pair):
     lm, hf = pair
-    resid, _ = lm.prefix(TOKENS, 1)
+    resid, _ = lm.layer(1).prefix(TOKENS)
     with torch.no_grad():
         theirs = hf(TOKENS).logits.log_softmax(-1)
-    assert torch.allclose(lm.logits(resid, 1).log_softmax(-1), theirs, atol=1e-4)
+    assert torch.allclose(lm.layer(1).logits(resid).log_softmax(-1), theirs, atol=1e-4)
 
 
 def test_z_is_the_pattern_times_the_values_of_every_query_head(pair):
     lm, _ = pair
-    z, v, pattern = lm.attention(TOKENS, 2)
+    z, v, pattern = lm.layer(2).attention(TOKENS)
     assert v.shape == z.shape == (2, 20, lm.n_heads, lm.d_head)
     assert torch.allclose(torch.einsum("bhqs,bshd->bqhd", pattern, v), z, atol=1e-5)
-    assert torch.equal(z, lm.hook_z(TOKENS, 2))
+    assert torch.equal(z, lm.layer(2).z(TOKENS))
 
 
 def test_splicing_z_back_changes_no_logit(pair):
     lm, _ = pair
-    resid, z = lm.prefix(TOKENS, 1)
-    clean = lm.logits(resid, 1)
-    assert torch.equal(lm.logits(resid, 1, z), clean)
-    assert not torch.allclose(lm.logits(resid, 1, torch.zeros_like(z)), clean, atol=1e-3)
+    resid, z = lm.layer(1).prefix(TOKENS)
+    clean = lm.layer(1).logits(resid)
+    assert torch.equal(lm.layer(1).logits(resid, z), clean)
+    assert not torch.allclose(lm.layer(1).logits(resid, torch.zeros_like(z)), clean, atol=1e-3)
 
 
 def test_nothing_after_the_hook_is_computed(gpt2):
@@ -49,9 +49,9 @@ def test_nothing_after_the_hook_is_computed(gpt2):
         gpt2.model.get_submodule(name).register_forward_hook(lambda *a, name=name: ran.append(name)) for name in names
     ]
     try:
-        gpt2.hook_z(TOKENS, 0)
+        gpt2.layer(0).z(TOKENS)
         assert ran == []
-        gpt2.hook_z(TOKENS, 1)
+        gpt2.layer(1).z(TOKENS)
     finally:
         for handle in handles:
             handle.remove()
@@ -61,7 +61,7 @@ def test_nothing_after_the_hook_is_computed(gpt2):
 
 
 def test_no_hook_stays_behind(gpt2):
-    gpt2.attention(TOKENS, 1)
+    gpt2.layer(1).attention(TOKENS)
     assert not [name for name, point in gpt2.model.hook_dict.items() if point.fwd_hooks]
 
 
@@ -93,7 +93,7 @@ def test_bad_names_and_prompts_are_sentences(gpt2, tmp_path):
     with pytest.raises(ValueError, match=r"has no config\.json"):
         LanguageModel.load(str(tmp_path))
     with pytest.raises(ValueError, match="layers 0 to 5"):
-        gpt2.hook_z(TOKENS, 6)
+        gpt2.layer(6).z(TOKENS)
     with pytest.raises(ValueError, match="empty"):
         gpt2.to_tokens("")
 

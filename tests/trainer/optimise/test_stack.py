@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
+from tests.helpers import decided
 from tests.trainer.recipes.test_gradients import obvious_loss
-from trainer.config import TrainingConfig
+from trainer.config import SAEConfig, SweepConfig, TrainingConfig
 from trainer.kernels import sparse
 from trainer.optimise.initialise import geometric_median, initial_params, input_scale
 from trainer.optimise.stack import Stack, lr_factor
-from trainer.recipes import SAEConfig, SweepConfig
 
 HEADS, WIDTH = 3, 8
 SPARSITIES = {
@@ -22,7 +22,7 @@ SPARSITIES = {
 
 def config(recipe, sparsity, **options) -> SAEConfig:
     key = "k" if recipe in ("topk", "batchtopk") else "l1_coefficient"
-    return SAEConfig.resolve(**{"hook_layer": 0, "expansion_factor": 4, "recipe": recipe, key: sparsity} | options)
+    return decided(**{"hook_layer": 0, "expansion_factor": 4, "recipe": recipe, key: sparsity} | options)
 
 
 def build(saes, rows, together=None, n_features=None, **training) -> Stack:
@@ -232,15 +232,15 @@ PRESETS = {
 
 @pytest.mark.parametrize("preset", list(PRESETS))
 def test_presets_are_pinned(preset):
-    found = dataclasses.asdict(SAEConfig.resolve(preset=preset, hook_layer=4))
+    found = dataclasses.asdict(decided(preset=preset, hook_layer=4))
     irrelevant = {"k": None, "k_scope": "layer", "label": None}
     assert found == PRESETS[preset] | irrelevant | {"preset": preset, "hook_layer": 4}
 
 
 def test_a_preset_can_be_changed_one_switch_at_a_time():
-    sae = SAEConfig.resolve(preset="reference", hook_layer=4, normalize="per_head")
+    sae = decided(preset="reference", hook_layer=4, normalize="per_head")
     assert (sae.normalize, sae.init, sae.lr) == ("per_head", "linear", 5e-5)
-    other = SAEConfig.resolve(preset="reference", recipe="batchtopk", hook_layer=4)
+    other = decided(preset="reference", recipe="batchtopk", hook_layer=4)
     assert (other.recipe, other.k, other.l1_coefficient, other.normalize) == ("batchtopk", 32, None, "global")
     assert other.decoder_norm == "unit", "what makes the recipe stays"
 
