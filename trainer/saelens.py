@@ -27,6 +27,7 @@ from trainer import checkpoint, cli
 from trainer.block_diag import BlockDiagSAE
 from trainer.checkpoint import Checkpoint
 from trainer.config import require
+from trainer.recipes import gated
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -118,14 +119,13 @@ def from_saelens(
     require(all(value.isfinite().all() for value in p.values()), "the SAELens SAE holds values that are not finite")
     W_enc, W_dec, b_dec = p["W_enc"], p["W_dec"], p["b_dec"]
     threshold = p.get("threshold")
-    if architecture == "gated":  # gate > 0 exactly where e^r s + b_mag > b_mag - e^r b_gate, as in Stack.finished
-        gain = p["r_mag"].exp()
-        threshold = (p["b_mag"] - gain * p["b_gate"]).clamp_min(0)
-        W_enc, b_enc = W_enc * gain, p["b_mag"]
+    subtracted = b_dec if theirs.cfg.apply_b_dec_to_input else torch.zeros_like(b_dec)  # from the encoder's input
+    if architecture == "gated":
+        trained = p | {"b_enc": p["b_gate"], "b_dec": subtracted}
+        folded = gated.for_use({name: value[None] for name, value in trained.items()}, torch.empty(0))
+        W_enc, b_enc, threshold = (folded[name][0] for name in ("W_enc", "b_enc", "threshold"))
     else:
-        b_enc = p["b_enc"]
-    if theirs.cfg.apply_b_dec_to_input:
-        b_enc = b_enc - b_dec @ W_enc
+        b_enc = p["b_enc"] - subtracted @ W_enc
     if b_V is not None:
         more = scale * b_V.detach().float().cpu().flatten()  # their input is ours + b_V
         b_enc, b_dec = b_enc + more @ W_enc, b_dec - more

@@ -2,9 +2,9 @@
 
 With L0 active features of thousands, decoding and all gradients are sums over (token, feature) pairs:
 weighted embedding bags over the rows of W_dec, of the error and of the input. Only the encoder is a
-dense matmul. The results equal those of `losses` to float rounding.
+dense matmul. The results equal dense gradients to float rounding.
 
-A bag is (block, token): `block * batch + token`; a feature is `block * features_per_head + index`.
+A bag is (block, token): `block * batch + token`; a feature is `block * features_per_block + index`.
 """
 
 import warnings
@@ -78,24 +78,6 @@ def gradients(
         grads["b_dec"] = grads["b_dec"] - (W_enc @ grads["b_enc"][..., None])[..., 0]
     fired = bounds.diff().view(n_blocks, n_features).to(x.dtype)
     return Outcome(grads, error, fired, {})
-
-
-def l1(
-    recipe: str, params: Params, x: Float[Tensor, "head batch width"], coefficient: Float[Tensor, " block"]
-) -> Outcome:
-    """`april` or `bricken`, as in `losses`, on the features that are active."""
-    W_enc, W_dec, b_enc = params["W_enc"], params["W_dec"], params["b_enc"]
-    centred = recipe == "bricken"
-    bias = b_enc - (params["b_dec"][:, None] @ W_enc)[:, 0] if centred else b_enc
-    active = above({**params, "b_enc": bias}, x, torch.zeros_like(coefficient))
-    norm = torch.ones_like(b_enc) if centred else W_dec.norm(dim=-1)
-    weight = (coefficient / x.shape[1])[:, None]
-    out = gradients(params, x, active, weight * norm, centred)
-    total = torch.zeros_like(b_enc).view(-1).index_add_(0, active.feature, active.value).view_as(b_enc)
-    if not centred:
-        out.grads["W_dec"].add_(W_dec * (weight * total / norm)[..., None])
-    out.terms["l1"] = (total * norm).sum(1) / x.shape[1]
-    return out
 
 
 def above(params: Params, x: Float[Tensor, "head batch width"], threshold: Float[Tensor, " block"]) -> Active:
