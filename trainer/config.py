@@ -102,8 +102,8 @@ class TrainingConfig:
     """Tokens of a batch."""
     buffer_tokens: int = 262_144
     """Tokens shuffled together; twice as many are held in memory, of every layer."""
-    eval_tokens: int = 8192
-    """Held-out tokens for eval.json, and as many of repeated random tokens for its induction part."""
+    eval_tokens: int | None = None
+    """Held-out tokens for eval.json, and as many of repeated random tokens; default 2,048 on a CPU, 8,192 elsewhere."""
     eval_every: int = 1000
     """Steps between two short evaluations on 2,048 held-out tokens, logged with the training figures; 0 never."""
     seed: int = 0
@@ -142,7 +142,8 @@ class TrainingConfig:
             "save_every",
             "dead_after_tokens",
         ):
-            require(getattr(self, key) >= 1, f"{key} must be at least 1, got {getattr(self, key)}")
+            value = getattr(self, key)
+            require(value is None or value >= 1, f"{key} must be at least 1, got {value}")
         require(
             self.buffer_tokens >= self.batch_size,
             f"buffer_tokens ({self.buffer_tokens}) must hold at least one batch ({self.batch_size})",

@@ -171,7 +171,8 @@ def import_checkpoint(
         metadata = theirs.cfg.metadata
         model, dataset = model or metadata.model_name, dataset or metadata.dataset_path
         hook = re.fullmatch(r"blocks\.(\d+)\.attn\.hook_z", str(metadata.hook_name))
-        require(hook is not None, f"{folder} reads {metadata.hook_name}, not the head outputs of a layer (attn.hook_z)")
+        if hook is None:
+            raise ValueError(f"{folder} reads {metadata.hook_name}, not the head outputs of a layer (attn.hook_z)")
         require(metadata.hook_head_index is None, f"{folder} reads head {metadata.hook_head_index} only, not all heads")
         require(model is not None, f"{folder} does not say which model it was trained on: name it with --model")
         require(dataset is not None, f"{folder} does not say which text it was trained on: name one with --dataset")

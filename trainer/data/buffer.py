@@ -64,7 +64,7 @@ def open_source(
     n_tokens = min(n_tokens, config.distinct_tokens or n_tokens)
     per_context = corpus.context_size - 1
     n_contexts = _SHARD_CONTEXTS * -(-n_tokens // (per_context * _SHARD_CONTEXTS))  # whole shards
-    if corpus.finite:
+    if corpus.n_train_contexts is not None:
         n_contexts = min(n_contexts, corpus.n_train_contexts)
     if n_contexts * per_context * len(layers) * lm.n_heads * lm.d_head * 2 > config.cache_gb * 1e9:
         return LiveActivations(lm, layers, corpus, n_contexts, buffer_rows)
