@@ -1,13 +1,14 @@
 """The checkpoint directory round-trips, and a broken one is refused by the name of the broken file."""
 
 import os
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 
 import trainer
-from tests.helpers import config_of, edit_config
+from tests.helpers import ROOT, config_of, edit_config
 from trainer import checkpoint
 from trainer.block_diag import BlockDiagSAE
 from trainer.checkpoint import Checkpoint, CheckpointError
@@ -90,3 +91,22 @@ def test_a_failed_write_leaves_the_old_file(saved):
     with pytest.raises(ValueError, match="JSON compliant"):
         write_json(path / "config.json", {"loss": float("nan")})
     assert (path / "config.json").read_bytes() == before and not list(path.glob(".*"))
+
+
+def test_a_directory_of_schema_2_says_the_same(tmp_path):
+    """A config.json that version 0.1 wrote, against the same checkpoint as it is shipped today."""
+    shipped = ROOT / "checkpoints" / "smollm2-135m-L17-batchtopk-dense-x4-k32"
+    shutil.copy(ROOT / "tests" / "data" / "schema2" / "config.json", tmp_path)
+    for name in ("sae.safetensors", "eval.json", "metrics.jsonl"):
+        shutil.copy(shipped / name, tmp_path)
+    old, new = Checkpoint(tmp_path), Checkpoint(shipped)
+    assert old.config == new.config
+    assert old.config.options is not None and old.config.options.sae.k == 32 and old.is_dense
+    assert (old.recipe, old.sparsity, old.site) == ("batchtopk (dense)", "k 32", "smollm2-135m layer 17")
+    z = torch.randn(3, 9, 64)
+    assert torch.equal(old.sae(z), new.sae(z)) and old.eval == new.eval
+    edit_config(
+        tmp_path, imported_from="SAELens gated", training={"recipe": "gated", "k": None, "label": "SAELens gated"}
+    )
+    imported = Checkpoint(tmp_path)
+    assert imported.config.options is None and imported.recipe == "SAELens gated (dense)" and imported.sparsity == ""

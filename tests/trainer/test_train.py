@@ -1,5 +1,6 @@
 """Training as a whole: sweeps, resuming to the bit, and a command line that does what it says."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -17,7 +18,7 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.helpers import ROOT, save_tiny_gpt2
-from trainer import checkpoint, cli
+from trainer import checkpoint, cli, config
 from trainer.__main__ import main
 from trainer.checkpoint import Checkpoint
 from trainer.optimise.stack import Stack
@@ -180,6 +181,24 @@ def test_an_interrupted_run_resumes_to_the_same_weights(command, monkeypatch, op
         lines = [checkpoint.read_metrics(out / f"{which}{name}") for which in ("whole", "halves")]
         assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]] == [4, 8, 12]
         assert lines[0][0]["held_out_FVU"] == lines[1][0]["held_out_FVU"] > 0
+
+
+def test_run_yaml_repeats_and_resumes_one_sae_of_a_sweep(command, monkeypatch):
+    """Whatever today's defaults are: everything that was decided is written down."""
+    arguments, out = command
+    both = [*arguments, "--preset=reference", "--l1_coefficients=[1,8]", "--expansion_factor=4", "--lr=2e-3"]
+    with interrupted_at(7, monkeypatch):
+        assert main([*both, "--name=halves"]) == 130
+    (heavy,) = out.glob("halves*l1_8")
+    options = yaml.safe_load((heavy / "run.yaml").read_text())
+    named = {each.name for group in cli.GROUPS for each in dataclasses.fields(group)}
+    assert set(options) == named and options["init"] == "linear" and options["max_grad_norm"] == 1.0
+    monkeypatch.setitem(config._COMMON, "normalize", "none")
+    assert main([f"--config={heavy / 'run.yaml'}", "--resume=true"]) == 0
+    assert main([f"--config={heavy / 'run.yaml'}", "--name=again"]) == 0
+    assert_same_weights(heavy, out / "again")
+    assert Checkpoint(heavy).recipe == Checkpoint(out / "again").recipe == "reference"
+    assert Checkpoint(heavy).eval == Checkpoint(out / "again").eval
 
 
 def test_saves_of_different_steps_resume_from_the_last_common_one(command, monkeypatch):

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ _LM_BATCH_TOKENS = 4096  # tokens of one forward: enough to fill the cores, smal
 Progress = Callable[[int, int], None]
 
 
+@runtime_checkable
 class Source(Protocol):
     """Where rows come from: `rows(g)` says how many the g-th group has, `groups` yields them.
 
