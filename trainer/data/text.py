@@ -121,7 +121,7 @@ class Corpus:
         ordinal = first[:, None] + torch.nn.functional.pad(ends.cumsum(1), (1, 0))
         return self._held_out_ids[ordinal] if self.finite else ordinal
 
-    def _load(self) -> tuple[Int[Tensor, "context pos"], Int[Tensor, "context pos"]]:
+    def _load(self) -> tuple[Int[Tensor, "train pos"], Int[Tensor, "held_out pos"]]:
         texts = [text for text in _read(self.name, self._column) if text.strip()]
         if not texts:
             raise ValueError(f"{self.name} holds no text")

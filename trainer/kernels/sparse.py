@@ -219,6 +219,6 @@ def _true(mask: Tensor) -> Int[Tensor, " hit"]:
     return hit[bit[:, 0]] * 8 + bit[:, 1]
 
 
-def _bounds(sorted_ids: Int[Tensor, " pair"], n: int) -> Int[Tensor, " n+1"]:
+def _bounds(sorted_ids: Int[Tensor, " pair"], n: int) -> Int[Tensor, " n_plus_1"]:
     """Where each of n ids begins in a sorted list."""
     return torch.cat([sorted_ids.new_zeros(1), torch.bincount(sorted_ids, minlength=n).cumsum(0)])
