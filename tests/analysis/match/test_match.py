@@ -33,12 +33,12 @@ def random_firings(seed: int, n_features: int, tokens: int = 400) -> np.ndarray:
     return (generator.random((tokens, n_features)) * (generator.random((tokens, n_features)) < 0.1)).astype(np.float32)
 
 
-def side(sae: BlockDiagSAE, f: np.ndarray) -> scoring.Side:
-    return scoring.Side.of(sae, sp.csr_matrix(f), N_HEADS)
+def fired(sae: BlockDiagSAE, f: np.ndarray) -> scoring.Fired:
+    return scoring.Fired.of(sae, sp.csr_matrix(f), N_HEADS)
 
 
 @torch.no_grad()
-def planted() -> tuple[scoring.Side, scoring.Side, np.ndarray]:
+def planted() -> tuple[scoring.Fired, scoring.Fired, np.ndarray]:
     """B is A permuted within each head and scaled; of every head the last two features of A are not in B.
 
     Returns A, B and the feature of B that each feature of A became, -1 for none.
@@ -55,7 +55,7 @@ def planted() -> tuple[scoring.Side, scoring.Side, np.ndarray]:
             b.W_dec[head, places[i]] = a.W_dec[head, i] / scale
             g[:, head * N_FEATURES + places[i]] = f[:, head * N_FEATURES + i] * scale
             became[head * N_FEATURES + i] = head * N_FEATURES + places[i]
-    return side(a, f), side(b, g), became
+    return fired(a, f), fired(b, g), became
 
 
 def test_a_planted_permutation_is_recovered():
@@ -71,7 +71,7 @@ def test_a_planted_permutation_is_recovered():
     assert (features["firings"] == np.concatenate([a.firings, b.firings])).all()
 
 
-def brute_force(a: scoring.Side, b: scoring.Side, i: int, j: int) -> tuple[float, float]:
+def brute_force(a: scoring.Fired, b: scoring.Fired, i: int, j: int) -> tuple[float, float]:
     """Cosine and Jaccard index of two features."""
     fires_a, fires_b = (s.fires.toarray()[:, k] > 0 for s, k in ((a, i), (b, j)))
     jaccard = (fires_a & fires_b).sum() / max((fires_a | fires_b).sum(), 1)
@@ -80,13 +80,13 @@ def brute_force(a: scoring.Side, b: scoring.Side, i: int, j: int) -> tuple[float
 
 def test_figures_and_assignment_against_brute_force(monkeypatch):
     """On noisy copies: every figure, the nearest of every feature, and that no other assignment has a larger sum."""
-    monkeypatch.setattr("analysis.match.score._ROWS", 5)
+    monkeypatch.setattr("analysis.corpus.pairs._ROWS", 5)
     a, b, became = planted()
     noise = np.random.default_rng(5)
     fires = b.fires.toarray() * (noise.random(b.fires.shape) < 0.8)
     direction = b.direction + 0.1 * noise.standard_normal(b.direction.shape).astype(np.float32)
     direction /= np.linalg.norm(direction, axis=1, keepdims=True)
-    b = scoring.Side(sp.csr_matrix(fires), (fires > 0).sum(0), direction, b.head, b.n_blocks)
+    b = scoring.Fired(sp.csr_matrix(fires), (fires > 0).sum(0), direction, b.head, b.n_blocks)
     found = scoring.one_to_one(a, b)
     score = np.zeros((36, 36))
     for i in range(36):
@@ -111,7 +111,7 @@ def test_what_is_no_pair_takes_no_pairs_place():
     fires[0, :100, 0] = fires[0, 100:, 1] = 1
     fires[1, :80, 0] = fires[1, 100:121, 0] = fires[1, 40:100, 1] = 1
     same = np.array([[1.0, 0.0], [1.0, 0.0]], np.float32)
-    a, b = (scoring.Side(sp.csr_matrix(f), (f > 0).sum(0), same, np.zeros(2, int), 1) for f in fires)
+    a, b = (scoring.Fired(sp.csr_matrix(f), (f > 0).sum(0), same, np.zeros(2, int), 1) for f in fires)
     found = scoring.one_to_one(a, b)
     assert found.pairs[["a", "b"]].to_numpy().tolist() == [[0, 0]]
     assert found.pairs["score"].tolist() == pytest.approx([0.813], abs=1e-3)
@@ -137,7 +137,7 @@ def test_a_block_too_large_to_assign_is_paired_greedily(monkeypatch):
     a, b, _ = planted()
     exact = scoring.one_to_one(a, b)
     monkeypatch.setattr(scoring, "LARGEST_ASSIGNMENT", 4)
-    monkeypatch.setattr("analysis.match.score._ROWS", 5)
+    monkeypatch.setattr("analysis.corpus.pairs._ROWS", 5)
     greedy = scoring.one_to_one(a, b)
     order = ["a", "b"]
     assert greedy.pairs.sort_values(order, ignore_index=True).equals(exact.pairs.sort_values(order, ignore_index=True))
@@ -148,7 +148,7 @@ def test_a_block_too_large_to_assign_is_paired_greedily(monkeypatch):
 @torch.no_grad()
 def test_a_planted_split_comes_out(monkeypatch):
     """Dense feature i is the union of feature i of head 0 and of feature i of head 1; the last two are of neither."""
-    monkeypatch.setattr("analysis.match.score._ROWS", 5)
+    monkeypatch.setattr("analysis.corpus.pairs._ROWS", 5)
     block, dense = random_sae(0), random_sae(1, dense=True)
     f = random_firings(0, block.d_sae)
     g = random_firings(1, N_FEATURES)
@@ -157,7 +157,7 @@ def test_a_planted_split_comes_out(monkeypatch):
         dense.W_dec[0, i, :D_HEAD] = 2 * block.W_dec[0, i]
         dense.W_dec[0, i, D_HEAD : 2 * D_HEAD] = block.W_dec[1, i]
         g[:, i] = f[:, i] + f[:, N_FEATURES + i]
-    found = scoring.split(side(dense, g), side(block, f))
+    found = scoring.split(fired(dense, g), fired(block, f))
     for i, parts in found.pairs.groupby("a"):
         assert set(parts["b"]) == {i, N_FEATURES + i}
         parts = parts.set_index("head")
@@ -185,7 +185,7 @@ def test_coverage_is_a_share_of_activation():
         dense.W_dec[0, 0, :D_HEAD] = block.W_dec[0, 0] * 10
     f, g = np.zeros((100, block.d_sae), np.float32), np.zeros((100, N_FEATURES), np.float32)
     g[:20, 0], g[20:40, 0], f[:20, 0] = 3, 1, 1
-    found = scoring.split(side(dense, g), side(block, f))
+    found = scoring.split(fired(dense, g), fired(block, f))
     row = found.features.query("side == 'a'").iloc[0]
     assert (row["covered"], row["chance"]) == (pytest.approx(0.75), pytest.approx(0.2))
 
@@ -193,7 +193,7 @@ def test_coverage_is_a_share_of_activation():
 @pytest.mark.parametrize("dense", [False, True])
 def test_saes_that_never_fire(dense):
     a, b = random_sae(0, dense), random_sae(1)
-    nothing = [side(each, np.zeros((50, each.d_sae), np.float32)) for each in (a, b)]
+    nothing = [fired(each, np.zeros((50, each.d_sae), np.float32)) for each in (a, b)]
     found = scoring.split(*nothing) if dense else scoring.one_to_one(*nothing)
     assert found.pairs.empty and found.features.empty
 
@@ -205,11 +205,12 @@ def matched(trained, tmp_path_factory):
     folder = tmp_path_factory.mktemp("matched")
     for name in ("block-l1_1", "block-l1_4", "dense"):
         shutil.copytree(trained / name, folder / name)
-    sae, config = checkpoint.load(folder / "block-l1_1")
+    original = Checkpoint(folder / "block-l1_1")
+    sae = original.sae
     for name, axis in (("W_enc", 2), ("b_enc", 1), ("W_dec", 1)):
         tensor = getattr(sae, name)
         tensor.copy_(tensor.flip(axis) * (2 if name == "W_dec" else 1))
-    checkpoint.save(folder / "copy", sae, {k: v for k, v in config.items() if k not in ("schema_version", "sae")})
+    checkpoint.save(folder / "copy", sae, original.config)
     assert main([*(str(folder / name) for name in ("copy", "block-l1_1", "dense")), *OPTIONS]) == 0
     return folder
 
@@ -218,11 +219,11 @@ def test_a_reversed_copy_on_real_text(matched):
     found = Match(Checkpoint(matched / "copy"), Checkpoint(matched / "block-l1_1"))
     assert (found.a.name, found.b.name, found.kind) == ("copy", "block-l1_1", "one-to-one")
     per_head = 32
-    sae, config = checkpoint.load(matched / "block-l1_1")
+    original = Checkpoint(matched / "block-l1_1")
+    sae, lm = original.sae, original.open_model()
     reverse = lambda i: i // per_head * per_head + per_head - 1 - i % per_head  # noqa: E731
     assert per_head == sae.features_per_block
-    lm = open_model(config)
-    contexts = open_text(config["text"], lm.tokenizer).held_out(20)
+    contexts = original.open_text(lm.tokenizer).held_out(20)
     f = sae.encode(lm.layer(1).z(contexts)).flatten(2)[:, 1:]
     firings = (f > 0).sum((0, 1)).numpy()
     expected = [i for i in range(sae.d_sae) if firings[i] >= scoring.MIN_FIRINGS]
@@ -236,12 +237,12 @@ def test_a_reversed_copy_on_real_text(matched):
 
 
 def test_either_order_is_found_and_names_follow_it(matched):
-    one, other = (Match(*pair) for pair in ((matched / "copy", matched / "block-l1_1"),
-                                           (matched / "block-l1_1", matched / "copy")))  # fmt: skip
+    copy, original, dense = (Checkpoint(matched / name) for name in ("copy", "block-l1_1", "dense"))
+    one, other = Match(copy, original), Match(original, copy)
     assert (other.a.name, other.b.name) == ("block-l1_1", "copy")
     assert other.pairs["a"].tolist() == one.pairs["b"].tolist()
     assert other.of_side("a")["partner"].tolist() == one.of_side("b")["partner"].tolist()
-    splits = [Match(*pair) for pair in ((matched / "copy", matched / "dense"), (matched / "dense", matched / "copy"))]
+    splits = [Match(copy, dense), Match(dense, copy)]
     assert [(each.a.name, each.kind) for each in splits] == [("dense", "split")] * 2
     assert splits[0].pairs.equals(splits[1].pairs)
 
@@ -259,7 +260,7 @@ def test_matching_again_in_the_other_order_leaves_one(matched, tmp_path):
 
 def test_two_runs_of_a_prompt_aligned(matched, gpt2):
     found = Match(Checkpoint(matched / "copy"), Checkpoint(matched / "block-l1_1"))
-    runs = [run_prompt(gpt2.layer(1), Checkpoint(path).sae, "the head reads") for path in (found.a, found.b)]
+    runs = [run_prompt(gpt2.layer(1), each.sae, "the head reads") for each in (found.a, found.b)]
     for position in (None, 3):
         table = read.aligned(found, *runs, position)
         assert len(table) and np.allclose(table["activation_a"], table["activation_b"], rtol=1e-4)
@@ -273,7 +274,7 @@ def test_two_runs_of_a_prompt_aligned(matched, gpt2):
     assert along["position"].tolist() == 2 * list(range(1, len(f)))
     assert read.only_in(found, "a", runs[0], None).empty
     split = Match(Checkpoint(matched / "dense"), Checkpoint(matched / "copy"))
-    dense = run_prompt(gpt2.layer(1), Checkpoint(split.a).sae, "the head reads")
+    dense = run_prompt(gpt2.layer(1), split.a.sae, "the head reads")
     table = read.split_on(split, dense, None)
     assert (table["activation"] > 0).all() and table["activation"].is_monotonic_decreasing
     assert len(read.split_on(split, dense, None, firing=False)) >= len(table)
@@ -286,9 +287,8 @@ def test_two_runs_of_a_prompt_aligned(matched, gpt2):
 def test_the_figures_of_a_split_on_real_text(matched):
     """Against the definitions, from activations."""
     found = Match(Checkpoint(matched / "dense"), Checkpoint(matched / "copy"))
-    (dense, config), (block, _) = (checkpoint.load(path) for path in (found.a, found.b))
-    lm = open_model(config)
-    z = lm.layer(1).z(open_text(config["text"], lm.tokenizer).held_out(20))[:, 1:].flatten(0, 1)
+    dense, block, lm = found.a.sae, found.b.sae, found.a.open_model()
+    z = lm.layer(1).z(found.a.open_text(lm.tokenizer).held_out(20))[:, 1:].flatten(0, 1)
     f, g = (sae.encode(z).flatten(1).numpy() for sae in (dense, block))
     assert len(found.pairs)
     for row in found.pairs.sample(20, random_state=0).itertuples():
