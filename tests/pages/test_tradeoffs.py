@@ -12,8 +12,8 @@ from streamlit.testing.v1 import AppTest
 
 from analysis.runs import tables
 from pages.charts import tradeoffs as tradeoff_charts
-from tests.helpers import OTHERS, ROOT, said
-from trainer import checkpoint
+from tests.helpers import OTHERS, ROOT, edit_config, said
+from trainer.checkpoint import list_checkpoints, read_metrics
 from trainer.files import write_json
 
 
@@ -73,7 +73,7 @@ def test_what_a_point_costs(folder):
 
 def test_an_unknown_cost_is_empty(folder):
     (folder / "dense" / "metrics.jsonl").unlink()
-    lines = checkpoint.read_metrics(folder / "topk")
+    lines = read_metrics(folder / "topk")
     del lines[1]["tokens_per_second"]
     (folder / "topk" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     shown = table(open_page())["training_minutes"]
@@ -127,7 +127,7 @@ def rows(app) -> list[dict]:
 
 
 def test_targets_are_drawn_where_the_axes_show_them(folder):
-    frame = tables.summary(checkpoint.list_checkpoints(folder)).assign(front=True, chosen=True, CE_score=0.5)
+    frame = tables.summary(list_checkpoints(folder).readable).assign(front=True, chosen=True, CE_score=0.5)
 
     def says(metric, head):
         chart = str(tradeoff_charts.tradeoff(frame, metric, True, sorted(set(frame["recipe"])), head).to_dict())
@@ -162,13 +162,12 @@ def test_every_figure_on_every_text_and_head_draws(folder):
 def test_a_run_without_eval_is_on_text_and_waits_on_repeated_tokens(folder):
     path = folder / "topk"
     (path / "eval.json").unlink()
-    config = checkpoint.load_config(path)
-    write_json(path / "config.json", {**config, "status": "training"})
+    edit_config(path, status="training")
     app = open_page()
     assert "Hollow" in said(app)
     assert "topk" in [row["name"] for row in rows(app)]
     one = table(open_page(head="1")).loc["topk"]
-    assert one["L0"] == pytest.approx(checkpoint.read_metrics(path)[-1]["L0_per_head"][1])
+    assert one["L0"] == pytest.approx(read_metrics(path)[-1]["L0_per_head"][1])
     app = open_page(text="Repeated random tokens")
     assert "Not evaluated yet: topk" in said(app)
     assert "topk" not in [row["name"] for row in rows(app)]
@@ -176,11 +175,8 @@ def test_a_run_without_eval_is_on_text_and_waits_on_repeated_tokens(folder):
 
 def test_an_imported_checkpoint_stands_beside_ours(folder):
     path = folder / "topk"
-    config = checkpoint.load_config(path)
-    kept = ("model", "dataset", "hook_layer", "k", "recipe", "l1_coefficient", "block", "preset", "seed", "eval_tokens")
-    training = {key: config["training"][key] for key in kept} | {"label": "SAELens topk"}
-    more = {"training": training, "imported_from": "SAELens topk", "steps": None, "tokens_seen": None}
-    write_json(path / "config.json", {**config, **more})
+    imported = {"source": "SAELens topk", "recipe": "SAELens topk", "k": 9}
+    edit_config(path, options=None, imported=imported, steps=None, tokens_seen=None)
     (path / "metrics.jsonl").unlink()
     app = open_page(runs="topk")
     assert not app.exception and not app.error
@@ -207,7 +203,7 @@ def test_damaged_metrics_leave_the_frontier(folder):
 
 def test_labels_of_thirteen_points_do_not_lie_on_one_another(folder):
     generator = np.random.default_rng(0)
-    listed = checkpoint.list_checkpoints(folder)
+    listed = list_checkpoints(folder).readable
     frame = pd.concat([tables.summary(listed), tables.summary(listed).head(5)], ignore_index=True)
     frame["L0"], frame["FVU"] = generator.normal(30, 1, 13), generator.normal(0.3, 0.01, 13)
     frame.loc[0, ["L0", "FVU"]] = (20, 0.4)  # the others are a crowd
