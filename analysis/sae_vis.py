@@ -33,7 +33,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from analysis import attribution as dfa
-from analysis.prompt.run import visible
+from analysis.tokens import visible
 from trainer import cli
 from trainer.block_diag import BlockDiagSAE
 from trainer.checkpoint import Checkpoint

@@ -10,7 +10,7 @@ from analysis import attribution as dfa
 from analysis.corpus.heads import MIN_FIRINGS, feature_roles
 from analysis.corpus.running import FeatureStatistics, Sources
 from analysis.logits import LogitEffects
-from analysis.prompt.run import visible
+from analysis.tokens import visible
 
 N_TOKENS = 10  # tokens kept of those that a feature fires on, and reads
 _SLOT_WORDS = {

@@ -5,8 +5,8 @@ import pandas as pd
 import streamlit as st
 
 from analysis.labels import Labels
-from analysis.prompt.run import visible
 from analysis.store import Analysis
+from analysis.tokens import visible
 from pages.charts import features as feature_charts
 from pages.shared import common, live, strips
 from trainer.checkpoint import Checkpoint

@@ -5,8 +5,8 @@ from urllib.parse import quote
 import pandas as pd
 import streamlit as st
 
-from analysis.prompt.run import visible
 from analysis.store import Analysis
+from analysis.tokens import visible
 from pages.charts import heads as head_charts
 from trainer.checkpoint import Checkpoint
 

@@ -13,7 +13,8 @@ import pandas as pd
 import streamlit as st
 
 from analysis.prompt.ablate import Kind, ablate
-from analysis.prompt.run import PromptRun, direct_effects, role_table, run_prompt, visible
+from analysis.prompt.run import PromptRun, direct_effects, role_table, run_prompt
+from analysis.tokens import visible
 from pages.shared import common
 from trainer import embedded
 from trainer.checkpoint import Checkpoint

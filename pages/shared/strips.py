@@ -3,7 +3,7 @@
 import html
 from collections.abc import Sequence
 
-from analysis.prompt.run import visible
+from analysis.tokens import visible
 
 # Okabe and Ito's orange, green, vermillion and sky blue: told apart with every common colour vision, on light and dark.
 ORANGE, GREEN, RED, BLUE = "230,159,0", "0,158,115", "213,94,0", "86,180,233"

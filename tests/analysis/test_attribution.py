@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from analysis import attribution as dfa
-from analysis.prompt.run import PromptRun, active_features, role_table, roles, run_prompt, source_attribution, visible
+from analysis.prompt.run import PromptRun, active_features, role_table, roles, run_prompt, source_attribution
 from trainer.block_diag import BlockDiagSAE
 from trainer.model.lm import LanguageModel
 
@@ -154,24 +154,6 @@ def previous_token_and_induction_model(vocabulary: int = 12, n_ctx: int = 32) ->
         first.W_O.data[0, t, previous + t] = 1
     second.W_K.data[0, position, d_head - 1] = gain
     return LanguageModel(model, "toy")
-
-
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        (" the", "\u00b7the"),
-        ("\n\t", "\u21b5\u21e5"),
-        ("\u202eevil", "\\u202eevil"),
-        ("\ufe0f", "\\ufe0f"),
-        ("\u0301", "\\u0301"),
-        ("e\u0301", "e\u0301"),
-        ("\u0915\u093f\u0902", "\u0915\u093f\u0902"),
-        ("\u3164\u2800", "\\u3164\\u2800"),
-        ("", "\u2205"),
-    ],
-)
-def test_every_token_can_be_seen(text, shown):
-    assert visible(text) == shown
 
 
 def hand_run(layer: int) -> PromptRun:

@@ -61,8 +61,8 @@ def shown(request, tmp_path_factory) -> SimpleNamespace:
     """A page, and what is needed to compute its figures again."""
     model, blocks, options = CASES[request.param]
     lm = request.getfixturevalue(model)
-    sae, tokens = make_sae(lm, blocks, **options), contexts(lm)
-    data = sae_vis.vis_data(lm, sae, LAYER, sae_vis.harvest(lm, sae, LAYER, tokens, sae_vis.first_features(sae, N)))
+    layer, sae, tokens = lm.layer(LAYER), make_sae(lm, blocks, **options), contexts(lm)
+    data = sae_vis.vis_data(layer, sae, sae_vis.harvest(layer, sae, tokens, sae_vis.first_features(sae, N)))
     path = tmp_path_factory.mktemp("page") / "page.html"
     sae_vis.save(path, data, "a title", "a note")
     _, cache = lm.model.run_with_cache(tokens)
@@ -196,11 +196,11 @@ def test_sae_vis_is_left_as_it_was(gpt2):
     assert now() == UPSTREAM
     sae, tokens = make_sae(gpt2, "heads"), contexts(gpt2)
     state = torch.get_rng_state()
-    found = sae_vis.harvest(gpt2, sae, LAYER, tokens, sae_vis.first_features(sae, 1))
-    first = sae_vis.vis_data(gpt2, sae, LAYER, found).feature_data_dict[0]["seqMultiGroup"]
+    found = sae_vis.harvest(gpt2.layer(LAYER), sae, tokens, sae_vis.first_features(sae, 1))
+    first = sae_vis.vis_data(gpt2.layer(LAYER), sae, found).feature_data_dict[0]["seqMultiGroup"]
     assert torch.equal(state, torch.get_rng_state())
     torch.manual_seed(5)
-    second = sae_vis.vis_data(gpt2, sae, LAYER, found).feature_data_dict[0]["seqMultiGroup"]
+    second = sae_vis.vis_data(gpt2.layer(LAYER), sae, found).feature_data_dict[0]["seqMultiGroup"]
     assert first == second, "the same examples every time"
 
 
@@ -208,11 +208,11 @@ def test_sae_vis_is_left_as_it_was(gpt2):
 def saved(gpt2, gpt2_folder, text_file, tmp_path_factory):
     """A checkpoint directory on the tiny model and text."""
     path = tmp_path_factory.mktemp("checkpoints") / "tiny"
-    model = {"name": str(gpt2_folder), "dtype": "float32", "n_heads": gpt2.n_heads, "d_head": gpt2.d_head}
-    model |= {"fingerprint": gpt2.fingerprint(), "hook_layer": LAYER, "hook_name": f"blocks.{LAYER}.attn.hook_z"}
-    text = {"name": str(text_file), "context_size": 32, "held_out_fraction": 0.3, "text_column": "text"}
-    config = {"model": model, "text": text, "training": {}, "status": "complete"}
-    checkpoint.save(path, make_sae(gpt2, "heads"), config)
+    sae, hook_name = make_sae(gpt2, "heads"), f"blocks.{LAYER}.attn.hook_z"
+    sizes = (gpt2.n_heads, gpt2.d_head)
+    model = checkpoint.Model(str(gpt2_folder), gpt2.fingerprint(), *sizes, "float32", {}, hook_name, LAYER)
+    text = checkpoint.Text(str(text_file), "", 32, 0.3, "text")
+    checkpoint.save(path, sae, checkpoint.Config(checkpoint.Sizes.of(sae), model, text, "tiny"))
     return path
 
 

@@ -51,7 +51,7 @@ def token_features(lm) -> BlockDiagSAE:
 def seen(lm):
     sae, contexts = token_features(lm), repeats()
     statistics = FeatureStatistics(sae, lm.layer(1).b_V, VOCABULARY, n_top=5)
-    first_pass(lm, 1, contexts, 0, [statistics], lambda done: None)
+    first_pass(lm.layer(1), contexts, 0, [statistics], lambda done: None)
     return sae, contexts, statistics
 
 
@@ -59,7 +59,7 @@ def test_the_induction_head_and_its_planted_deviant(lm, seen):
     """Token 0 is BOS, on which the induction head rests: its feature reads from BOS, the others by induction."""
     sae, contexts, statistics = seen
     head = head_of_features(sae, 2)[0].numpy()
-    copied = copying(lm, 1, next(chunks(lm, 1, contexts, torch.arange(12))))
+    copied = copying(lm.layer(1), next(chunks(lm.layer(1), contexts, torch.arange(12))))
     table = head_table(statistics, Sources(24, 2, None), copied, None, head).set_index("head")
     assert table.loc[0, "mono_role"] == "induction"
     assert table.loc[0, "mono_deviants"].tolist() == [0], "the feature that fires where the head rests"
@@ -80,7 +80,7 @@ def test_the_induction_head_and_its_planted_deviant(lm, seen):
 
 def test_copying_and_copy_suppression(lm, seen):
     _, contexts, _ = seen
-    copies, suppresses = copying(lm, 1, next(chunks(lm, 1, contexts, torch.arange(12))))
+    copies, suppresses = copying(lm.layer(1), next(chunks(lm.layer(1), contexts, torch.arange(12))))
     assert (copies.score, copies.top10) == (pytest.approx(1), pytest.approx(1))
     assert (suppresses.score, suppresses.bottom10) == (pytest.approx(-1), pytest.approx(1))
     assert (copies.examples["rank"] == 0).all()
@@ -94,7 +94,7 @@ def test_copying_and_copy_suppression(lm, seen):
 def test_repeats_judge_the_second_half_only(lm):
     lm.tokenizer = type("Tokens", (), {"bos_token_id": 0, "all_special_ids": [0]})()
     sae = token_features(lm)
-    (sources,) = sources_on_repeats(lm, 1, [sae], 16, 11, seed=0)  # five random tokens, twice
+    (sources,) = sources_on_repeats(lm.layer(1), [sae], 16, 11, seed=0)  # five random tokens, twice
     attention = dfa.shares(sources.head_attention)[0]
     assert attention[dfa.SLOTS.index("induction")] > 0.95
     assert int(sources.head_tokens) == 16 * 5

@@ -13,7 +13,6 @@ from analysis import attribution as dfa
 from analysis.__main__ import main
 from analysis.corpus import run
 from analysis.store import Analysis
-from trainer import checkpoint
 from trainer.checkpoint import Checkpoint, CheckpointError
 
 TABLES = ["features", "examples", "contexts", "heads", "copying", "pairs", "merging", "tokens"]
@@ -47,10 +46,10 @@ def tables(path) -> dict[str, pd.DataFrame]:
 
 def test_artefacts_agree_with_the_model(analysed):
     for name in NAMES:
-        sae, config = checkpoint.load(analysed / name)
-        lm = open_model(config)
-        corpus = open_text(config["text"], lm.tokenizer)
-        analysis = Analysis(Checkpoint(analysed / name))
+        checkpoint = Checkpoint(analysed / name)
+        lm, sae = checkpoint.open_model(), checkpoint.sae
+        corpus = checkpoint.open_text(lm.tokenizer)
+        analysis = Analysis(checkpoint)
         n_contexts = analysis.meta["n_tokens"] // 31
         assert analysis.meta["n_tokens"] == 20 * 31
         contexts = corpus.held_out(n_contexts)
@@ -246,12 +245,12 @@ def test_resuming_another_analysis_is_refused(trained, tmp_path, monkeypatch, ca
 
 
 def test_documents_of_held_out_tokens(trained):
-    _, config = checkpoint.load(trained / "dense")
-    lm = open_model(config)
-    corpus = open_text(config["text"], lm.tokenizer)
+    checkpoint = Checkpoint(trained / "dense")
+    lm = checkpoint.open_model()
+    corpus = checkpoint.open_text(lm.tokenizer)
     from trainer.data.text import _hash_fraction, _read
 
-    texts = list(_read(config["text"]["name"], "text"))
+    texts = list(_read(checkpoint.config.text.name, "text"))
     n = corpus.n_held_out_contexts
     contexts = corpus.held_out(n)
     documents = corpus.documents(contexts)

@@ -26,8 +26,8 @@ def seen(request, gpt2):
     sae.requires_grad_(False)
     contexts = torch.randint(1, 40, (CONTEXTS, LENGTH))
     contexts[:, 0] = 0
-    statistics = FeatureStatistics(sae, gpt2.value_bias(LAYER), gpt2.d_vocab, n_top=7)
-    first_pass(gpt2, LAYER, contexts, 0, [statistics], lambda done: None)
+    statistics = FeatureStatistics(sae, gpt2.layer(LAYER).b_V, gpt2.d_vocab, n_top=7)
+    first_pass(gpt2.layer(LAYER), contexts, 0, [statistics], lambda done: None)
     z = gpt2.layer(LAYER).z(contexts)
     f = sae.encode(z)
     f[:, 0] = 0
@@ -105,7 +105,7 @@ def test_tokens_that_features_fire_on_and_read(seen):
     lm, sae, contexts, statistics, _, f = seen
     _, v, pattern = lm.layer(LAYER).attention(contexts)
     W_enc = dfa.head_encoders(sae, lm.n_heads, lm.d_head)
-    dense = sae.n_blocks != lm.n_heads
+    dense = sae.is_dense
     fires, reads = statistics.fires_on.top(sae.d_sae, 3), statistics.sources.reads.top(sae.d_sae, 3)
     mass = torch.zeros(sae.d_sae, len(dfa.SLOTS), dtype=torch.float64)
     slots = [dfa.source_slots(row) for row in contexts]
@@ -145,7 +145,7 @@ def test_the_strips_of_examples(seen):
     assert set(table["kind"]) == {"top", "quantile"}
     assert table["feature"].is_monotonic_increasing
     strips = Strips(len(table))
-    second_pass(lm, LAYER, contexts, 0, [sae], [table], [strips], lambda done: None)
+    second_pass(lm.layer(LAYER), contexts, 0, [sae], [table], [strips], lambda done: None)
     parts = state(strips)
     _, v, pattern = lm.layer(LAYER).attention(contexts)
     W_enc, b_V = dfa.head_encoders(sae, lm.n_heads, lm.d_head), lm.layer(LAYER).b_V
@@ -161,7 +161,7 @@ def test_the_strips_of_examples(seen):
         along = torch.zeros(LENGTH)
         along[mine["active_position"].long()] = mine["active_value"]
         assert torch.allclose(along, f[c, :, feature], rtol=1e-3)
-        dense = sae.n_blocks != lm.n_heads
+        dense = sae.is_dense
         heads = list(range(lm.n_heads)) if dense else [feature // sae.features_per_block]
         index = feature if dense else feature % sae.features_per_block
         by_head = torch.stack([pattern[c, h, q] * ((v[c, :, h] - b_V[h]) @ W_enc[h, :, index]) for h in heads])
@@ -197,10 +197,10 @@ def test_quantile_examples_lie_in_their_quantiles(seen):
 def test_an_interrupted_stream_goes_on_exactly(seen):
     lm, sae, contexts, statistics, _, _ = seen
     first = FeatureStatistics(sae, lm.layer(LAYER).b_V, lm.d_vocab, n_top=7)
-    first_pass(lm, LAYER, contexts[:21], 0, [first], lambda done: None)
+    first_pass(lm.layer(LAYER), contexts[:21], 0, [first], lambda done: None)
     second = FeatureStatistics(sae, lm.layer(LAYER).b_V, lm.d_vocab, n_top=7)
     load_state(second, {name: value.clone() for name, value in state(first).items()})
-    first_pass(lm, LAYER, contexts, 21, [second], lambda done: None)
+    first_pass(lm.layer(LAYER), contexts, 21, [second], lambda done: None)
     for each in (second, statistics):
         each.fires_on.top(sae.d_sae, 1)  # counts what is pending
         each.sources.reads.top(sae.d_sae, 1)

@@ -205,11 +205,12 @@ def matched(trained, tmp_path_factory):
     folder = tmp_path_factory.mktemp("matched")
     for name in ("block-l1_1", "block-l1_4", "dense"):
         shutil.copytree(trained / name, folder / name)
-    sae, config = checkpoint.load(folder / "block-l1_1")
+    original = Checkpoint(folder / "block-l1_1")
+    sae = original.sae
     for name, axis in (("W_enc", 2), ("b_enc", 1), ("W_dec", 1)):
         tensor = getattr(sae, name)
         tensor.copy_(tensor.flip(axis) * (2 if name == "W_dec" else 1))
-    checkpoint.save(folder / "copy", sae, {k: v for k, v in config.items() if k not in ("schema_version", "sae")})
+    checkpoint.save(folder / "copy", sae, original.config)
     assert main([*(str(folder / name) for name in ("copy", "block-l1_1", "dense")), *OPTIONS]) == 0
     return folder
 
@@ -218,11 +219,11 @@ def test_a_reversed_copy_on_real_text(matched):
     found = Match(Checkpoint(matched / "copy"), Checkpoint(matched / "block-l1_1"))
     assert (found.a.name, found.b.name, found.kind) == ("copy", "block-l1_1", "one-to-one")
     per_head = 32
-    sae, config = checkpoint.load(matched / "block-l1_1")
+    original = Checkpoint(matched / "block-l1_1")
+    sae, lm = original.sae, original.open_model()
     reverse = lambda i: i // per_head * per_head + per_head - 1 - i % per_head  # noqa: E731
     assert per_head == sae.features_per_block
-    lm = open_model(config)
-    contexts = open_text(config["text"], lm.tokenizer).held_out(20)
+    contexts = original.open_text(lm.tokenizer).held_out(20)
     f = sae.encode(lm.layer(1).z(contexts)).flatten(2)[:, 1:]
     firings = (f > 0).sum((0, 1)).numpy()
     expected = [i for i in range(sae.d_sae) if firings[i] >= scoring.MIN_FIRINGS]
@@ -236,12 +237,12 @@ def test_a_reversed_copy_on_real_text(matched):
 
 
 def test_either_order_is_found_and_names_follow_it(matched):
-    one, other = (Match(*pair) for pair in ((matched / "copy", matched / "block-l1_1"),
-                                           (matched / "block-l1_1", matched / "copy")))  # fmt: skip
+    copy, original, dense = (Checkpoint(matched / name) for name in ("copy", "block-l1_1", "dense"))
+    one, other = Match(copy, original), Match(original, copy)
     assert (other.a.name, other.b.name) == ("block-l1_1", "copy")
     assert other.pairs["a"].tolist() == one.pairs["b"].tolist()
     assert other.of_side("a")["partner"].tolist() == one.of_side("b")["partner"].tolist()
-    splits = [Match(*pair) for pair in ((matched / "copy", matched / "dense"), (matched / "dense", matched / "copy"))]
+    splits = [Match(copy, dense), Match(dense, copy)]
     assert [(each.a.name, each.kind) for each in splits] == [("dense", "split")] * 2
     assert splits[0].pairs.equals(splits[1].pairs)
 
@@ -259,7 +260,7 @@ def test_matching_again_in_the_other_order_leaves_one(matched, tmp_path):
 
 def test_two_runs_of_a_prompt_aligned(matched, gpt2):
     found = Match(Checkpoint(matched / "copy"), Checkpoint(matched / "block-l1_1"))
-    runs = [run_prompt(gpt2.layer(1), Checkpoint(path).sae, "the head reads") for path in (found.a, found.b)]
+    runs = [run_prompt(gpt2.layer(1), each.sae, "the head reads") for each in (found.a, found.b)]
     for position in (None, 3):
         table = read.aligned(found, *runs, position)
         assert len(table) and np.allclose(table["activation_a"], table["activation_b"], rtol=1e-4)
@@ -273,7 +274,7 @@ def test_two_runs_of_a_prompt_aligned(matched, gpt2):
     assert along["position"].tolist() == 2 * list(range(1, len(f)))
     assert read.only_in(found, "a", runs[0], None).empty
     split = Match(Checkpoint(matched / "dense"), Checkpoint(matched / "copy"))
-    dense = run_prompt(gpt2.layer(1), Checkpoint(split.a).sae, "the head reads")
+    dense = run_prompt(gpt2.layer(1), split.a.sae, "the head reads")
     table = read.split_on(split, dense, None)
     assert (table["activation"] > 0).all() and table["activation"].is_monotonic_decreasing
     assert len(read.split_on(split, dense, None, firing=False)) >= len(table)
@@ -286,9 +287,8 @@ def test_two_runs_of_a_prompt_aligned(matched, gpt2):
 def test_the_figures_of_a_split_on_real_text(matched):
     """Against the definitions, from activations."""
     found = Match(Checkpoint(matched / "dense"), Checkpoint(matched / "copy"))
-    (dense, config), (block, _) = (checkpoint.load(path) for path in (found.a, found.b))
-    lm = open_model(config)
-    z = lm.layer(1).z(open_text(config["text"], lm.tokenizer).held_out(20))[:, 1:].flatten(0, 1)
+    dense, block, lm = found.a.sae, found.b.sae, found.a.open_model()
+    z = lm.layer(1).z(found.a.open_text(lm.tokenizer).held_out(20))[:, 1:].flatten(0, 1)
     f, g = (sae.encode(z).flatten(1).numpy() for sae in (dense, block))
     assert len(found.pairs)
     for row in found.pairs.sample(20, random_state=0).itertuples():
