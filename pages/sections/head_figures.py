@@ -8,7 +8,6 @@ from analysis.runs import tables
 from pages.charts import heads as charts
 from pages.charts.common import PALETTE
 from pages.charts.compare import l0_histograms
-from pages.shared.columns import draw_table
 from pages.shared.pick import pick_text
 from trainer.checkpoint import Checkpoint
 
@@ -73,4 +72,4 @@ def _per_head(checkpoint: Checkpoint, figures: dict[str, Any]) -> None:
             if unmeasured:
                 why = "has no meaning for a dense SAE" if metric == "dead_fraction" else "not measurable on this text"
                 st.caption(f"{why}: heads {', '.join(map(str, unmeasured))}")
-    draw_table(frame)
+    st.dataframe(frame, hide_index=True)  # with all digits

@@ -88,4 +88,4 @@ def _draw_log(run: Checkpoint) -> None:
     if lines.empty:
         st.caption("Nothing is logged yet.")
     else:
-        draw_table(lines.drop(columns="name").iloc[::-1])
+        st.dataframe(lines.drop(columns="name").iloc[::-1], hide_index=True)  # as logged

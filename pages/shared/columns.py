@@ -30,7 +30,8 @@ COLUMNS: dict[str, Any] = {
     "done": _share(width=110),
     "tokens_per_second": _count("tokens/s", step=1),
     "loss": _number(format="%.4g"),
-    "last_line": "last line ago",
+    "last_line": _text("last line ago"),
+    "left": _text(),
     # a feature
     "feature": _number(width=70),
     "other": _number("feature", width=70),
@@ -40,11 +41,13 @@ COLUMNS: dict[str, Any] = {
     "role": _text("reads from", width=80),
     "role_share": _percent("share", width=60),
     "description": _text(width="large"),
+    "other_description": _text("description of the other", width="large"),
     "fires_on": _text("fires on", width=75),
     "fires_on_share": _percent("share", width=60),
     "reads": _text(width=75),
     "reads_share": _percent("share", width=60),
     # two features
+    "both": _number(format="%.2f"),
     "jaccard": _number(format="%.2f", width=60, help="tokens on which both fire over tokens on which either does"),
     "correlation": _number(format="%.2f", width=70, help="of activations"),
     "cosine": _number(format="%.2f", width=60, help="of what they add to the residual stream"),
@@ -91,9 +94,7 @@ COLUMNS: dict[str, Any] = {
     "activation_b": _number("activation", format="%.3f"),
     "b_given_a": _percent("P(block | dense)", help="share of the dense feature's firings on which the part fires"),
     "a_given_b": _percent("P(dense | block)", help="share of the part's firings on which the dense feature fires"),
-    "norm_share": _percent(
-        "decoder norm there", help="share of the dense feature's squared decoder norm in that head"
-    ),
+    "norm_share": _percent("decoder norm there", help="share of the dense feature's squared decoder norm in the head"),
     "parts": _number(width=60),
     "covered": _percent(help="share of its summed activation on tokens where one of its parts fires"),
     "chance": _percent("by chance", help="share of all tokens where one of its parts fires"),

@@ -201,25 +201,23 @@ def test_damaged_metrics_leave_the_frontier(folder):
     assert len(rows(app)) == 8
 
 
-def test_labels_of_thirteen_points_do_not_lie_on_one_another(folder):
-    generator = np.random.default_rng(0)
+def test_only_points_of_a_front_have_a_label(folder):
     listed = list_checkpoints(folder).readable
-    frame = pd.concat([tables.summary(listed), tables.summary(listed).head(5)], ignore_index=True)
-    frame["L0"], frame["FVU"] = generator.normal(30, 1, 13), generator.normal(0.3, 0.01, 13)
-    frame.loc[0, ["L0", "FVU"]] = (20, 0.4)  # the others are a crowd
-    frame["front"], frame["chosen"] = False, True
-    chart = tradeoff_charts.tradeoff(frame, "FVU", False, sorted(frame["recipe"].unique()), None).to_dict()
-    points = pd.DataFrame(max(chart["datasets"].values(), key=len))
-    assert (points["label"] != "").sum() >= 8
-    span = lambda v: (v - v.min()) / (v.max() - v.min())  # noqa: E731
-    x, y = span(points["L0"]) * 640 + points["dx"], -span(points["FVU"]) * 280 + points["dy"]
-    wide = 6.5 * points["label"].str.len()
-    left = x - wide * points["align"].map({"left": 0, "center": 0.5, "right": 1})
-    shown = points.index[points["label"] != ""]
-    for a in shown:
-        for b in shown:
-            apart = abs(y[a] - y[b]) >= 11.9 or left[a] + wide[a] <= left[b] + 0.1 or left[b] + wide[b] <= left[a] + 0.1
-            assert a == b or apart
+    frame = tables.summary(listed).assign(front=False, chosen=True)
+    frame.loc[[1, 3], "front"] = True
+    chart = tradeoff_charts.tradeoff(frame, "FVU", True, sorted(frame["recipe"].unique()), None).to_dict()
+    (labels,) = (layer for layer in chart["layer"] if layer["encoding"].get("text", {}).get("field") == "sparsity")
+    assert labels["transform"] == [{"filter": "datum.front"}] and labels["mark"]["dx"] == 10
+    (points,) = (layer for layer in chart["layer"] if "shape" in layer["encoding"])
+    assert "sparsity" in [tip["field"] for tip in points["encoding"]["tooltip"]], "of the others the tooltip tells it"
+
+
+def test_bins_hold_every_token_and_the_tail_is_in_the_last():
+    frame = pd.DataFrame([("a", 0, l0, 0.2498 / 25) for l0 in range(100)] + [("a", 0, 5000, 0.0008)],
+                         columns=["name", "head", "L0", "share"])  # fmt: skip
+    binned = tables.binned(frame, 10)
+    assert binned["share"].sum() == pytest.approx(1) and len(binned) <= 12
+    assert binned["end"].max() < 200 and (binned["end"] - binned["start"]).nunique() == 1
 
 
 def test_long_logs_are_thinned_to_their_last_line():
