@@ -12,6 +12,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 from analysis.corpus.run import AnalysisConfig, analyse
 from benchmarks.analysis import DEFAULT, wide_sae
-from trainer import checkpoint
+from trainer.checkpoint import Checkpoint, Sizes, list_checkpoints, save
 
 ROOT = Path(__file__).parents[1]
 PORT, ROUNDS, SESSIONS = 8599, 5, 10
@@ -80,14 +81,14 @@ def fill(page: Page, name: str, text: str) -> Callable[[], None]:
 
 def prompts(page: Page, texts: list[str]) -> list[float]:
     """Seconds from sending each prompt to the page complete."""
-    found = []
+    taken = []
     for text in texts:
         send = fill(page, "Prompt", text)
         started = time.perf_counter()
         send()
         idle(page)
-        found.append(time.perf_counter() - started - 0.3)
-    return found
+        taken.append(time.perf_counter() - started - 0.3)
+    return taken
 
 
 def together(pages: list[Page], texts: list[str]) -> list[float]:
@@ -108,14 +109,13 @@ def together(pages: list[Page], texts: list[str]) -> list[float]:
 
 def with_a_wide_one(folder: Path) -> None:
     """The shipped checkpoints, and one of 24,579 features that is analysed on 4,000 tokens."""
-    for path in checkpoint.list_checkpoints(ROOT / "checkpoints"):
-        (folder / path.path.name).symlink_to(path.path)
-    sae, config = checkpoint.load(DEFAULT)
-    lm = open_model(config)
-    layer = config["model"]["hook_layer"]
-    tokens = open_text(config["text"], lm.tokenizer).held_out_tokens(1000)
-    wide = wide_sae(sae, lm.layer(layer).z(tokens)[:, 1:].flatten(0, 1))
-    checkpoint.save(folder / WIDE, wide, {key: value for key, value in config.items() if key != "sae"})
+    for shipped in list_checkpoints(ROOT / "checkpoints").readable:
+        (folder / shipped.name).symlink_to(shipped.path)
+    default = Checkpoint(DEFAULT)
+    lm = default.open_model()
+    tokens = default.open_text(lm.tokenizer).held_out_tokens(1000)
+    wide = wide_sae(default.sae, lm.layer(default.layer).z(tokens)[:, 1:].flatten(0, 1))
+    save(folder / WIDE, wide, replace(default.config, sae=Sizes.of(wide)))
     analyse([folder / WIDE], AnalysisConfig(tokens=4000))
 
 
@@ -158,13 +158,13 @@ def measure(browser: Browser, server: subprocess.Popen, address: str) -> None:
     print(f"| a new prompt of 1,016 tokens | | {spread(prompts(page, [f'{i} {TEXT * 44}' for i in range(3)]))} |")
     print(f"\nThe server holds {resident(server.pid):.1f} GB.")
     sessions = [browser.new_context(viewport={"width": 1280, "height": 1000}).new_page() for _ in range(SESSIONS)]
-    for each in sessions:
-        each.goto(f"{address}/prompt")
-        idle(each)
-    found = together(sessions, [f"{i} {i} {TEXT * 3}" for i in range(SESSIONS)])
+    for session in sessions:
+        session.goto(f"{address}/prompt")
+        idle(session)
+    taken = together(sessions, [f"{i} {i} {TEXT * 3}" for i in range(SESSIONS)])
     print(
-        f"{SESSIONS} sessions send a new prompt of 66 tokens at once: complete after {min(found):.1f} to "
-        f"{max(found):.1f} s; the server holds {resident(server.pid):.1f} GB."
+        f"{SESSIONS} sessions send a new prompt of 66 tokens at once: complete after {min(taken):.1f} to "
+        f"{max(taken):.1f} s; the server holds {resident(server.pid):.1f} GB."
     )
 
 

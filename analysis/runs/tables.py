@@ -155,3 +155,22 @@ def histograms(figures: dict[str, Any]) -> pd.DataFrame:
     counts = figures.get("L0_histogram_per_head") or []
     rows = [(head, l0, count / sum(of_head)) for head, of_head in enumerate(counts) for l0, count in enumerate(of_head)]
     return pd.DataFrame(rows, columns=["head", "L0", "share"])
+
+
+def binned(frame: pd.DataFrame, bins: int = 40) -> pd.DataFrame:
+    """Shares of tokens by single L0 (name, head, L0, share), in at most `bins` bins of the same width in a panel.
+
+    The last bin holds all larger ones too: the half percent of tokens at which most features fire would take most of
+    the width.
+    """
+    parts = []
+    for head, group in frame.groupby("head"):
+        tail = 1 - group.sort_values("L0").groupby("name")["share"].cumsum()
+        last = int(group.loc[tail > 0.005, "L0"].max() + 1 if (tail > 0.005).any() else 0)
+        width = last // bins + 1
+        starts = group.assign(start=group["L0"].clip(upper=last) // width * width)
+        shares = starts.groupby(["name", "start"])["share"].sum().unstack("start", fill_value=0.0)
+        shares[last // width * width + width] = 0.0  # a step needs a start at which it falls to 0
+        long = shares.melt(value_name="share", ignore_index=False).reset_index()
+        parts.append(long.assign(head=head, end=long["start"] + width))
+    return pd.concat(parts, ignore_index=True)

@@ -1,18 +1,9 @@
-"""Altair charts of several checkpoints, each in its colour on the whole page; no Streamlit in it."""
+"""Altair charts of several checkpoints, each in its colour on the whole page."""
 
 import altair as alt
 import pandas as pd
 
-from pages.charts.common import PALETTE
-
-
-def short_names(names: list[str]) -> list[str]:
-    """Names without the words that all of them begin with, for the heads of columns."""
-    words = [name.split("-") for name in names]
-    shared = 0
-    while len({tuple(each[: shared + 1]) for each in words}) == 1 and all(len(each) > shared + 1 for each in words):
-        shared += 1
-    return ["-".join(each[shared:]) for each in words] if len(names) > 1 else names
+from pages.charts.common import HEADS, PALETTE, tokens
 
 
 def _colour(
@@ -39,7 +30,7 @@ def l0_histograms(frame: pd.DataFrame, colours: dict[str, str]) -> alt.FacetChar
     """Per-token L0 distributions, one panel a head, an outline per checkpoint: filled bars would hide each other.
 
     Args:
-        frame: name, head, start, end, share: bins as `binned` makes them.
+        frame: name, head, start, end, share: bins as `tables.binned` makes them.
     """
     base = alt.Chart(frame).encode(
         x=alt.X("start:Q", title="Active features of a token", scale=alt.Scale(nice=False, zero=True)),
@@ -55,25 +46,6 @@ def l0_histograms(frame: pd.DataFrame, colours: dict[str, str]) -> alt.FacetChar
         .facet(facet=alt.Facet("head:N", title="Head", sort="ascending"), columns=3)
         .resolve_scale(x="independent", y="independent")
     )
-
-
-def binned(frame: pd.DataFrame, bins: int = 40) -> pd.DataFrame:
-    """Shares of tokens by single L0 (name, head, L0, share), in at most `bins` bins of the same width in a panel.
-
-    The last bin holds all larger ones too: the half percent of tokens at which most features fire would take most of
-    the width.
-    """
-    parts = []
-    for head, group in frame.groupby("head"):
-        tail = 1 - group.sort_values("L0").groupby("name")["share"].cumsum()
-        last = int(group.loc[tail > 0.005, "L0"].max() + 1 if (tail > 0.005).any() else 0)
-        width = last // bins + 1
-        found = group.assign(start=group["L0"].clip(upper=last) // width * width)
-        found = found.groupby(["name", "start"])["share"].sum().unstack("start", fill_value=0.0)
-        found[last // width * width + width] = 0.0  # a step needs a start at which it falls to 0
-        long = found.melt(value_name="share", ignore_index=False).reset_index()
-        parts.append(long.assign(head=head, end=long["start"] + width))
-    return pd.concat(parts, ignore_index=True)
 
 
 def merging(frame: pd.DataFrame, colours: dict[str, str], share: bool) -> alt.Chart:
@@ -111,7 +83,7 @@ def found_per_head(frame: pd.DataFrame, colours: dict[str, str], both: str, one:
         alt.Chart(frame)
         .mark_bar()
         .encode(
-            x=alt.X("head:O", title="Head", axis=alt.Axis(labelAngle=0)),
+            x=HEADS,
             xOffset=alt.XOffset("name:N", sort=list(colours)),
             y=alt.Y("features:Q", title="Features"),
             color=_colour(colours, frame, columns=1),
@@ -134,9 +106,7 @@ def over_tokens(frame: pd.DataFrame, colours: dict[str, str]) -> alt.Chart:
         alt.Chart(frame)
         .mark_bar()
         .encode(
-            x=alt.X(
-                "token:N", title=None, sort=alt.SortField("position"), axis=alt.Axis(labelAngle=-60, labelLimit=90)
-            ),
+            x=tokens("position"),
             xOffset=alt.XOffset("feature:N", sort=list(colours)),
             y=alt.Y("activation:Q", title="Activation"),
             color=_colour(colours, frame, "feature", None, columns=4),
@@ -153,7 +123,7 @@ def norm_shares(shares: list[float], colour: str) -> alt.Chart:
         alt.Chart(frame)
         .mark_bar(color=colour)
         .encode(
-            x=alt.X("head:O", title="Head", axis=alt.Axis(labelAngle=0)),
+            x=HEADS,
             y=alt.Y("share:Q", title="Squared decoder norm", axis=alt.Axis(format="%", tickCount=4)),
             tooltip=["head", alt.Tooltip("share:Q", format=".1%")],
         )

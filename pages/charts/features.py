@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.attribution import SLOTS
-from pages.charts.common import PALETTE, SLOT
+from pages.charts.common import PALETTE, SLOT, slot_bars
 
 
 def histogram(counts: np.ndarray, low: float, high: float, title: str, of: str) -> alt.Chart:
@@ -28,20 +28,15 @@ def histogram(counts: np.ndarray, low: float, high: float, title: str, of: str) 
 
 def slots(row: pd.Series) -> alt.Chart:
     """Shares of a feature's positive DFA by source slot, on text and on repeated random tokens."""
-    rows = []
-    for prefix, text in (("", "text"), ("repeated_", "repeated tokens")):
-        if row[f"{prefix}dfa_firings"]:
-            rows += [(text, slot, row[f"{prefix}dfa_{slot}"], order) for order, slot in enumerate(SLOTS)]
-    frame = pd.DataFrame(rows, columns=["on", "slot", "share", "order"])
-    return (
-        alt.Chart(frame)
-        .mark_bar()
-        .encode(
-            y=alt.Y("on:N", title=None, sort=["text", "repeated tokens"]),
-            x=alt.X("share:Q", title="Share of positive DFA", axis=alt.Axis(format="%", tickCount=5)),
-            color=SLOT.title(None).legend(orient="top", columns=2, symbolLimit=7),
-            order="order:Q",
-            tooltip=["on", "slot", alt.Tooltip("share:Q", format=".1%")],
-        )
-        .properties(height=alt.Step(28))  # a fixed height would go to the legend
+    rows = [
+        (text, slot, row[f"{prefix}dfa_{slot}"])
+        for prefix, text in (("", "text"), ("repeated_", "repeated tokens"))
+        for slot in SLOTS
+        if row[f"{prefix}dfa_firings"]
+    ]
+    frame = pd.DataFrame(rows, columns=["on", "slot", "share"])
+    drawn = slot_bars(
+        frame, alt.Y("on:N", title=None, sort=["text", "repeated tokens"]), "Share of positive DFA", ["on"]
     )
+    colour = SLOT.title(None).legend(orient="top", columns=2, symbolLimit=7)
+    return drawn.encode(color=colour).properties(height=alt.Step(28))  # a fixed height would go to the legend

@@ -1,34 +1,37 @@
-"""Altair charts of heads: role cards and redundancy."""
+"""Altair charts of heads: their figures, role cards and redundancy."""
 
 import altair as alt
 import numpy as np
 import pandas as pd
 
 from analysis.attribution import SLOTS
-from pages.charts.common import CRITERIA, GREY, PALETTE, SLOT
+from pages.charts.common import CRITERIA, GREY, HEADS, PALETTE, slot_bars
+
+
+def per_head_bars(frame: pd.DataFrame, metric: str, title: str) -> alt.LayerChart:
+    """One figure per head, with its standard error where there is one."""
+    heads = alt.Scale(domain=sorted(frame["head"]))  # also those without a measurable figure
+    base = alt.Chart(frame).encode(x=HEADS.scale(heads))
+    bars = base.mark_bar(color=PALETTE[0]).encode(y=alt.Y(f"{metric}:Q", title=title), tooltip=["head", metric])
+    layers = [bars]
+    if f"{metric}_se" in frame:
+        bounds = frame.assign(low=frame[metric] - frame[f"{metric}_se"], high=frame[metric] + frame[f"{metric}_se"])
+        whiskers = alt.Chart(bounds).mark_rule(color=PALETTE[4], strokeWidth=2)
+        layers.append(whiskers.encode(x=alt.X("head:O", scale=heads), y=alt.Y("low:Q", title=title), y2="high:Q"))
+    return alt.layer(*layers).properties(height=220)
 
 
 def role_card(head: pd.Series) -> alt.Chart:
     """Attention and positive DFA of one head by source slot, on text and on repeated random tokens."""
     rows = [
-        (f"{what}, {text}", slot, head[f"{prefix}{key}_{slot}"], order)
+        (f"{what}, {text}", slot, head[f"{prefix}{key}_{slot}"])
         for prefix, text in (("", "text"), ("repeated_", "repeated tokens"))
         for key, what in (("attention", "attention"), ("dfa", "DFA"))
-        for order, slot in enumerate(SLOTS)
+        for slot in SLOTS
     ]
-    frame = pd.DataFrame(rows, columns=["measure", "slot", "share", "order"])
-    return (
-        alt.Chart(frame)
-        .mark_bar()
-        .encode(
-            y=alt.Y("measure:N", title=None, sort=None, axis=alt.Axis(labelLimit=200)),
-            x=alt.X("share:Q", title="Share", axis=alt.Axis(format="%")),
-            color=SLOT,
-            order="order:Q",
-            tooltip=["measure", "slot", alt.Tooltip("share:Q", format=".1%")],
-        )
-        .properties(height=alt.Step(34))
-    )
+    frame = pd.DataFrame(rows, columns=["measure", "slot", "share"])
+    bar = alt.Y("measure:N", title=None, sort=None, axis=alt.Axis(labelLimit=200))
+    return slot_bars(frame, bar, "Share", ["measure"]).properties(height=alt.Step(34))
 
 
 def monosemanticity(heads: pd.DataFrame) -> alt.LayerChart:
@@ -39,7 +42,7 @@ def monosemanticity(heads: pd.DataFrame) -> alt.LayerChart:
         rows.append((head.head, "by firing", head.mono_weighted, head.mono_weighted_low, head.mono_weighted_high))
     frame = pd.DataFrame(rows, columns=["head", "counted", "share", "low", "high"])
     base = alt.Chart(frame).encode(
-        x=alt.X("head:O", title="Head", axis=alt.Axis(labelAngle=0)),
+        x=HEADS,
         xOffset=alt.XOffset("counted:N", sort=None),
         color=alt.Color(
             "counted:N",

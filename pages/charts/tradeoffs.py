@@ -1,7 +1,6 @@
-"""Charts of many checkpoints at once: their frontier and their training curves; no Streamlit."""
+"""Altair charts of many checkpoints at once: their frontier and their training curves."""
 
-import math
-from itertools import pairwise
+from functools import partial
 from typing import Any
 
 import altair as alt
@@ -13,21 +12,10 @@ from pages.charts.common import GREY, PALETTE
 # What Kissane et al. (arXiv:2406.17759) ask of an SAE on the outputs of a whole attention layer.
 TARGETS = {"L0": 20, "CE_score": 0.8}
 DENSE = "(dense)"  # how the recipe of a dense baseline ends
-_TIPS = [
-    alt.Tooltip("name:N"),
-    alt.Tooltip("recipe:N"),
-    alt.Tooltip("sparsity:N"),
-    alt.Tooltip("status:N"),
-    alt.Tooltip("figures:N", title="figures from"),
-    alt.Tooltip("L0:Q", format=",.1f"),
-    alt.Tooltip("MSE:Q", format=",.4g"),
-    alt.Tooltip("FVU:Q", format=".3f"),
-    alt.Tooltip("CE_score:Q", title="CE score", format=".3f"),
-    alt.Tooltip("KL_score:Q", title="KL score", format=".3f"),
-    alt.Tooltip("parameters:Q", format=",d"),
-    alt.Tooltip("tokens_seen:Q", title="training tokens", format=",d"),
-    alt.Tooltip("training_minutes:Q", title="training minutes", format=",.1f"),
-]
+_FORMATS = {"L0": ",.1f", "MSE": ",.4g", "FVU": ".3f", "CE_score": ".3f", "KL_score": ".3f", "parameters": ",d",
+            "training_tokens": ",d", "training_minutes": ",.1f"}  # fmt: skip
+_TIPS = ["name", "recipe", "sparsity", "status", alt.Tooltip("figures:N", title="figures from")]
+_TIPS += [alt.Tooltip(f"{field}:Q", title=field.replace("_", " "), format=form) for field, form in _FORMATS.items()]
 
 
 def tradeoff(frame: pd.DataFrame, metric: str, log: bool, recipes: list[str], head: int | None) -> alt.LayerChart:
@@ -49,10 +37,7 @@ def tradeoff(frame: pd.DataFrame, metric: str, log: bool, recipes: list[str], he
     colour = alt.Color("recipe:N", scale=alt.Scale(domain=recipes, range=_colours(len(recipes))), legend=legend)
     shapes = ["square" if recipe.endswith(DENSE) else "circle" for recipe in recipes]
     shape = alt.Shape("recipe:N", scale=alt.Scale(domain=recipes, range=shapes), legend=legend)
-    drawn = frame.assign(
-        training_minutes=frame["training_seconds"] / 60,
-        **_places(frame, metric, x_log, y_log),
-    )
+    drawn = frame.assign(training_minutes=frame["training_seconds"] / 60, training_tokens=frame["tokens_seen"])
     if f"{metric}_se" in frame:
         drawn["low"], drawn["high"] = (drawn[metric] + sign * drawn[f"{metric}_se"] for sign in (-1, 1))
     base = alt.Chart(drawn)
@@ -80,16 +65,10 @@ def tradeoff(frame: pd.DataFrame, metric: str, log: bool, recipes: list[str], he
     one = alt.selection_point(name="one", fields=["name"])
     several = alt.selection_interval(name="several", mark=alt.BrushConfig(fill=GREY, fillOpacity=0.15))
     layers.append(points.add_params(one, several))
-    layers.append(
-        base.transform_filter("datum.label != ''")
-        .mark_text(
-            fontSize=11,
-            baseline="middle",
-            align=alt.ExprRef("datum.align"),
-            dx=alt.ExprRef("datum.dx"),
-            dy=alt.ExprRef("datum.dy"),
-        )
-        .encode(x=x, y=y, text="label:N", color=colour, opacity=faded)
+    layers.append(  # of the others the tooltip tells it
+        base.transform_filter("datum.front")
+        .mark_text(fontSize=11, align="left", baseline="middle", dx=10)
+        .encode(x=x, y=y, text="sparsity:N", color=colour, opacity=faded)
     )
     return alt.layer(*layers).properties(height=520)
 
@@ -102,7 +81,7 @@ def picked(frame: pd.DataFrame, selection: dict[str, Any]) -> list[str]:
         for column, (low, high) in ranges.items():
             inside &= frame[column].between(min(low, high), max(low, high))
         return list(frame.loc[inside, "name"])
-    clicked = {each["name"] for each in selection.get("one") or []}
+    clicked = {point["name"] for point in selection.get("one") or []}
     return [name for name in frame["name"] if name in clicked]
 
 
@@ -161,79 +140,11 @@ def _targets(metric: str, head: int | None) -> list[alt.LayerChart]:
     """Dashed lines at the targets that the axes show."""
     if head is not None:
         return []
-    dashed = {"strokeDash": [5, 4], "color": GREY}
     at = alt.Chart(alt.Data(values=[{"x": TARGETS["L0"], "y": TARGETS["CE_score"]}]))
-    rules = [
-        at.mark_rule(**dashed).encode(x="x:Q"),
-        at.mark_text(align="left", dx=4, dy=8, fontSize=11, color=GREY).encode(
-            x="x:Q", y=alt.value(0), text=alt.value(f"L0 {TARGETS['L0']} (Kissane et al.)")
-        ),
-    ]
+    rule = at.mark_rule(strokeDash=[5, 4], color=GREY)
+    text = partial(at.mark_text, align="left", dx=4, fontSize=11, color=GREY)
+    l0, score = (alt.value(f"{key.replace('_', ' ')} {value} (Kissane et al.)") for key, value in TARGETS.items())
+    drawn = [rule.encode(x="x:Q"), text(dy=8).encode(x="x:Q", y=alt.value(0), text=l0)]
     if metric == "CE_score":
-        rules.append(at.mark_rule(**dashed).encode(y="y:Q"))
-        rules.append(
-            at.mark_text(align="left", dx=4, dy=-8, fontSize=11, color=GREY).encode(
-                x=alt.value(0), y="y:Q", text=alt.value(f"CE score {TARGETS['CE_score']} (Kissane et al.)")
-            )
-        )
-    return rules
-
-
-def _places(
-    frame: pd.DataFrame, metric: str, x_log: bool, y_log: bool, width: float = 640, height: float = 280
-) -> dict[str, list[Any]]:
-    """Where each point's label goes: beside it, where no other label or point is; nowhere if there is no room.
-
-    Computed for a chart about as wide as in a window of 1,280 pixels; a wider one has more room.
-    """
-    xs, ys = _pixels(frame["L0"], x_log, width), _pixels(-frame[metric], False, height)
-    if y_log:
-        ys = _pixels(1 / frame[metric], True, height)
-    taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in zip(xs, ys, strict=True)]
-    lines = _along_lines(frame, xs, ys)
-    labels, dxs, dys, aligns = [], [], [], []
-    for x, y, text in zip(xs, ys, frame["sparsity"], strict=True):
-        boxes = [(_box(x, y, 6.5 * len(text), place), place) for place in _BESIDE]
-        free = [each for each in boxes if not any(_overlap(each[0], other) for other in taken)]
-        clear = [each for each in free if not any(_overlap(each[0], other) for other in lines)]
-        box, place = (clear or free or [(None, (0, 0, "left"))])[0]  # across a line rather than not at all
-        if box is not None:
-            taken.append(box)
-        labels.append(text if box is not None else "")
-        for column, value in zip((dxs, dys, aligns), place, strict=True):
-            column.append(value)
-    return {"label": labels, "dx": dxs, "dy": dys, "align": aligns}
-
-
-# Where a label may stand: right, left, below and above a point, and between these.
-_BESIDE = [(10, 0, "left"), (-10, 0, "right"), (0, 14, "center"), (0, -14, "center"),
-           (8, -11, "left"), (8, 11, "left"), (-8, -11, "right"), (-8, 11, "right")]  # fmt: skip
-
-
-def _box(x: float, y: float, width: float, place: tuple[float, float, str]) -> tuple[float, ...]:
-    dx, dy, align = place
-    left = x + dx - {"left": 0, "center": width / 2, "right": width}[align]
-    return left, y + dy - 6, left + width, y + dy + 6
-
-
-def _along_lines(frame: pd.DataFrame, xs: list[float], ys: list[float]) -> list[tuple[float, ...]]:
-    """Small squares along the lines of the fronts."""
-    points = frame.assign(x=xs, y=ys)[frame["front"]].sort_values("L0")
-    squares = []
-    for _, family in points.groupby("recipe"):
-        ends = list(zip(family["x"], family["y"], strict=True))
-        for (x0, y0), (x1, y1) in pairwise(ends):
-            steps = 1 + int(math.hypot(x1 - x0, y1 - y0) / 4)
-            along = [(x0 + (x1 - x0) * i / steps, y0 + (y1 - y0) * i / steps) for i in range(steps + 1)]
-            squares += [(x - 1, y - 1, x + 1, y + 1) for x, y in along]
-    return squares
-
-
-def _pixels(values: pd.Series, log: bool, length: float) -> list[float]:
-    values = [math.log(value) for value in values] if log else list(values)
-    low, span = min(values), max(values) - min(values)
-    return [(value - low) / (span or 1) * length for value in values]
-
-
-def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+        drawn += [rule.encode(y="y:Q"), text(dy=-8).encode(x=alt.value(0), y="y:Q", text=score)]
+    return drawn

@@ -7,14 +7,17 @@ import streamlit as st
 from analysis.labels import Labels
 from analysis.store import Analysis
 from analysis.tokens import visible
-from pages.charts import features as feature_charts
-from pages.shared import common, live, strips
+from pages.charts import features as charts
+from pages.shared import live, strips
+from pages.shared.columns import draw_table
+from pages.shared.page import typed
+from pages.shared.pick import choose, pick_row, put
 from trainer.checkpoint import Checkpoint
 
 _SAE_VIS_FEATURES = 20
 
 
-def show(listed: Checkpoint, analysis: Analysis, labels: Labels, order: list[int]) -> None:
+def show(analysis: Analysis, labels: Labels, order: list[int]) -> None:
     """Draw the feature that the address names, with steps to its neighbours in `order`.
 
     Raises:
@@ -42,29 +45,18 @@ def show(listed: Checkpoint, analysis: Analysis, labels: Labels, order: list[int
     left, middle, right = st.columns(3)
     with left:
         st.markdown("**Activations**")
-        st.altair_chart(feature_charts.histogram(row["histogram"], 0, row["histogram_end"], "Activation", "Tokens"))
+        st.altair_chart(charts.histogram(row["histogram"], 0, row["histogram_end"], "Activation", "Tokens"))
         st.markdown("**Where it reads from**")
-        st.altair_chart(feature_charts.slots(row))
+        st.altair_chart(charts.slots(row))
     with middle:
         st.markdown("**Direct effect on logits**, per unit of activation")
         low, high = row["bottom_logits"][0], row["top_logits"][0]
-        st.altair_chart(feature_charts.histogram(row["logit_histogram"], low, high, "Logit effect", "Vocabulary"))
-        st.dataframe(_logits(row, analysis.strings), hide_index=True, height=240)
+        st.altair_chart(charts.histogram(row["logit_histogram"], low, high, "Logit effect", "Vocabulary"))
+        draw_table(_logits(row, analysis.strings), {"effect": "effect"}, height=240)
     with right:
         st.markdown("**Tokens**")
-        st.dataframe(
-            _tokens(row, analysis.strings),
-            hide_index=True,
-            height=240,
-            column_config={
-                "fires_on": st.column_config.TextColumn("fires on", width=75),
-                "reads": st.column_config.TextColumn("reads", width=75, help="the source with the largest DFA"),
-                **{
-                    f"{name}_share": st.column_config.NumberColumn("share", format="percent", width=60)
-                    for name in ("fires_on", "reads")
-                },
-            },
-        )
+        reads = {"help": "the source with the largest DFA"}
+        draw_table(_tokens(row, analysis.strings), {"reads": reads}, height=240)
         _label_form(labels, feature)
 
     _examples(analysis, row)
@@ -86,24 +78,24 @@ def exchange(labels: Labels, d_sae: int, name: str) -> None:
         st.error(str(error))
 
 
-def sae_vis_page(listed: Checkpoint, features: list[int]) -> None:
+def sae_vis_page(checkpoint: Checkpoint, features: list[int]) -> None:
     """A button that makes the sae-vis HTML of the first features shown."""
     chosen = features[:_SAE_VIS_FEATURES]
     st.caption(
         f"The first {len(chosen)} of this page's features on 4,000 held-out tokens, offline-capable; about 2 s a "
         "feature, and the model is loaded. All heads at once:"
     )
-    st.code(f"python -m analysis.sae_vis {common.shown_path(listed.path)} OUT.html", language="bash")
+    st.code(f"python -m analysis.sae_vis {typed(checkpoint.path)} OUT.html", language="bash")
     if chosen and st.button("Make it"):
-        page = live.sae_vis_page(listed, tuple(chosen))
-        st.download_button("Download the HTML", page, f"{listed.name}-sae-vis.html", "text/html", on_click="ignore")
+        page = live.sae_vis_page(checkpoint, tuple(chosen))
+        st.download_button("Download the HTML", page, f"{checkpoint.name}-sae-vis.html", "text/html", on_click="ignore")
 
 
 def _navigation(analysis: Analysis, order: list[int]) -> int:
     """The feature shown, and steps to others."""
     d_sae = len(analysis.features)
     if (st.session_state.get("feature") or 0) >= d_sae:  # of another checkpoint
-        st.session_state["feature"] = None
+        put("feature", None)
     first = order[0] if order else 0
     with st.container(horizontal=True, vertical_alignment="bottom"):
         chosen = st.number_input(
@@ -124,13 +116,7 @@ def _navigation(analysis: Analysis, order: list[int]) -> int:
 
 
 def _go(name: str, target: int | None, what: str) -> None:
-    st.button(
-        name, key=f"go_{name}", disabled=target is None, help=what, on_click=_choose, args=(target,)
-    )  # fmt: skip
-
-
-def _choose(feature: int) -> None:
-    st.session_state["feature"] = feature
+    st.button(name, key=f"go_{name}", disabled=target is None, help=what, on_click=put, args=("feature", target))
 
 
 def _logits(row: pd.Series, strings: dict[int, str]) -> pd.DataFrame:
@@ -188,13 +174,10 @@ def _examples(analysis: Analysis, row: pd.Series) -> None:
     )
     left, middle, right = st.columns([3, 2, 2], vertical_alignment="bottom")
     kinds = {"Strongest": "top", "Over quantiles": "quantile"}
-    kind = left.segmented_control(
-        "Which", list(kinds), default="Strongest", required=True, key="kind", bind="query-params"
-    )
+    kind = kinds[choose("Which", kinds, "kind", column=left)]
     attention = middle.toggle("Attention row", key="attention", bind="query-params", help="where the head looks")
     whole = right.toggle("Whole contexts", key="whole", bind="query-params")
-    chosen = examples[examples["kind"] == kinds[kind]]
-    for example in chosen.itertuples():
+    for example in examples[examples["kind"] == kind].itertuples():
         texts = [analysis.strings[int(i)] for i in example.token_ids]
         position = int(example.position)
         source = int(np.abs(example.dfa).argmax())
@@ -229,28 +212,5 @@ def _neighbours(analysis: Analysis, feature: int) -> None:
                 st.caption("none: it fires on too few tokens to compare")
                 continue
             ids = part["other"].tolist()
-            st.dataframe(
-                part[["other", "head", "jaccard", "correlation", "cosine", "description"]],
-                hide_index=True,
-                height=240,
-                key=f"near_{across}",
-                on_select=lambda ids=ids, across=across: _pick(ids, f"near_{across}"),
-                selection_mode="single-row",
-                column_config={
-                    "other": st.column_config.NumberColumn("feature", width=70),
-                    "head": st.column_config.NumberColumn(width=50),
-                    "jaccard": st.column_config.NumberColumn(
-                        format="%.2f", width=60, help="tokens on which both fire over tokens on which either does"
-                    ),
-                    "correlation": st.column_config.NumberColumn(format="%.2f", width=70, help="of activations"),
-                    "cosine": st.column_config.NumberColumn(
-                        format="%.2f", width=60, help="of what they add to the residual stream"
-                    ),
-                },
-            )
-
-
-def _pick(ids: list[int], key: str) -> None:
-    rows = st.session_state[key]["selection"]["rows"]
-    if rows:
-        _choose(ids[rows[0]])
+            columns = ["other", "head", "jaccard", "correlation", "cosine", "description"]
+            draw_table(part[columns], height=240, **pick_row(f"near_{across}", "feature", ids))

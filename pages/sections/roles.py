@@ -7,13 +7,13 @@ import streamlit as st
 
 from analysis.store import Analysis
 from analysis.tokens import visible
-from pages.charts import heads as head_charts
+from pages.charts import heads as charts
+from pages.shared.columns import draw_table
+from pages.shared.pick import pick_head, pick_row, pick_text
 from trainer.checkpoint import Checkpoint
 
-_PERCENT = st.column_config.NumberColumn(format="percent")
 
-
-def cards(listed: Checkpoint, analysis: Analysis) -> None:
+def cards(checkpoint: Checkpoint, analysis: Analysis) -> None:
     """Every head in a table, one of them as a card."""
     heads = analysis.heads
     st.caption(
@@ -26,35 +26,13 @@ def cards(listed: Checkpoint, analysis: Analysis) -> None:
          "repeated_role_attention_besides_bos", "repeated_role_dfa", "repeated_agree", "copying", "copying_se",
          "L0_share", "explained_share", "KL_share", "FVU"]
     ]  # fmt: skip
-    st.dataframe(
-        shown,
-        hide_index=True,
-        key="roles",
-        on_select=_pick_head,
-        selection_mode="single-row",
-        column_config={
-            "role_attention": "attention",
-            "role_attention_besides_bos": "besides BOS",
-            "role_dfa": "DFA",
-            "repeated_role_attention": "attention, repeated",
-            "repeated_role_attention_besides_bos": "besides BOS, repeated",
-            "repeated_role_dfa": "DFA, repeated",
-            "agree": st.column_config.CheckboxColumn(help="DFA with attention, or with attention besides BOS"),
-            "repeated_agree": "agree, repeated",
-            "copying": st.column_config.NumberColumn(format="%.2f", help="1 copies, 0 is chance, -1 suppresses"),
-            "copying_se": st.column_config.NumberColumn("±", format="%.2f"),
-            "L0_share": st.column_config.NumberColumn("of L0", format="percent"),
-            "explained_share": st.column_config.NumberColumn("of explained variance", format="percent"),
-            "KL_share": st.column_config.NumberColumn("of KL recovered", format="percent"),
-            "FVU": st.column_config.NumberColumn(format="%.3f"),
-        },
-    )
+    draw_table(shown, **pick_row("roles", "of_head", range(len(heads))))
     row = heads.iloc[_head(heads)]
     st.subheader(f"Head {row['head']}", anchor=False)
     left, right = st.columns([3, 2])
     with left:
         st.markdown("**Where it looks, and what its features read**")
-        st.altair_chart(head_charts.role_card(row))
+        st.altair_chart(charts.role_card(row))
         for prefix, text in (("", "text"), ("repeated_", "repeated random tokens")):
             look, read = row[f"{prefix}role_attention_besides_bos"], row[f"{prefix}role_dfa"]
             if read is None:
@@ -69,10 +47,10 @@ def cards(listed: Checkpoint, analysis: Analysis) -> None:
             f"{row['copying']:.2f} ± {row['copying_se']:.2f}: what it reads is among the 10 most promoted tokens in "
             f"{row['copying_top10']:.0%}, among the 10 most suppressed in {row['copying_bottom10']:.0%}, by attention."
         )
-        st.dataframe(_copying(analysis, int(row["head"])), hide_index=True, height=250)
+        draw_table(_copying(analysis, int(row["head"])), height=250)
 
 
-def monosemanticity(listed: Checkpoint, analysis: Analysis) -> None:
+def monosemanticity(checkpoint: Checkpoint, analysis: Analysis) -> None:
     """The share of features that have their head's role, and those that deviate."""
     st.caption(
         "A head is monosemantic where all its features do the same. Counted are features with 10 firings or more whose "
@@ -80,35 +58,12 @@ def monosemanticity(listed: Checkpoint, analysis: Analysis) -> None:
         "deviant makes the head polysemantic (the reference's definition), so they are listed. "
         "`other`: more than 5 tokens back, neither induction nor duplicate."
     )
-    on = st.segmented_control(
-        "Judged on",
-        ["Text", "Repeated random tokens"],
-        default="Text",
-        required=True,
-        key="judged",
-        bind="query-params",
-    )
-    prefix = "repeated_" if on != "Text" else ""
+    prefix = "repeated_" if pick_text("Judged on", "judged", "Text") else ""
     names = [c for c in analysis.heads if c.startswith(f"{prefix}mono_")]
     heads = analysis.heads[["head", *names]].rename(columns={name: name.removeprefix(prefix) for name in names})
-    st.altair_chart(head_charts.monosemanticity(heads))
-    st.dataframe(
-        heads.assign(deviants=heads["mono_deviants"].map(len)).drop(columns="mono_deviants"),
-        hide_index=True,
-        key="sheet",
-        on_select=lambda: _pick_head("sheet"),
-        selection_mode="single-row",
-        column_config={
-            "mono_role": "role of the head",
-            "mono_n": "features judged",
-            "mono_share": st.column_config.NumberColumn("have its role", format="percent"),
-            "mono_low": st.column_config.NumberColumn("from", format="percent"),
-            "mono_high": st.column_config.NumberColumn("to", format="percent"),
-            "mono_weighted": st.column_config.NumberColumn("by firing", format="percent"),
-            "mono_weighted_low": st.column_config.NumberColumn("from ", format="percent"),
-            "mono_weighted_high": st.column_config.NumberColumn("to ", format="percent"),
-        },
-    )
+    st.altair_chart(charts.monosemanticity(heads))
+    sheet = heads.assign(deviants=heads["mono_deviants"].map(len)).drop(columns="mono_deviants")
+    draw_table(sheet, **pick_row("sheet", "of_head", range(len(heads))))
     head = _head(heads)
     row = heads.iloc[head]
     deviants = analysis.features.loc[row["mono_deviants"]]
@@ -119,25 +74,26 @@ def monosemanticity(listed: Checkpoint, analysis: Analysis) -> None:
         )
         return
     st.caption(f"{len(deviants)} of {row['mono_n']} judged. A click on a number opens the feature in a new tab.")
-    columns = ["feature", f"{prefix}role", f"{prefix}role_share", "firings", "description"]
-    _linked(deviants[columns], listed, {f"{prefix}role_share": _PERCENT})
+    judged = deviants[f"{prefix}role"], deviants[f"{prefix}role_share"]
+    deviants = deviants.assign(role=judged[0], role_share=judged[1])
+    _linked(deviants[["feature", "role", "role_share", "firings", "description"]], checkpoint)
 
 
-def redundancy(listed: Checkpoint, analysis: Analysis) -> None:
+def redundancy(checkpoint: Checkpoint, analysis: Analysis) -> None:
     """Whether features of different heads say the same."""
-    found = analysis.meta["redundancy"]
+    redundant = analysis.meta["redundancy"]
     st.caption(
         "Two features of different heads are redundant where they fire on the same tokens (Jaccard) and write the same "
-        f"direction (cosine after W_O). Counted on {found['n_tokens']:,} tokens. Clusters are connected components, "
-        "which chain at low thresholds: the tooltip says how large the largest is."
+        f"direction (cosine after W_O). Counted on {redundant['n_tokens']:,} tokens. Clusters are connected "
+        "components, which chain at low thresholds: the tooltip says how large the largest is."
     )
     left, right = st.columns(2)
     with left:
         st.markdown("**L0 after merging**")
-        st.altair_chart(head_charts.merging(analysis.merging, found["l0"]))
+        st.altair_chart(charts.merging(analysis.merging, redundant["l0"]))
     with right:
         st.markdown("**Features with a redundant partner** (both at least 0.5)")
-        st.altair_chart(head_charts.redundancy(found["heads"]))
+        st.altair_chart(charts.redundancy(redundant["heads"]))
     st.markdown("**The most redundant pairs**, by the smaller of Jaccard and cosine; a click on a number opens it")
     pairs = analysis.table("pairs", filters=[("across", "==", True)])
     pairs = pairs[pairs["feature"] < pairs["other"]]
@@ -145,18 +101,16 @@ def redundancy(listed: Checkpoint, analysis: Analysis) -> None:
     head = analysis.features["head"]
     pairs["head"], pairs["other head"] = pairs["feature"].map(head), pairs["other"].map(head)
     a, b = st.columns(2)
-    options = ["all", *map(str, range(len(analysis.heads)))]
-    one = a.selectbox("Head", options, key="one", bind="query-params")
-    two = b.selectbox("Other head", options, key="two", bind="query-params")
-    for chosen in (one, two):
-        if chosen != "all":
-            pairs = pairs[(pairs["head"] == int(chosen)) | (pairs["other head"] == int(chosen))]
+    n_heads = len(analysis.heads)
+    for chosen in (pick_head(n_heads, "Head", "one", a), pick_head(n_heads, "Other head", "two", b)):
+        if chosen is not None:
+            pairs = pairs[(pairs["head"] == chosen) | (pairs["other head"] == chosen)]
     pairs = pairs.nlargest(200, "both")
     description = analysis.features["description"]
     table = pairs[["feature", "head", "other", "other head", "both", "jaccard", "correlation", "cosine"]].assign(
-        reads=pairs["feature"].map(description), other_reads=pairs["other"].map(description)
+        description=pairs["feature"].map(description), other_description=pairs["other"].map(description)
     )
-    _linked(table, listed, {})
+    _linked(table, checkpoint)
 
 
 def _head(heads: pd.DataFrame) -> int:
@@ -164,22 +118,16 @@ def _head(heads: pd.DataFrame) -> int:
     return int(st.selectbox("Head", list(range(len(heads))), key="of_head", bind="query-params"))
 
 
-def _pick_head(table: str = "roles") -> None:
-    rows = st.session_state[table]["selection"]["rows"]
-    if rows:
-        st.session_state["of_head"] = rows[0]
-
-
-def _linked(table: pd.DataFrame, listed: Checkpoint, config: dict) -> None:
+def _linked(table: pd.DataFrame, checkpoint: Checkpoint) -> None:
     """A table in which the numbers of features are links to their dashboards.
 
     Links, because a page whose widgets are in its address cannot switch to another one with the same keys.
     """
     numbers = [name for name in ("feature", "other") if name in table]
-    address = f"features?checkpoint={quote(listed.name)}&feature="
-    links = {name: st.column_config.LinkColumn(display_text=r"feature=(\d+)$") for name in numbers}
+    address = f"features?checkpoint={quote(checkpoint.name)}&feature="
     table = table.assign(**{name: address + table[name].astype(str) for name in numbers})
-    st.dataframe(table, hide_index=True, height=280, column_config=config | links)
+    links = {name: st.column_config.LinkColumn(display_text=r"feature=(\d+)$") for name in numbers}
+    draw_table(table, links, height=280)
 
 
 def _copying(analysis: Analysis, head: int) -> pd.DataFrame:

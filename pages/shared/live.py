@@ -1,10 +1,8 @@
-"""Prompts through the language model, for the pages that run one.
+"""What is read or computed once for all sessions, which must not change it: SAEs, analyses, matches, prompts.
 
-The model is shared by all sessions and holds its own lock around hooks.
+Functions that say so end the page with a sentence where they fail. The model holds its own lock around hooks.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,39 +10,75 @@ from typing import Any
 import pandas as pd
 import streamlit as st
 
-from analysis.prompt.ablate import Kind, ablate
-from analysis.prompt.run import PromptRun, direct_effects, role_table, run_prompt
+from analysis.match.read import Match
+from analysis.prompt import ablate
+from analysis.prompt import run as prompts
+from analysis.store import Analysis
 from analysis.tokens import visible
-from pages.shared import common
+from pages.shared.page import hint, sentences
 from trainer import embedded
-from trainer.checkpoint import Checkpoint
+from trainer.block_diag import BlockDiagSAE
+from trainer.checkpoint import Checkpoint, CheckpointError
 
-# A tour on the shipped checkpoint batchtopk-x8-k32: what one should see is tested in tests/test_embedded.py.
-EXAMPLES = {
-    "Induction": (
-        "The cat sat on the mat. The dog ran to the park. The cat sat on the",
-        "At the last token the features of heads 3, 4 and 5 read ' mat', which followed the earlier ' the': the "
-        "induction slot. Take away all features of head 4 and ' mat' falls from 47 % to 33 %, while the direct effect "
-        "hardly moves: later layers carry it.",
-    ),
-    "Indirect object": (
-        "When John and Mary went to the store, John gave a drink to",
-        "At ' to' the strongest features are head 8's, and they read the previous token, ' drink'. The name is settled "
-        "elsewhere: with all of the layer replaced by its reconstruction ' Mary' keeps 89 of 90 %, and of single heads "
-        "only head 4 matters (85 % without its features).",
-    ),
-    "Previous token": (
-        "Fellow citizens of the Senate and of the House of Representatives: I congratulate you on the favorable state "
-        "of our public affairs. The Senate and the House of",
-        "Pick head 8 and the last token: its features read ' House', one token back. It is the one head whose role is "
-        "the previous token by DFA, while by attention every head rests on BOS.",
-    ),
-    "Duplicate token": (
-        "Paris, London, Paris, Rome, London, Rome, Berlin, Paris, Berlin, London",
-        "No head of this layer is a duplicate-token head: the largest shares of DFA on earlier copies are head 7's and "
-        "head 0's, a fifth to a quarter. Heads 3, 4 and 5 read instead what followed the earlier copies, the commas.",
-    ),
-}
+_FORESEEN = (ValueError, RuntimeError, OSError)
+
+
+def version(checkpoint: Checkpoint) -> tuple[Any, ...]:
+    """What is cached of a checkpoint is read again once its weights, its analysis or its matches are others."""
+    path = checkpoint.path
+    files = [checkpoint.weights, path / "analysis" / "meta.json", *sorted(path.glob("matches/*/meta.json"))]
+    return str(path), *((str(file), file.stat().st_mtime) for file in files if file.exists())
+
+
+_PER_CHECKPOINT: dict[str, Any] = {"show_spinner": False, "hash_funcs": {Checkpoint: version}}
+
+
+@st.cache_resource(max_entries=8, **_PER_CHECKPOINT)
+def read_sae(checkpoint: Checkpoint) -> BlockDiagSAE:
+    """The SAE of a checkpoint.
+
+    Raises:
+        CheckpointError: the weights cannot be used.
+    """
+    return checkpoint.sae
+
+
+@st.cache_resource(max_entries=6, **_PER_CHECKPOINT)
+def read_analysis(checkpoint: Checkpoint) -> Analysis:
+    """The analysis of a checkpoint.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be used.
+    """
+    return Analysis(checkpoint)
+
+
+@st.cache_resource(max_entries=12, **_PER_CHECKPOINT)
+def read_match(first: Checkpoint, second: Checkpoint) -> Match:
+    """The match of two checkpoints.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be used.
+    """
+    match = Match(first, second)
+    _ = match.pairs, match.features
+    return match
+
+
+def analysis_or_hint(checkpoint: Checkpoint) -> Analysis | None:
+    """The analysis of a checkpoint, or None with a sentence and the command that makes it."""
+    try:
+        return read_analysis(checkpoint)
+    except CheckpointError as error:
+        hint(error, "This command writes one; --tokens=20000 is quicker")
+        return None
+
+
+def figures_or_hint(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """eval.json of a checkpoint, or None with a sentence."""
+    if checkpoint.eval is None:
+        st.info(f"{checkpoint.name} is still training: its held-out figures come with eval.json at the end.")
+    return checkpoint.eval
 
 
 @st.cache_resource(max_entries=2, show_spinner="Loading the language model")
@@ -62,106 +96,49 @@ def _layer(checkpoint: Checkpoint) -> Any:
     return _language_model(model.name, model.dtype)[0].layer(model.hook_layer)
 
 
-@st.cache_resource(max_entries=6, show_spinner="Running the prompt", hash_funcs={Checkpoint: common.version})
-def _prompt_run(checkpoint: Checkpoint, prompt: str) -> PromptRun:
-    return run_prompt(_layer(checkpoint), common.opened(checkpoint).sae, prompt)
+@st.cache_resource(max_entries=6, **_PER_CHECKPOINT | {"show_spinner": "Running the prompt"})
+def _run(checkpoint: Checkpoint, prompt: str) -> prompts.PromptRun:
+    return prompts.run_prompt(_layer(checkpoint), read_sae(checkpoint), prompt)
 
 
-def prompt_run(checkpoint: Checkpoint, prompt: str) -> PromptRun:
+@sentences(_FORESEEN)
+def run_prompt(checkpoint: Checkpoint, prompt: str) -> prompts.PromptRun:
     """Run a prompt, fetching the embedded model first if it is not there; errors end the page with a sentence."""
     model = checkpoint.config.model
-    with _sentences():
-        if model.name == embedded.NAME and not embedded.is_ready():
-            with st.empty():
-                bar = st.progress(0.0, "The embedded model is fetched once")
-                embedded.ensure(lambda fraction, message: bar.progress(fraction, message))
-                st.empty()
-        run = _prompt_run(checkpoint, prompt)
-        if _language_model(model.name, model.dtype)[1] != model.fingerprint:
-            st.warning(f"{model.name} has other weights here than when {checkpoint.name} was trained.")
-        return run
+    if model.name == embedded.NAME and not embedded.is_ready():  # not in `_run`: a cache would replay the bar
+        with st.empty():
+            bar = st.progress(0.0, "The embedded model is fetched once")
+            embedded.ensure(lambda fraction, message: bar.progress(fraction, message))
+            st.empty()
+    run = _run(checkpoint, prompt)
+    if _language_model(model.name, model.dtype)[1] != model.fingerprint:
+        st.warning(f"{model.name} has other weights here than when {checkpoint.name} was trained.")
+    return run
 
 
-@st.cache_data(max_entries=64, show_spinner="Ablating", hash_funcs={Checkpoint: common.version})
-def _ablation(checkpoint: Checkpoint, prompt: str, kind: Kind, which: int, position: int) -> pd.DataFrame:
-    layer, sae = _layer(checkpoint), common.opened(checkpoint).sae
-    found = ablate(layer, sae, _prompt_run(checkpoint, prompt), kind, which, position)
-    table = found.table(found.most_changed())
+@sentences(_FORESEEN)
+@st.cache_data(max_entries=64, **_PER_CHECKPOINT | {"show_spinner": "Ablating"})
+def ablation(checkpoint: Checkpoint, prompt: str, kind: ablate.Kind, which: int, position: int) -> pd.DataFrame:
+    """The likeliest and the most changed next tokens after `position`, with and without; errors are a sentence."""
+    layer = _layer(checkpoint)
+    change = ablate.ablate(layer, read_sae(checkpoint), _run(checkpoint, prompt), kind, which, position)
+    table = change.table(change.most_changed())
     table.insert(0, "token", [visible(text) for text in layer.lm.token_strings(table["id"].tolist())])
     return table
 
 
-def ablation(checkpoint: Checkpoint, prompt: str, kind: Kind, which: int, position: int) -> pd.DataFrame:
-    """The likeliest and the most changed next tokens after `position`, with and without; errors are a sentence."""
-    with _sentences():
-        return _ablation(checkpoint, prompt, kind, which, position)
-
-
-def predictions(checkpoint: Checkpoint, prompt: str, position: int) -> pd.DataFrame:
-    """The likeliest next tokens after `position`, as they are and with the SAE spliced in."""
-    return ablation(checkpoint, prompt, "layer by reconstruction", 0, position)
-
-
-def direct_effects_on(checkpoint: Checkpoint, prompt: str, token: int) -> Any:
+def direct_effects(checkpoint: Checkpoint, prompt: str, token: int) -> Any:
     """What each firing adds to the logit of a token, `[pos, block, feature]`."""
-    return direct_effects(_layer(checkpoint), common.opened(checkpoint).sae, _prompt_run(checkpoint, prompt), token)
+    return prompts.direct_effects(_layer(checkpoint), read_sae(checkpoint), _run(checkpoint, prompt), token)
 
 
-@st.cache_data(
-    max_entries=4, show_spinner="Running the model and drawing with sae-vis", hash_funcs={Checkpoint: common.version}
-)
-def _sae_vis_page(checkpoint: Checkpoint, features: tuple[int, ...]) -> bytes:
+@sentences(_FORESEEN)
+@st.cache_data(max_entries=4, **_PER_CHECKPOINT | {"show_spinner": "Running the model and drawing with sae-vis"})
+def sae_vis_page(checkpoint: Checkpoint, features: tuple[int, ...]) -> bytes:
+    """The sae-vis HTML of some features; errors end the page with a sentence."""
     from analysis.sae_vis import export  # imports sae_lens, for seconds
 
     with TemporaryDirectory() as folder:
         out = Path(folder) / "page.html"
         export(checkpoint.path, out, tokens=4_000, features=list(features), lm=_layer(checkpoint).lm)
         return out.read_bytes()
-
-
-def sae_vis_page(checkpoint: Checkpoint, features: tuple[int, ...]) -> bytes:
-    """The sae-vis HTML of some features; errors end the page with a sentence."""
-    with _sentences():
-        return _sae_vis_page(checkpoint, features)
-
-
-@contextmanager
-def _sentences() -> Iterator[None]:
-    """What cannot be run ends the page with its sentence."""
-    try:
-        yield
-    except (ValueError, RuntimeError, OSError) as error:
-        st.error(str(error))
-        st.stop()
-
-
-def prompt_box() -> str:
-    """The prompt and a tour of four examples, each with what to see; the prompt is in the URL."""
-    prompt = st.text_area("Prompt", EXAMPLES["Induction"][0], key="prompt", bind="query-params", height=90)
-    with st.container(horizontal=True):
-        for name, (text, _) in EXAMPLES.items():
-            st.button(name, key=f"example_{name}", on_click=_set_prompt, args=(text,), help=text)
-    for text, what in EXAMPLES.values():
-        if prompt == text:
-            st.caption(f"On the shipped checkpoint batchtopk-x8-k32: {what}")
-    return prompt
-
-
-def show_role_table(shares: pd.DataFrame) -> None:
-    """The largest slot of each head by attention and by DFA."""
-    st.dataframe(
-        role_table(shares),
-        hide_index=True,
-        column_config={
-            "head": st.column_config.NumberColumn(width=50),
-            "by attention": st.column_config.TextColumn(width=90),
-            "attention share": st.column_config.NumberColumn("share", format="percent", width=70),
-            "by DFA": st.column_config.TextColumn(width=90),
-            "DFA share": st.column_config.NumberColumn("share of DFA", format="percent", width=90),
-            "agree": st.column_config.CheckboxColumn(width=60),
-        },
-    )
-
-
-def _set_prompt(text: str) -> None:
-    st.session_state["prompt"] = text

@@ -10,7 +10,7 @@ from analysis.match import read
 from analysis.match.__main__ import main as match_main
 from analysis.match.read import Match
 from analysis.prompt.run import active_features, role_table, roles, run_prompt
-from tests.helpers import ROOT, open_page, said
+from tests.helpers import ROOT, edit_config, open_page, said
 from trainer.checkpoint import Checkpoint
 
 PAGE = "pages/compare.py"
@@ -105,16 +105,16 @@ def test_the_same_prompt_in_each(folder, gpt2):
 def test_matched_features_head_by_head(folder, gpt2, swapped):
     names = NAMES[1::-1] if swapped else NAMES[:2]
     app = compare(*names, show="Features")
-    found = Match(*(folder / name for name in names))
+    match = Match(*(Checkpoint(folder / name) for name in names))
     runs = [run(folder / name, gpt2) for name in names]
-    expected = read.aligned(found, *runs, None)
+    expected = read.aligned(match, *runs, None)
     shown = frame(app, "activation_a", "activation_b")
     assert len(expected) and shown[["a", "b"]].to_numpy().tolist() == expected[["a", "b"]].to_numpy().tolist()
     assert shown["activation_a"].tolist() == pytest.approx(expected["activation_a"].tolist(), rel=1e-3, abs=1e-5)
     for side in "ab":
-        assert f"of {len(found.of_side(side)):,} features" in said(app)
+        assert f"of {len(match.of_side(side)):,} features" in said(app)
     only = [each.value for each in app.dataframe if "nearest" in each.value]
-    sides = [read.only_in(found, side, each, None) for side, each in zip("ab", runs, strict=True)]
+    sides = [read.only_in(match, side, each, None) for side, each in zip("ab", runs, strict=True)]
     assert [t["feature"].tolist() for t in only] == [t["feature"].tolist() for t in sides if len(t)]
 
 
@@ -145,15 +145,15 @@ def test_the_url_restores_head_token_and_pair(folder):
 @pytest.mark.parametrize("names", [("block-l1_1", "dense"), ("dense", "block-l1_1")])
 def test_a_dense_one_is_split_in_either_order(folder, gpt2, names):
     app = compare(*names, show="Features")
-    found = Match(Checkpoint(folder / names[0]), Checkpoint(folder / names[1]))
-    assert found.a.name == "dense"
-    dense, block = (run(path, gpt2) for path in (found.a, found.b))
-    expected = read.split_on(found, dense, None)
+    match = Match(Checkpoint(folder / names[0]), Checkpoint(folder / names[1]))
+    assert match.a.name == "dense"
+    dense, block = (run(side.path, gpt2) for side in (match.a, match.b))
+    expected = read.split_on(match, dense, None)
     assert frame(app, "covered")["feature"].tolist() == expected["feature"].tolist()
     chosen = str(expected["feature"].iloc[-1])
     app = compare(*names, dense=chosen, show="Features")
     assert app.selectbox(key="dense").value == chosen
-    parts = read.parts_of(found, int(chosen), block, None)
+    parts = read.parts_of(match, int(chosen), block, None)
     shown = frame(app, "b_given_a")
     assert shown["b"].tolist() == parts["b"].tolist()
     assert "by chance it would be" in said(app)
@@ -201,10 +201,8 @@ def test_damaged_and_stale_matches_are_sentences(copy):
 
 
 def test_other_layers_are_warned_of_and_not_matched(copy):
-    file = copy / NAMES[1] / "config.json"
-    config = json.loads(file.read_text())
-    config["model"]["hook_layer"] = 0
-    file.write_text(json.dumps(config))
+    model = json.loads((copy / NAMES[1] / "config.json").read_text())["model"]
+    edit_config(copy / NAMES[1], model={**model, "hook_layer": 0})
     app = compare(*NAMES[:2])
     assert "not trained on the same model and layer" in app.warning[0].value
     app = compare(*NAMES[:2], show="Features")
@@ -245,6 +243,6 @@ def test_names_are_only_text(copy):
     assert labels[0].endswith(r"of \<b\>one\<b\>") and labels[1].endswith(r"of \*\*two\*\* \[x\]\(y\)")
 
 
-def test_the_page_holds_no_tensor_code():
-    for name in ("compare", "matched", "compare_charts"):
-        assert "torch" not in (ROOT / "pages" / f"{name}.py").read_text()
+def test_pages_hold_no_tensor_code():
+    for file in (ROOT / "pages").rglob("*.py"):
+        assert "torch" not in file.read_text(), file

@@ -5,10 +5,8 @@ import shutil
 
 import pytest
 
-from tests.helpers import OTHERS, PAGES, open_page, said
-from trainer import checkpoint
+from tests.helpers import OTHERS, PAGES, edit_config, open_page, said
 from trainer.checkpoint import Checkpoint
-from trainer.files import write_json
 
 DRAWN = PAGES[:4]  # these have a chart without an analysis
 
@@ -77,12 +75,11 @@ def test_a_single_checkpoint_is_enough(folder):
 def test_a_run_in_training_shows_its_last_batch_and_moves(folder):
     path = folder / "block-l1_4"
     (path / "eval.json").unlink()
-    config = checkpoint.load_config(path)
-    write_json(path / "config.json", {**config, "status": "training"})
+    edit_config(path, status="training")
     table = lambda app: app.dataframe[0].value.set_index("name").loc["block-l1_4"]  # noqa: E731
     before = table(open_page("pages/tradeoffs.py"))
     assert (before["status"], before["figures"]) == ("training", "training batch")
-    line = checkpoint.read_metrics(path)[-1]
+    line = Checkpoint(path).metrics()[-1]
     assert before["L0"] == pytest.approx(line["L0"])
     with (path / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({**line, "step": 999, "L0": 3.5}) + "\n")

@@ -7,20 +7,19 @@ import shutil
 import signal
 import sys
 import time
-from dataclasses import asdict, fields, replace
+from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from streamlit.testing.v1 import AppTest
 
 from analysis.runs import commands, progress
 from analysis.runs.background import Processes, tail
-from tests.helpers import OTHERS, ROOT, decided, open_page, said
-from trainer import checkpoint
-from trainer.__main__ import build_parser, main
-from trainer.config import ActivationsConfig, SAEConfig, SweepConfig, TrainingConfig
-from trainer.files import write_json
+from tests.helpers import OTHERS, ROOT, edit_config, open_page, said
+from trainer import cli
+from trainer.__main__ import main
+from trainer.checkpoint import Checkpoint, read_metrics
+from trainer.config import ActivationsConfig, SAEConfig, TrainingConfig
+from trainer.log import MetricsLog
 
 PAGE = "pages/runs.py"
 NAMES = ["block-l1_1", "block-l1_4", "dense", *OTHERS]
@@ -32,142 +31,118 @@ def allowed(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["app.py", "--allow-training"])
 
 
+def words(command: str) -> list[str]:
+    """The arguments for the trainer of a command, as a shell passes them on."""
+    before, arguments = shlex.split(command)[:3], shlex.split(command)[3:]
+    assert before == ["python", "-m", "trainer"]
+    return arguments
+
+
 def understood(command: str) -> tuple[ActivationsConfig, list[SAEConfig], TrainingConfig]:
-    """What the trainer makes of a command as a shell passes it on."""
-    words = shlex.split(command)
-    assert words[:3] == ["python", "-m", "trainer"]
-    options = build_parser().parse_args(words[3:]).as_dict()
-    activations, sweep, training = (
-        group(**{each.name: options[each.name] for each in fields(group)})
-        for group in (ActivationsConfig, SweepConfig, TrainingConfig)
-    )
-    return activations, sweep.expand({each.name: options.get(each.name) for each in fields(SAEConfig)}), training
+    """What the trainer makes of a command."""
+    return cli.build(cli.parser().parse_args(words(command)).as_dict())
 
 
-def stored(config: dict) -> tuple[ActivationsConfig, list[SAEConfig], TrainingConfig]:
-    pick = lambda group: group(**{each.name: config["training"][each.name] for each in fields(group)})  # noqa: E731
-    return pick(ActivationsConfig), [pick(SAEConfig)], pick(TrainingConfig)
+def shown(app, part: str) -> str:
+    """The one command on the page that has this in it."""
+    (command,) = [each.value for each in app.code if part in each.value]
+    return command
 
 
-def of_config(activations: ActivationsConfig, sae: SAEConfig, training: TrainingConfig) -> dict:
-    return {"training": {**asdict(activations), **asdict(sae), **asdict(training)}}
-
-
-def interrupt(path, step: int | None = 10) -> dict:
+def interrupt(path, step: int | None = 10) -> None:
     """Make a complete checkpoint look like one that was interrupted."""
-    config = {**checkpoint.load_config(path), "status": "training", "steps": step or 0}
-    write_json(path / "config.json", config)
+    edit_config(path, status="training", steps=step or 0)
     (path / "eval.json").unlink()
-    lines = [json.dumps(line) + "\n" for line in checkpoint.read_metrics(path) if line["step"] <= (step or 5)]
+    lines = [json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= (step or 5)]
     (path / "metrics.jsonl").write_text("".join(lines))
     if step:
         (path / "training_state").mkdir()
         (path / "training_state" / f"step-{step:07d}.safetensors").touch()
-    return config
 
 
-@pytest.mark.parametrize("name", [*NAMES, *sorted(path.name for path in (ROOT / "checkpoints").iterdir())])
+@pytest.mark.parametrize("name", NAMES)
 def test_both_commands_mean_the_run_of_the_config(trained, name):
-    config = checkpoint.load_config((trained if name in NAMES else ROOT / "checkpoints") / name)
-    activations, saes, training = stored(config)
-    again = commands.shell(commands.repeat(config, "a new 'name'", "checkpoints"))
-    named = replace(training, name="a new 'name'", out="checkpoints", resume=False)
-    assert understood(again) == (activations, saes, named)
-    on = commands.shell(commands.resume(config, name, "/some where/else"))
-    named = replace(training, name=name, out="/some where/else", resume=True)
-    assert understood(on) == (activations, saes, named)
+    path = trained / name
+    checkpoint = Checkpoint(path)
+    options = checkpoint.config.options
+    again = commands.shell(commands.repeat(checkpoint, str(path), "a new 'name'"))
+    assert understood(again) == (options.activations, [options.sae], replace(options.training, name="a new 'name'"))
+    on = commands.shell(commands.resume(checkpoint, str(path)))
+    assert understood(on) == (options.activations, [options.sae], replace(options.training, name=name, resume=True))
 
 
-def test_a_command_names_only_what_differs_from_the_defaults():
-    config = checkpoint.load_config(ROOT / "checkpoints" / "smollm2-135m-L17-reference-lr1e-3-x8-l1_3")
-    assert commands.shell(commands.repeat(config, "again", "checkpoints")) == (
-        "python -m trainer --preset=reference --label=reference-lr1e-3 --l1_coefficients=3 --expansion_factor=8 "
-        "--lr=0.001 --total_training_steps=1500 --batch_size=2048 --eval_tokens=4096 --dead_after_tokens=200000 "
-        "--weights_dtype=float16 --wandb=disabled --name=again"
-    )
+def test_a_run_without_its_options_has_no_command(folder):
+    (folder / "topk" / "run.yaml").unlink()  # as before schema 3
+    edit_config(folder / "gated", options=None, imported={"source": "SAELens topk", "recipe": "topk", "k": 9})
+    for name, why in (("topk", "it has no run.yaml"), ("gated", "it was imported from SAELens topk")):
+        app = open_page(PAGE, run=name)
+        assert not app.exception and f"No command: {why}" in said(app)
+        assert not [each for each in app.code if "--config" in each.value]
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.data())
-def test_commands_of_any_options(data):
-    """Only what differs is written, and nothing is lost, whatever was changed."""
-    draw = data.draw
-    maybe = lambda strategy: draw(st.none() | strategy)  # noqa: E731
-    preset = maybe(st.sampled_from(["reference", "kissane"]))
-    recipe = draw(st.sampled_from(["april", "bricken", "gated", "jumprelu", "topk", "batchtopk"]))
-    given_ = {"preset": preset, "recipe": recipe, "hook_layer": draw(st.integers(0, 40)),
-              "block": maybe(st.sampled_from(["head", "dense"])), "lr": maybe(st.floats(1e-9, 1)),
-              "normalize": maybe(st.sampled_from(["none", "global"])), "beta2": maybe(st.sampled_from([0, 0.9])),
-              "label": maybe(st.text("ab $'\"\\\t;|é", min_size=1)),
-              "expansion_factor": maybe(st.integers(1, 64))}  # fmt: skip
-    sparsity = {"k": maybe(st.integers(1, 99))} if "topk" in recipe else {"l1_coefficient": maybe(st.floats(0, 1e9))}
-    sae = decided(**given_, **sparsity)
-    activations = ActivationsConfig(model=draw(st.sampled_from(["gpt2", "/a b/c", "$(touch x)"])),
-                                    cache_gb=draw(st.sampled_from([16.0, 0.0, 2.5])))  # fmt: skip
-    training = TrainingConfig(seed=draw(st.integers(0, 9)), keep_training_state=draw(st.booleans()),
-                              wandb=maybe(st.sampled_from(["offline", "disabled"])))  # fmt: skip
-    try:
-        command = commands.shell(commands.repeat(of_config(activations, sae, training), "n", "checkpoints"))
-    except ValueError as error:  # YAML takes some texts for something else; then it says so
-        if "label" in str(error):
-            return
-        raise
-    assert understood(command) == (activations, [sae], replace(training, name="n"))
-
-
-def test_what_a_command_line_cannot_say_is_refused(trained):
-    config = checkpoint.load_config(trained / "topk")
-    with pytest.raises(ValueError, match="name 'null' cannot be said on a command line"):
-        commands.resume(config, "null", "checkpoints")
-    with pytest.raises(ValueError, match="imported from SAELens topk"):
-        commands.repeat({**config, "imported_from": "SAELens topk"}, "name", "checkpoints")
-    odd = {**config, "training": {**config["training"], "k": 0}}
-    with pytest.raises(ValueError, match="k must be at least 1"):
-        commands.repeat(odd, "name", "checkpoints")
-
-
-def test_the_command_to_repeat_trains_the_same_weights(folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["topk", "dense"])
+def test_the_command_to_repeat_trains_the_same_weights(folder, tmp_path, monkeypatch, name):
     monkeypatch.setenv("ATTN_SAES_CACHE", str(tmp_path / "cache"))
-    app = open_page(PAGE, run="topk")
-    (command,) = [each.value for each in app.code if "topk-again" in each.value]
     monkeypatch.chdir(ROOT)
-    assert main(shlex.split(command)[3:]) == 0
+    command = shown(open_page(PAGE, run=name), f"{name}-again")
+    assert main(words(command)) == 0
     for file in ("sae.safetensors", "eval.json"):
-        assert (folder / "topk-again" / file).read_bytes() == (folder / "topk" / file).read_bytes()
-    assert "topk-again-2" in "".join(each.value for each in open_page(PAGE, run="topk").code)
+        assert (folder / f"{name}-again" / file).read_bytes() == (folder / name / file).read_bytes()
+    assert f"{name}-again-2" in "".join(each.value for each in open_page(PAGE, run=name).code)
 
 
-def test_states_from_the_last_line():
-    def state(age, step=10, speed=100.0, **config):
-        training = {"log_every": 10, "batch_size": 100, "total_training_steps": 20}
+def test_the_command_to_resume_ends_at_the_same_weights(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("ATTN_SAES_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(ROOT)
+    with monkeypatch.context() as patch:
+        write = MetricsLog.write
+        patch.setattr(MetricsLog, "write", lambda *line: (os.kill(os.getpid(), signal.SIGINT), write(*line)))
+        assert main([f"--config={folder / 'batchtopk' / 'run.yaml'}", f"--out={folder}", "--name=halves"]) == 130
+    path = folder / "halves"
+    assert 0 < progress.saved_step(path) < 20 and not Checkpoint(path).is_complete
+    command = shown(open_page(PAGE, run="halves"), "--resume=true")
+    assert main(words(command)) == 0
+    for file in ("sae.safetensors", "eval.json"):
+        assert (path / file).read_bytes() == (folder / "batchtopk" / file).read_bytes()
+
+
+def test_states_from_the_last_line(folder):
+    def state(age, step=10, speed=100.0, name="topk", **config):
+        edit_config(folder / name, **{"status": "training", **config})
+        checkpoint = Checkpoint(folder / name)
+        if (options := checkpoint.config.options) is not None:
+            training = replace(options.training, log_every=10, batch_size=100, total_training_steps=20)
+            checkpoint.config = replace(checkpoint.config, options=replace(options, training=training))
         line = {"step": step, "tokens_per_second": speed} if step else {}
-        return progress._state({"status": "training", "training": training, **config}, line, age)
+        return progress._state(checkpoint, line, age)
 
     assert state(59) == "training" and state(61) == "stopped"  # a line every 10 s
     assert state(499, speed=10.0) == "training" and state(501, speed=10.0) == "stopped"  # every 100 s
     assert state(299, step=None) == "training" and state(301, step=None) == "stopped"
     assert state(3599, step=20) == "evaluating" and state(3601, step=20) == "stopped"
     assert state(1e9, status="complete") == "complete"
-    assert state(1e9, status="complete", imported_from="SAELens topk") == "imported"
+    imported = {"source": "SAELens topk", "recipe": "SAELens topk"}
+    assert state(1e9, status="complete", options=None, imported=imported) == "imported"
 
 
 def test_progress_of_a_live_and_of_a_killed_run(folder):
     interrupt(folder / "topk")
     interrupt(folder / "gated", step=None)
     os.utime(folder / "gated" / "metrics.jsonl", (time.time() - 7200,) * 2)
-    shown = open_page(PAGE).dataframe[0].value.set_index("name")
-    assert shown.index[0] == "gated" and shown.index[1] == "topk", "what is not complete comes first"
-    assert shown.loc["topk", ["state", "step", "steps", "done"]].tolist() == ["training", 10, 20, 0.5]
-    assert shown.loc["gated", ["state", "step", "last_line"]].tolist() == ["stopped", 5, "2 h"]
-    line = checkpoint.read_metrics(folder / "topk")[-1]
+    table = open_page(PAGE).dataframe[0].value.set_index("name")
+    assert table.index[0] == "gated" and table.index[1] == "topk", "what is not complete comes first"
+    assert table.loc["topk", ["state", "step", "steps", "done"]].tolist() == ["training", 10, 20, 0.5]
+    assert table.loc["gated", ["state", "step", "last_line"]].tolist() == ["stopped", 5, "2 h"]
+    line = read_metrics(folder / "topk")[-1]
     for key in ("tokens_per_second", "L0", "FVU", "loss"):
-        assert shown.loc["topk", key] == pytest.approx(line[key])
-    assert (shown.drop(["topk", "gated"])["state"] == "complete").all()
+        assert table.loc["topk", key] == pytest.approx(line[key])
+    assert (table.drop(["topk", "gated"])["state"] == "complete").all()
     app = open_page(PAGE, run="topk")
     assert "from step 10, its last save: only once it has stopped" in said(app)
-    (command,) = [each.value for each in app.code if "--resume=true" in each.value]
-    activations, saes, training = stored(checkpoint.load_config(folder / "topk"))
-    assert understood(command) == (activations, saes, replace(training, name="topk", out=str(folder), resume=True))
+    path = folder / "topk"
+    assert shown(app, "--resume=true") == (
+        f"python -m trainer --config={path / 'run.yaml'} --out={folder} --name=topk --resume=true"
+    )
     assert "from the beginning, because it has not saved yet" in said(open_page(PAGE, run="gated"))
     assert not [each for each in open_page(PAGE, run="dense").code if "--resume" in each.value]
 
@@ -175,15 +150,13 @@ def test_progress_of_a_live_and_of_a_killed_run(folder):
 def test_odd_checkpoints_leave_the_page(folder):
     (folder / "gated" / "metrics.jsonl").write_text("nonsense\n")
     (folder / "bricken" / "config.json").write_text("{")
-    config = checkpoint.load_config(folder / "topk")
-    kept = ("model", "dataset", "hook_layer", "k", "recipe", "block", "preset", "seed", "eval_tokens")
-    more = {"training": {key: config["training"][key] for key in kept}, "imported_from": "SAELens topk"}
-    write_json(folder / "topk" / "config.json", {**config, **more, "steps": None, "tokens_seen": None})
+    imported = {"source": "SAELens topk", "recipe": "SAELens topk", "k": 9}
+    edit_config(folder / "topk", options=None, imported=imported, steps=None, tokens_seen=None)
     (folder / "topk" / "metrics.jsonl").unlink()
     app = open_page(PAGE, run="topk")
     assert not app.exception and not app.error
-    shown = app.dataframe[0].value.set_index("name")["state"]
-    assert (shown["topk"], shown["gated"], "bricken" in shown) == ("imported", "damaged log", False)
+    states = app.dataframe[0].value.set_index("name")["state"]
+    assert (states["topk"], states["gated"], "bricken" in states) == ("imported", "damaged log", False)
     assert "imported from SAELens topk" in said(app) and "Nothing is logged yet" in said(app)
     app = open_page(PAGE, run="gated")
     assert not app.exception and "metrics.jsonl is damaged" in app.error[0].value
@@ -197,11 +170,9 @@ def test_an_empty_folder_has_the_form(tmp_path, monkeypatch):
 
 
 def test_wandb_is_one_click_away(folder):
-    file = folder / "topk" / "config.json"
-    config = json.loads(file.read_text())
     assert not open_page(PAGE, run="topk").get("link_button")
     for url, n in (("https://wandb.ai/someone/attn-saes/runs/abc12345", 1), ("javascript:alert(1)", 0)):
-        file.write_text(json.dumps({**config, "wandb_url": url}))
+        edit_config(folder / "topk", wandb_url=url)
         links = open_page(PAGE, run="topk").get("link_button")
         assert [each.proto.url for each in links] == [url] * n
 
@@ -210,10 +181,10 @@ def test_an_offline_run_of_wandb_is_found(folder):
     """In folders as the pinned W&B names them."""
     import wandb
 
-    config = checkpoint.load_config(folder / "topk")
-    assert len(config["wandb_id"]) == 8
+    wandb_id = Checkpoint(folder / "topk").config.wandb_id
+    assert len(wandb_id) == 8
     quiet = wandb.Settings(silent=True, console="off")
-    run = wandb.init(project="attn-saes", id=config["wandb_id"], dir=folder / "topk", mode="offline", settings=quiet)
+    run = wandb.init(project="attn-saes", id=wandb_id, dir=folder / "topk", mode="offline", settings=quiet)
     assert run.url is None
     run.finish()
     assert len(progress.unsent(folder / "topk")) == 1
@@ -294,7 +265,7 @@ def test_a_training_runs_in_the_background_and_is_cancelled(
     assert "behind: running" in said(app)
     assert os.getpgid(pid(app)) == pid(app), "a session of its own"
     try:
-        wait_for(lambda: (folder / "behind" / "metrics.jsonl").exists() and checkpoint.read_metrics(folder / "behind"))
+        wait_for(lambda: (folder / "behind" / "metrics.jsonl").exists() and read_metrics(folder / "behind"))
         again = AppTest.from_file(str(ROOT / "app.py"), default_timeout=60).run()  # another session, another page
         again.switch_page(PAGE).run()
         assert "behind: running" in said(again)
@@ -305,9 +276,7 @@ def test_a_training_runs_in_the_background_and_is_cancelled(
     finally:
         if "behind: running" in said(app.run()):
             os.kill(pid(app), signal.SIGKILL)
-    assert (
-        progress.saved_step(folder / "behind") > 0 and checkpoint.load_config(folder / "behind")["status"] == "training"
-    )
+    assert progress.saved_step(folder / "behind") > 0 and not Checkpoint(folder / "behind").is_complete
     assert "the same command with --resume=true goes on" in tail(folder / ".runs" / "behind.log")
     os.utime(folder / "behind" / "metrics.jsonl", (time.time() - 7200,) * 2)
     app = open_page(PAGE, run="behind")

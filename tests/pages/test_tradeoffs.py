@@ -12,8 +12,8 @@ from streamlit.testing.v1 import AppTest
 
 from analysis.runs import tables
 from pages.charts import tradeoffs as tradeoff_charts
-from tests.helpers import OTHERS, ROOT, said
-from trainer import checkpoint
+from tests.helpers import OTHERS, ROOT, edit_config, said
+from trainer.checkpoint import list_checkpoints, read_metrics
 from trainer.files import write_json
 
 
@@ -73,7 +73,7 @@ def test_what_a_point_costs(folder):
 
 def test_an_unknown_cost_is_empty(folder):
     (folder / "dense" / "metrics.jsonl").unlink()
-    lines = checkpoint.read_metrics(folder / "topk")
+    lines = read_metrics(folder / "topk")
     del lines[1]["tokens_per_second"]
     (folder / "topk" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     shown = table(open_page())["training_minutes"]
@@ -127,7 +127,7 @@ def rows(app) -> list[dict]:
 
 
 def test_targets_are_drawn_where_the_axes_show_them(folder):
-    frame = tables.summary(checkpoint.list_checkpoints(folder)).assign(front=True, chosen=True, CE_score=0.5)
+    frame = tables.summary(list_checkpoints(folder).readable).assign(front=True, chosen=True, CE_score=0.5)
 
     def says(metric, head):
         chart = str(tradeoff_charts.tradeoff(frame, metric, True, sorted(set(frame["recipe"])), head).to_dict())
@@ -162,13 +162,12 @@ def test_every_figure_on_every_text_and_head_draws(folder):
 def test_a_run_without_eval_is_on_text_and_waits_on_repeated_tokens(folder):
     path = folder / "topk"
     (path / "eval.json").unlink()
-    config = checkpoint.load_config(path)
-    write_json(path / "config.json", {**config, "status": "training"})
+    edit_config(path, status="training")
     app = open_page()
     assert "Hollow" in said(app)
     assert "topk" in [row["name"] for row in rows(app)]
     one = table(open_page(head="1")).loc["topk"]
-    assert one["L0"] == pytest.approx(checkpoint.read_metrics(path)[-1]["L0_per_head"][1])
+    assert one["L0"] == pytest.approx(read_metrics(path)[-1]["L0_per_head"][1])
     app = open_page(text="Repeated random tokens")
     assert "Not evaluated yet: topk" in said(app)
     assert "topk" not in [row["name"] for row in rows(app)]
@@ -176,11 +175,8 @@ def test_a_run_without_eval_is_on_text_and_waits_on_repeated_tokens(folder):
 
 def test_an_imported_checkpoint_stands_beside_ours(folder):
     path = folder / "topk"
-    config = checkpoint.load_config(path)
-    kept = ("model", "dataset", "hook_layer", "k", "recipe", "l1_coefficient", "block", "preset", "seed", "eval_tokens")
-    training = {key: config["training"][key] for key in kept} | {"label": "SAELens topk"}
-    more = {"training": training, "imported_from": "SAELens topk", "steps": None, "tokens_seen": None}
-    write_json(path / "config.json", {**config, **more})
+    imported = {"source": "SAELens topk", "recipe": "SAELens topk", "k": 9}
+    edit_config(path, options=None, imported=imported, steps=None, tokens_seen=None)
     (path / "metrics.jsonl").unlink()
     app = open_page(runs="topk")
     assert not app.exception and not app.error
@@ -205,25 +201,23 @@ def test_damaged_metrics_leave_the_frontier(folder):
     assert len(rows(app)) == 8
 
 
-def test_labels_of_thirteen_points_do_not_lie_on_one_another(folder):
-    generator = np.random.default_rng(0)
-    listed = checkpoint.list_checkpoints(folder)
-    frame = pd.concat([tables.summary(listed), tables.summary(listed).head(5)], ignore_index=True)
-    frame["L0"], frame["FVU"] = generator.normal(30, 1, 13), generator.normal(0.3, 0.01, 13)
-    frame.loc[0, ["L0", "FVU"]] = (20, 0.4)  # the others are a crowd
-    frame["front"], frame["chosen"] = False, True
-    chart = tradeoff_charts.tradeoff(frame, "FVU", False, sorted(frame["recipe"].unique()), None).to_dict()
-    points = pd.DataFrame(max(chart["datasets"].values(), key=len))
-    assert (points["label"] != "").sum() >= 8
-    span = lambda v: (v - v.min()) / (v.max() - v.min())  # noqa: E731
-    x, y = span(points["L0"]) * 640 + points["dx"], -span(points["FVU"]) * 280 + points["dy"]
-    wide = 6.5 * points["label"].str.len()
-    left = x - wide * points["align"].map({"left": 0, "center": 0.5, "right": 1})
-    shown = points.index[points["label"] != ""]
-    for a in shown:
-        for b in shown:
-            apart = abs(y[a] - y[b]) >= 11.9 or left[a] + wide[a] <= left[b] + 0.1 or left[b] + wide[b] <= left[a] + 0.1
-            assert a == b or apart
+def test_only_points_of_a_front_have_a_label(folder):
+    listed = list_checkpoints(folder).readable
+    frame = tables.summary(listed).assign(front=False, chosen=True)
+    frame.loc[[1, 3], "front"] = True
+    chart = tradeoff_charts.tradeoff(frame, "FVU", True, sorted(frame["recipe"].unique()), None).to_dict()
+    (labels,) = (layer for layer in chart["layer"] if layer["encoding"].get("text", {}).get("field") == "sparsity")
+    assert labels["transform"] == [{"filter": "datum.front"}] and labels["mark"]["dx"] == 10
+    (points,) = (layer for layer in chart["layer"] if "shape" in layer["encoding"])
+    assert "sparsity" in [tip["field"] for tip in points["encoding"]["tooltip"]], "of the others the tooltip tells it"
+
+
+def test_bins_hold_every_token_and_the_tail_is_in_the_last():
+    frame = pd.DataFrame([("a", 0, l0, 0.2498 / 25) for l0 in range(100)] + [("a", 0, 5000, 0.0008)],
+                         columns=["name", "head", "L0", "share"])  # fmt: skip
+    binned = tables.binned(frame, 10)
+    assert binned["share"].sum() == pytest.approx(1) and len(binned) <= 12
+    assert binned["end"].max() < 200 and (binned["end"] - binned["start"]).nunique() == 1
 
 
 def test_long_logs_are_thinned_to_their_last_line():

@@ -9,7 +9,7 @@ from analysis import attribution as dfa
 from analysis.corpus.passes import sources_on_repeats
 from analysis.prompt.ablate import ablate
 from analysis.prompt.run import active_features, role_table, roles, run_prompt
-from pages.shared.live import EXAMPLES
+from pages.shared.pick import EXAMPLES
 from tests.helpers import ROOT
 from trainer import embedded
 from trainer.block_diag import BlockDiagSAE

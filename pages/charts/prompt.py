@@ -1,0 +1,55 @@
+"""Altair charts of one prompt: what fires where, where a feature reads from, what each head does."""
+
+import altair as alt
+import pandas as pd
+
+from pages.charts.common import SLOT, slot_bars, tokens
+
+
+def firing_map(frame: pd.DataFrame, largest: int) -> alt.Chart:
+    """Heads by tokens, coloured by how many features fire, up to `largest`; a click selects a cell."""
+    scale = alt.Scale(scheme="viridis", domain=[0, max(1, largest)])
+    pick = alt.selection_point(name="cell", fields=["head", "position"], toggle=False)
+    return (
+        alt.Chart(frame)
+        .mark_rect()
+        .encode(
+            x=tokens("position"),
+            y=alt.Y("head:O", title="Head"),
+            color=alt.Color("active:Q", title="Active features", scale=scale),
+            opacity=alt.condition(pick, alt.value(1.0), alt.value(0.45)),
+            tooltip=["head", "token", "active", alt.Tooltip("activation:Q", format=".2f")],
+        )
+        .add_params(pick)
+        .properties(height=alt.Step(24))
+    )
+
+
+def role_bars(frame: pd.DataFrame) -> alt.Chart:
+    """Shares by source slot, two bars a head: above where it looks, below what its features read."""
+    long = frame.rename(columns={"dfa": "DFA"}).melt(["head", "slot"], ["attention", "DFA"], "measure", "share")
+    drawn = slot_bars(long, alt.Y("head:O", title="Head"), "Share", ["head", "measure"])
+    return drawn.encode(yOffset=alt.YOffset("measure:N", sort=["attention", "DFA"])).properties(height=alt.Step(19))
+
+
+def source_strips(frame: pd.DataFrame) -> alt.VConcatChart:
+    """Three strips over the sources of one feature: where it looks, what it reads there, and their product."""
+    strips = []
+    for column, title in (
+        ("attention", "Where it looks: A"),
+        ("read", "What it reads: (v - b_V)·w"),
+        ("dfa", "DFA: their product"),
+    ):
+        last = column == "dfa"
+        strips.append(
+            alt.Chart(frame)
+            .mark_bar()
+            .encode(
+                x=tokens("source", labels=last, ticks=last),
+                y=alt.Y(f"sum({column}):Q", title=title.split(":")[0]),
+                color=SLOT,
+                tooltip=["token", "slot", alt.Tooltip(f"{column}:Q", format=".4f")],
+            )
+            .properties(height=90, width=780, title=alt.Title(title, anchor="start", fontSize=12))
+        )
+    return alt.vconcat(*strips, spacing=4)

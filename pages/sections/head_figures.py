@@ -1,0 +1,75 @@
+"""The held-out figures of one checkpoint, in total and head by head."""
+
+from typing import Any
+
+import streamlit as st
+
+from analysis.runs import tables
+from pages.charts import heads as charts
+from pages.charts.common import PALETTE
+from pages.charts.compare import l0_histograms
+from pages.shared.pick import pick_text
+from trainer.checkpoint import Checkpoint
+
+_PANELS = {
+    "FVU": "FVU of the head",
+    "KL_score": "KL score, only this head replaced",
+    "CE_score": "CE score, only this head replaced",
+    "dead_fraction": "Dead features (share)",
+}
+
+
+def show(checkpoint: Checkpoint, figures: dict[str, Any]) -> None:
+    """Pick a text of eval.json, and draw its figures, L0 per token, and figures per head."""
+    if pick_text():
+        figures = figures["induction"]
+    _totals(figures)
+    st.subheader("L0 per token")
+    histograms = tables.histograms(figures).assign(name=checkpoint.name)
+    if checkpoint.is_dense:
+        st.caption("A dense SAE has no heads of its own: one panel for all of it.")
+        histograms = histograms.assign(head="all heads")
+    st.altair_chart(l0_histograms(tables.binned(histograms), {checkpoint.name: PALETTE[0]}), width="content")
+    st.caption("The last bin of a panel holds all larger values too.")
+    _per_head(checkpoint, figures)
+
+
+def _totals(figures: dict[str, Any]) -> None:
+    with st.container(horizontal=True):
+        st.metric("L0", f"{figures['L0']:.1f}", border=True, help="mean active features per token, all heads")
+        st.metric("FVU", f"{figures['FVU']:.3f}", border=True, help="fraction of variance unexplained")
+        for name in ("CE", "KL"):
+            score, error = figures[f"{name}_score"], figures[f"{name}_score_se"]
+            st.metric(
+                f"{name} score",
+                "not measurable" if score is None else f"{score:.3f} ± {error:.3f}",
+                border=True,
+                help="± one standard error, paired per token against clean; not measurable where zero ablation is "
+                "within 3 standard errors of no effect",
+            )
+        st.metric("Dead features", f"{figures['dead_fraction']:.1%}", border=True, help="never fire on these tokens")
+    losses = " · ".join(
+        f"{key} {figures[f'CE_{key}']:.4f} ± {figures[f'CE_{key}_se']:.4f}" for key in ("clean", "sae", "zero", "mean")
+    )
+    st.caption(
+        f"CE (nats): {losses} · on {figures['n_tokens']:,} tokens; errors of sae, zero and mean are paired against "
+        "clean"
+    )
+
+
+def _per_head(checkpoint: Checkpoint, figures: dict[str, Any]) -> None:
+    st.subheader("Per head")
+    if "n_tokens_per_head" in figures:
+        st.caption(f"Scores with one head replaced are measured on the first {figures['n_tokens_per_head']:,} tokens.")
+    frame = tables.per_head(figures, checkpoint.n_heads)
+    columns = st.columns(2)
+    for index, (metric, title) in enumerate(_PANELS.items()):
+        with columns[index % 2]:
+            st.markdown(f"**{title}**")
+            if frame[metric].notna().any():
+                st.altair_chart(charts.per_head_bars(frame, metric, metric.replace("_", " ")), width="stretch")
+            unmeasured = frame.loc[frame[metric].isna(), "head"].tolist()
+            if unmeasured:
+                why = "has no meaning for a dense SAE" if metric == "dead_fraction" else "not measurable on this text"
+                st.caption(f"{why}: heads {', '.join(map(str, unmeasured))}")
+    st.dataframe(frame, hide_index=True)  # with all digits

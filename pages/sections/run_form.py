@@ -1,0 +1,127 @@
+"""A form for new trainings, and the trainings that this server runs in the background."""
+
+import sys
+import time
+from typing import Any, get_args
+
+import streamlit as st
+
+from analysis.runs import commands, progress
+from analysis.runs.background import Processes, tail
+from pages.shared.page import ROOT, folder, typed
+from trainer.config import Preset, Recipe
+
+_DEFAULT = "default"
+
+
+def training_allowed() -> bool:
+    """Whether whoever started the server lets its users train on it."""
+    return "--allow-training" in sys.argv[1:]
+
+
+def start(arguments: list[str], names: list[str]) -> None:
+    """Run a command in the background, or keep the reason why not for `started`."""
+    try:
+        _processes().start(arguments, names, folder().resolve(), ROOT)
+    except ValueError as error:
+        st.session_state["refused"] = str(error)
+
+
+def show() -> None:
+    """The form, the command that it makes, and where it is allowed the button that runs it."""
+    st.header("Train")
+    out = typed(folder().resolve())
+    try:
+        arguments, names = commands.compose(_choices(), folder().resolve(), out)
+    except ValueError as error:
+        st.error(str(error))
+        return
+    st.code(commands.shell(arguments), language="bash", wrap_lines=True)
+    st.text(f"Makes {', '.join(names)} in {out}/")
+    if training_allowed():
+        st.button("Train in the background", key="train", type="primary", on_click=start, args=(arguments, names))
+    else:
+        st.caption(
+            "Copy the command to run it. A server started with `streamlit run app.py -- --allow-training` can also run "
+            "it in the background."
+        )
+
+
+def started() -> None:
+    """What this server runs in the background, where it is allowed to."""
+    if training_allowed():
+        st.subheader("Started by this server")
+        _draw_started()
+
+
+@st.cache_resource(show_spinner=False)
+def _processes() -> Processes:
+    """One for all sessions."""
+    return Processes()
+
+
+def _choices() -> dict[str, Any]:
+    """The fields of the form, by the name of their option; None is the default."""
+    helps = commands.explanations()
+    choices: dict[str, Any] = {}
+
+    def pick(column: Any, key: str, *options: str) -> None:
+        chosen = column.selectbox(key, [_DEFAULT, *options], key=key, bind="query-params", help=helps[key])
+        choices[key] = None if chosen == _DEFAULT else chosen
+
+    def write(column: Any, key: str, example: str = _DEFAULT) -> None:
+        text = column.text_input(key, key=key, bind="query-params", help=helps[key], placeholder=example)
+        choices[key] = text.strip() or None
+
+    def count(column: Any, key: str, default: int | float | None = None, **limits: Any) -> None:
+        choices[key] = column.number_input(
+            key, value=default, key=key, bind="query-params", help=helps[key], placeholder=_DEFAULT, **limits
+        )
+
+    a, b, c, d = st.columns(4)
+    write(a, "model", "smollm2-135m")
+    write(b, "dataset")
+    count(c, "hook_layer", 17, step=1)
+    write(d, "name")
+    a, b, c, d = st.columns(4)
+    pick(a, "preset", *get_args(Preset))
+    pick(b, "recipe", *get_args(Recipe))
+    write(c, "k", "32, or several: 16, 32, 64")
+    write(d, "l1_coefficients", "2, or several: 1, 2, 4")
+    a, b, c, d = st.columns(4)
+    pick(a, "block", "head", "dense")
+    count(b, "expansion_factor", step=1)
+    pick(c, "normalize", "per_head", "global", "none")
+    count(d, "lr", step=1e-4, format="%.6g")
+    a, b, c, d = st.columns(4)
+    count(a, "total_training_steps", 2000, step=100)
+    count(b, "batch_size", 4096, step=256)
+    count(c, "distinct_tokens", step=10_000)
+    count(d, "eval_tokens", 8192, step=1024)
+    a, b, c, d = st.columns(4)
+    count(a, "context_size", step=1)
+    count(b, "seed", 0, step=1)
+    write(c, "device", "auto")
+    pick(d, "wandb", "online", "offline", "disabled")
+    for key, kind in (("k", int), ("l1_coefficients", float)):
+        choices[key] = commands.numbers(choices[key] or "", kind, key)
+    return choices
+
+
+@st.fragment(run_every="3s")
+def _draw_started() -> None:
+    """The background trainings, with the end of their output."""
+    if refused := st.session_state.pop("refused", None):
+        st.error(refused)
+    processes = _processes().all()
+    if not processes:
+        st.caption("Nothing was started from here yet. A training that is started goes on when this page is closed.")
+    for process in processes:
+        with st.container(border=True):
+            left, right = st.columns([5, 1], vertical_alignment="center")
+            since = progress.ago(time.time() - process.begun)
+            left.text(f"{', '.join(process.names)}: {process.state}, started {since} ago, process {process.popen.pid}")
+            if process.state == "running":
+                name = process.names[0]
+                right.button("Cancel", key=f"cancel {name}", on_click=_processes().cancel, args=(name,))
+            st.code(tail(process.log) or "No output yet.", language=None, wrap_lines=True)

@@ -1,0 +1,119 @@
+"""How every column of a table is drawn, by the name of its field."""
+
+from functools import partial
+from typing import Any
+
+import pandas as pd
+import streamlit as st
+
+_number, _text, _bar = st.column_config.NumberColumn, st.column_config.TextColumn, st.column_config.ProgressColumn
+_percent, _count = partial(_number, format="percent"), partial(_number, format="localized")
+_share = partial(_bar, format="percent", min_value=0, max_value=1)
+
+COLUMNS: dict[str, Any] = {
+    # a checkpoint, and its training
+    "name": _text(pinned=True),
+    "L0": _number(format="%.1f"),
+    "FVU": _number(format="%.3f"),
+    **{score: _number(score.replace("_", " "), format="%.3f")
+       for score in ("CE_score", "CE_score_se", "KL_score", "KL_score_se")},
+    "MSE": _number(format="%.4g"),
+    "MSE_per_dim": _number("MSE per dim", format="%.3g"),
+    "dead_fraction": _percent("dead"),
+    "n_tokens": _count("evaluated on"),
+    "parameters": _count(),
+    "tokens_seen": _count("training tokens"),
+    "training_minutes": _number("training minutes", format="%.1f"),
+    "d_sae": _count("features"),
+    "step": _count(),
+    "steps": _count("of"),
+    "done": _share(width=110),
+    "tokens_per_second": _count("tokens/s", step=1),
+    "loss": _number(format="%.4g"),
+    "last_line": _text("last line ago"),
+    "left": _text(),
+    # a feature
+    "feature": _number(width=70),
+    "other": _number("feature", width=70),
+    "head": _number(width=50),
+    "density": _percent(width=80),
+    "max_activation": _number("max", format="%.2f", width=60),
+    "role": _text("reads from", width=80),
+    "role_share": _percent("share", width=60),
+    "description": _text(width="large"),
+    "other_description": _text("description of the other", width="large"),
+    "fires_on": _text("fires on", width=75),
+    "fires_on_share": _percent("share", width=60),
+    "reads": _text(width=75),
+    "reads_share": _percent("share", width=60),
+    # two features
+    "both": _number(format="%.2f"),
+    "jaccard": _number(format="%.2f", width=60, help="tokens on which both fire over tokens on which either does"),
+    "correlation": _number(format="%.2f", width=70, help="of activations"),
+    "cosine": _number(format="%.2f", width=60, help="of what they add to the residual stream"),
+    # a head
+    "role_attention": "attention",
+    "role_attention_besides_bos": "besides BOS",
+    "role_dfa": "DFA",
+    "repeated_role_attention": "attention, repeated",
+    "repeated_role_attention_besides_bos": "besides BOS, repeated",
+    "repeated_role_dfa": "DFA, repeated",
+    "agree": st.column_config.CheckboxColumn(help="DFA with attention, or with attention besides BOS"),
+    "repeated_agree": "agree, repeated",
+    "copying": _number(format="%.2f", help="1 copies, 0 is chance, -1 suppresses"),
+    "copying_se": _number("±", format="%.2f"),
+    "L0_share": _percent("of L0"),
+    "explained_share": _percent("of explained variance"),
+    "KL_share": _percent("of KL recovered"),
+    "mono_role": "role of the head",
+    "mono_n": "features judged",
+    "mono_share": _percent("have its role"),
+    "mono_low": _percent("from"),
+    "mono_high": _percent("to"),
+    "mono_weighted": _percent("by firing"),
+    "mono_weighted_low": _percent("from "),
+    "mono_weighted_high": _percent("to "),
+    # a prompt
+    "activation": _number(format="%.3f"),
+    "share": _share("share of the head"),
+    "source share": _percent("share of its DFA"),
+    "effect": _number("effect on the logit", format="%.4f"),
+    "from source": _number("DFA from it", format="%.3f"),
+    "attention share": _percent("share", width=70),
+    "DFA share": _percent("share of DFA", width=90),
+    # a prompt without something
+    "id": None,
+    "probability": _percent("p"),
+    **{f"{way} {name}": _number(f"{way}: {short}", format=form)
+       for way in ("direct", "full")
+       for name, short, form in (("probability", "p", "percent"), ("logit change", "\u0394 logit", "%+.4f"),
+                                 ("log-probability change", "\u0394 log p", "%+.4f"))},
+    # two checkpoints
+    "score": _number(format="%.2f", width=60),
+    "activation_a": _number("activation", format="%.3f"),
+    "activation_b": _number("activation", format="%.3f"),
+    "b_given_a": _percent("P(block | dense)", help="share of the dense feature's firings on which the part fires"),
+    "a_given_b": _percent("P(dense | block)", help="share of the part's firings on which the dense feature fires"),
+    "norm_share": _percent("decoder norm there", help="share of the dense feature's squared decoder norm in the head"),
+    "parts": _number(width=60),
+    "covered": _percent(help="share of its summed activation on tokens where one of its parts fires"),
+    "chance": _percent("by chance", help="share of all tokens where one of its parts fires"),
+    "nearest": _number(width=70),
+    "nearest_score": _number("its score", format="%.2f", width=70),
+}  # fmt: skip
+
+
+def draw_table(frame: pd.DataFrame, settings: dict[str, Any] | None = None, **more: Any) -> None:
+    """A table without its index.
+
+    Args:
+        settings: where this table differs from COLUMNS: a width, a label, None to hide the column, or a column's
+            whole configuration.
+        more: of `st.dataframe`, as `pick_row` gives it.
+    """
+    columns = {name: COLUMNS[name] for name in frame if name in COLUMNS}
+    for name, setting in (settings or {}).items():
+        before = columns.get(name) or {}
+        part = {int: {"width": setting}, str: {"label": setting}}.get(type(setting), setting)
+        columns[name] = None if setting is None else before | part if isinstance(before, dict) else part
+    st.dataframe(frame, hide_index=True, column_config=columns, **more)

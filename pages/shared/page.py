@@ -1,0 +1,94 @@
+"""The frame of a page: its top, its folder, and errors as sentences.
+
+Everything a widget chooses is in the URL (`bind="query-params"`), so an address is a permalink.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import streamlit as st
+from streamlit.runtime.pages_manager import PagesManager
+
+from trainer.checkpoint import Checkpoint, CheckpointError
+
+ROOT = Path(__file__).parents[2]
+ARROW = ":material/arrow_forward:"
+_copy_link = st.components.v2.component(
+    "copy_link",
+    html="<div><button type='button'>Copy link</button></div>",
+    css="""div { text-align: right; }
+    button { font: inherit; font-size: .85rem; padding: .25rem .6rem; border-radius: .5rem; cursor: pointer;
+    color: var(--st-text-color); background: var(--st-background-color); border: 1px solid var(--st-border-color); }
+    button:focus-visible { outline: 2px solid var(--st-primary-color); }""",
+    js="""export default function ({ parentElement }) {
+    const button = parentElement.querySelector("button");
+    button.onclick = async () => {
+        try { await navigator.clipboard.writeText(window.location.href); button.textContent = "Copied"; }
+        catch { button.textContent = "Copy it from the address bar"; }  // without https there is no clipboard
+        setTimeout(() => { button.textContent = "Copy link"; }, 2000);
+    };
+}""",
+)
+
+
+def begin(title: str, what: str) -> None:
+    """The top of a page: its title and one sentence on what it shows."""
+    _through_app_py()
+    left, right = st.columns([6, 1], vertical_alignment="bottom")
+    left.title(title)
+    with right:
+        _copy_link(key="copy_link")
+    st.caption(what)
+
+
+def _through_app_py() -> None:
+    """Run app.py first, where Streamlit ran a page by itself.
+
+    A fresh server that finds a folder called `pages/` runs the script of the address without app.py, until
+    `st.navigation` has been called once: https://github.com/streamlit/streamlit/blob/develop/lib/streamlit/runtime/pages_manager.py
+    """
+    if PagesManager.uses_pages_directory:
+        PagesManager.uses_pages_directory = False
+        st.rerun()
+
+
+def folder() -> Path:
+    """The checkpoint folder: `checkpoints/` beside app.py, or ATTN_SAES_CHECKPOINTS."""
+    return Path(os.environ.get("ATTN_SAES_CHECKPOINTS") or ROOT / "checkpoints")
+
+
+def typed(text: str | Path) -> str:
+    """A path, or a text with paths in it, as one types them beside app.py."""
+    return str(text).replace(f"{ROOT}{os.sep}", "")
+
+
+@contextmanager
+def sentences(kinds: tuple[type[Exception], ...] = (CheckpointError,)) -> Iterator[None]:
+    """What cannot be shown ends the page with its sentence, not with a traceback.
+
+    Args:
+        kinds: of errors; default those of a checkpoint, as where a file turns out to be damaged.
+    """
+    try:
+        yield
+    except kinds as error:
+        st.error(typed(str(error)))
+        st.stop()
+
+
+def hint(error: CheckpointError, then: str) -> None:
+    """Why there is nothing to show, and the command that mends it, announced by `then`."""
+    if error.command is None:
+        st.text(f"{typed(error.reason)}.")
+    else:
+        st.text(f"{typed(error.reason)}. {then}:")
+        st.code(typed(error.command), language="bash")
+
+
+def feature_link(checkpoint: Checkpoint, feature: int, label: str, column: Any = st) -> None:
+    """A link to the dashboard of a feature."""
+    query = {"checkpoint": checkpoint.name, "feature": str(feature)}
+    column.page_link("pages/features.py", label=label, icon=ARROW, query_params=query)

@@ -1,0 +1,150 @@
+"""One way each to pick a checkpoint, a head, a text, a prompt, an option and a row of a table; all are in the URL."""
+
+import math
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from typing import Any
+
+import streamlit as st
+from streamlit.errors import StreamlitAPIException
+
+from pages.shared.page import folder, typed
+from trainer.checkpoint import Checkpoint, list_checkpoints
+
+ALL = "all"
+HELD_OUT, REPEATED = "Held-out text", "Repeated random tokens"
+FIRST_COMMAND = (
+    "python -m trainer --distinct_tokens=130000 --total_training_steps=300 --batch_size=2048 --eval_tokens=1024"
+)
+# A tour on the shipped checkpoint batchtopk-x8-k32: what one should see is tested in tests/trainer/test_embedded.py.
+EXAMPLES = {
+    "Induction": (
+        "The cat sat on the mat. The dog ran to the park. The cat sat on the",
+        "At the last token the features of heads 3, 4 and 5 read ' mat', which followed the earlier ' the': the "
+        "induction slot. Take away all features of head 4 and ' mat' falls from 47 % to 33 %, while the direct effect "
+        "hardly moves: later layers carry it.",
+    ),
+    "Indirect object": (
+        "When John and Mary went to the store, John gave a drink to",
+        "At ' to' the strongest features are head 8's, and they read the previous token, ' drink'. The name is settled "
+        "elsewhere: with all of the layer replaced by its reconstruction ' Mary' keeps 89 of 90 %, and of single heads "
+        "only head 4 matters (85 % without its features).",
+    ),
+    "Previous token": (
+        "Fellow citizens of the Senate and of the House of Representatives: I congratulate you on the favorable state "
+        "of our public affairs. The Senate and the House of",
+        "Pick head 8 and the last token: its features read ' House', one token back. It is the one head whose role is "
+        "the previous token by DFA, while by attention every head rests on BOS.",
+    ),
+    "Duplicate token": (
+        "Paris, London, Paris, Rome, London, Rome, Berlin, Paris, Berlin, London",
+        "No head of this layer is a duplicate-token head: the largest shares of DFA on earlier copies are head 7's and "
+        "head 0's, a fifth to a quarter. Heads 3, 4 and 5 read instead what followed the earlier copies, the commas.",
+    ),
+}
+
+
+def readable() -> list[Checkpoint]:
+    """Checkpoints that can be shown; the others are listed with their reason, and the app goes on."""
+    checkpoints, errors = list_checkpoints(folder())
+    if errors:
+        with st.expander(f"{len(errors)} unreadable checkpoint(s) in {folder().name}/", icon=":material/warning:"):
+            for error in errors:
+                st.text(typed(str(error)))
+    if not checkpoints:
+        st.info("There is no checkpoint to show yet. Train one, it appears here while it trains:")
+        st.code(FIRST_COMMAND, language="bash")
+        st.stop()
+    return checkpoints
+
+
+def pick_checkpoint(checkpoints: list[Checkpoint], label: str, key: str, index: int = 0) -> Checkpoint:
+    """A select box over checkpoint names, kept in the URL under `key`; `index` counts from the default one.
+
+    Streamlit leaves defaults out of the URL. Which checkpoint is the default changes as others are trained, so the box
+    has none: the name is written down, and a link means the same SAE tomorrow.
+    """
+    by_name = {checkpoint.name: checkpoint for checkpoint in checkpoints}
+    names = list(by_name)
+    default = names[(names.index(_default(checkpoints).name) + index) % len(names)]
+    wanted = st.query_params.get(key)
+    if wanted is not None and wanted not in by_name:
+        st.warning(f"There is no checkpoint {wanted} in {folder().name}/: {default} is shown.")
+    name = st.session_state.get(key, wanted)
+    if name not in by_name:
+        name = st.session_state[key] = default
+    if wanted is None:
+        with suppress(StreamlitAPIException):  # refused where the box is already bound to it
+            st.query_params[key] = name
+    return by_name[st.selectbox(label, names, None, key=key, bind="query-params") or default]
+
+
+def _default(checkpoints: list[Checkpoint]) -> Checkpoint:
+    """The plain block-diagonal checkpoint with L0 up to 40 (which one can read) that keeps most; else the sparsest.
+
+    Plain: neither a baseline nor labelled as a variant.
+    """
+
+    def rank(checkpoint: Checkpoint) -> tuple[bool, bool, float]:
+        figures = checkpoint.eval or {"L0": math.inf, "FVU": math.inf}
+        options = checkpoint.config.options
+        variant = checkpoint.is_dense or options is None or options.sae.label is not None
+        legible = figures["L0"] <= 40
+        return variant, not legible, figures["FVU"] if legible else figures["L0"]
+
+    return min(checkpoints, key=rank)
+
+
+def select(column: Any, label: str, options: Sequence[str], key: str, **more: Any) -> str:
+    """A select box; a choice that is no option any more gives way to the first, also in the URL."""
+    if st.session_state.get(key, options[0]) not in options:
+        st.session_state[key] = options[0]
+    return column.selectbox(label, options, key=key, bind="query-params", **more)
+
+
+def choose(
+    label: str, options: Iterable[str], key: str, default: str | None = None, column: Any = st, **more: Any
+) -> str:
+    """One of a few options side by side, always one of them; the default is the first."""
+    options = list(options)
+    return column.segmented_control(
+        label, options, default=default or options[0], required=True, key=key, bind="query-params", **more
+    )
+
+
+def pick_head(n_heads: int, label: str = "Head", key: str = "head", column: Any = st, **more: Any) -> int | None:
+    """One head, or None for all of them."""
+    head = select(column, label, [ALL, *map(str, range(n_heads))], key, **more)
+    return None if head == ALL else int(head)
+
+
+def pick_text(label: str = "Evaluated on", key: str = "text", text: str = HELD_OUT, column: Any = st) -> bool:
+    """Whether figures on repeated random tokens are asked for, instead of those on text."""
+    return choose(label, [text, REPEATED], key, column=column) == REPEATED
+
+
+def pick_prompt() -> str:
+    """The prompt, and a tour of four examples, each with what to see."""
+    prompt = st.text_area("Prompt", EXAMPLES["Induction"][0], key="prompt", bind="query-params", height=90)
+    with st.container(horizontal=True):
+        for name, (text, _) in EXAMPLES.items():
+            st.button(name, key=f"example_{name}", on_click=put, args=("prompt", text), help=text)
+    for text, what in EXAMPLES.values():
+        if prompt == text:
+            st.caption(f"On the shipped checkpoint batchtopk-x8-k32: {what}")
+    return prompt
+
+
+def pick_row(key: str, into: str, values: Sequence[Any]) -> dict[str, Any]:
+    """Arguments of a table called `key`: a tick on a row chooses its value in the widget called `into`."""
+
+    def ticked() -> None:
+        if rows := st.session_state[key]["selection"]["rows"]:
+            put(into, values[rows[0]])
+
+    return {"key": key, "on_select": ticked, "selection_mode": "single-row"}
+
+
+def put(key: str, value: Any) -> None:
+    """Choose a value in the widget called `key`, from the callback of another one."""
+    st.session_state[key] = value

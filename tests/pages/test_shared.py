@@ -1,0 +1,85 @@
+"""What all pages share: a tick that chooses, columns by field name, errors as sentences, what a cache notices."""
+
+import os
+
+import pandas as pd
+import pytest
+
+from pages.sections.compared import short_names
+from pages.shared import columns, live, page, pick
+from tests.helpers import open_page, said
+from trainer.checkpoint import Checkpoint, CheckpointError
+
+
+def test_a_tick_on_a_row_chooses_its_value(monkeypatch):
+    state = {"table": {"selection": {"rows": [1]}}, "feature": 3}
+    monkeypatch.setattr(pick.st, "session_state", state)
+    table = pick.pick_row("table", "feature", [3, 7])
+    assert (table["key"], table["selection_mode"]) == ("table", "single-row")
+    table["on_select"]()
+    assert state["feature"] == 7
+    state["table"]["selection"]["rows"] = []
+    table["on_select"]()
+    assert state["feature"] == 7, "an untick chooses nothing"
+
+
+def test_a_table_draws_its_columns_by_their_field_unless_it_says_otherwise(monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(columns.st, "dataframe", lambda frame, **options: drawn.update(options))
+    frame = pd.DataFrame({name: [1] for name in ("head", "cosine", "role_dfa", "mine", "activation")})
+    columns.draw_table(
+        frame, {"cosine": {"help": "another"}, "head": None, "mine": "title", "activation": 60}, height=9
+    )
+    config = drawn["column_config"]
+    assert drawn["height"] == 9 and set(config) == set(frame)
+    assert config["head"] is None and config["mine"] == {"label": "title"} and config["role_dfa"] == "DFA"
+    assert config["cosine"] == {**columns.COLUMNS["cosine"], "help": "another"}
+    assert config["activation"] == {**columns.COLUMNS["activation"], "width": 60}
+    assert columns.COLUMNS["cosine"]["help"] != "another", "another table has the usual one"
+
+
+def test_what_is_cached_of_a_checkpoint_is_read_again_once_a_file_of_it_changes(folder):
+    checkpoint = Checkpoint(folder / "topk")
+    versions = {live.version(checkpoint)}
+    for name in ("analysis/meta.json", "matches/dense/meta.json", "matches/gated/meta.json", "sae.safetensors"):
+        file = checkpoint.path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+        os.utime(file, (1, 1))
+        versions.add(live.version(checkpoint))
+    assert len(versions) == 5 == len({*versions, live.version(Checkpoint(folder / "topk"))})
+    assert live.version(checkpoint) != live.version(Checkpoint(folder / "gated"))
+
+
+def test_an_error_says_its_reason_and_the_command_that_mends_it(monkeypatch):
+    shown = []
+    for kind in ("text", "code"):
+        monkeypatch.setattr(page.st, kind, lambda text, **options: shown.append(text))
+    file = page.ROOT / "checkpoints" / "a" / "b"
+    page.hint(CheckpointError(f"{file} is missing", f"python -m analysis {file}"), "This writes it")
+    assert shown == ["checkpoints/a/b is missing. This writes it:", "python -m analysis checkpoints/a/b"]
+    page.hint(CheckpointError("it is damaged"), "This writes it")
+    assert shown[2:] == ["it is damaged."]
+
+
+def test_what_nobody_foresaw_keeps_its_traceback():
+    with pytest.raises(KeyError), page.sentences():
+        raise KeyError("a bug")
+    with pytest.raises(ValueError, match="a bug"), page.sentences():  # only CheckpointError is foreseen by default
+        raise ValueError("a bug")
+
+
+def test_a_head_that_is_not_there_gives_way_to_all(folder):
+    for name, query in (("prompt", {"checkpoint": "block-l1_1"}), ("tradeoffs", {})):
+        app = open_page(f"pages/{name}.py", head="2", **query)
+        assert app.selectbox(key="head").value == "2"
+        app.session_state["head"] = "77"  # as another model has it
+        app.run()
+        assert not app.exception and app.selectbox(key="head").value == "all"
+    assert "There is no checkpoint 77" in said(open_page("pages/heads.py", checkpoint="77"))
+
+
+def test_short_names_are_told_apart():
+    assert short_names(["m-L1-topk-k8", "m-L1-topk-k16", "m-L1-april-l1_2"]) == ["topk-k8", "topk-k16", "april-l1_2"]
+    assert short_names(["m-L1", "m-L1-topk"]) == ["L1", "L1-topk"], "none is left without a name"
+    assert short_names(["alone-k8"]) == ["alone-k8"]
