@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from conftest import OTHERS, ROOT
+from conftest import OTHERS, PATIENCE, ROOT
 from streamlit.testing.v1 import AppTest
 
 from trainer import checkpoint
@@ -14,7 +14,7 @@ DRAWN = PAGES[:4]  # these have a chart without an analysis
 
 
 def open_page(page: str, **query) -> AppTest:
-    app = AppTest.from_file(str(ROOT / "app.py"), default_timeout=60)
+    app = AppTest.from_file(str(ROOT / "app.py"), default_timeout=PATIENCE)
     app.run()
     app.switch_page(page)
     for key, value in query.items():
@@ -121,7 +121,7 @@ def test_the_prompt_page_shows_the_numbers_of_the_checkpoint(folder, gpt2):
     expected = active_features(run_prompt(gpt2, sae, 1, "the head reads"), None, None)
     shown = app.dataframe[0].value
     assert shown["feature"].tolist() == expected["feature"].tolist()
-    assert shown["activation"].tolist() == pytest.approx(expected["activation"].tolist(), rel=1e-4)
+    assert shown["activation"].tolist() == pytest.approx(expected["activation"].tolist(), rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.parametrize(("prompt", "message"), [("", "the prompt is empty"), ("x" * 500, "reads at most 256")])
