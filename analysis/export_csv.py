@@ -36,7 +36,7 @@ def write_csv(path: Path, out: Path) -> list[Path]:
         found[name] = analysis.table(name)
     texts = analysis.strings
     for table in found.values():
-        for column in table:
+        for column in map(str, table):
             if not table[column].map(lambda cell: isinstance(cell, np.ndarray)).any():
                 continue
             lists = table[column].map(lambda cell: cell.tolist())

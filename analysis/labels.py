@@ -113,5 +113,5 @@ class Labels:
 def _records(text: str) -> list[dict[str, str]]:
     table = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False)
     if "feature" not in table:
-        raise ValueError(f"its columns are {', '.join(table)}")
-    return table.to_dict("records")
+        raise ValueError(f"its columns are {', '.join(map(str, table))}")
+    return [dict(zip(map(str, table), row, strict=True)) for row in table.itertuples(index=False)]

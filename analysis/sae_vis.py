@@ -156,8 +156,8 @@ def vis_data(layer: Layer, sae: BlockDiagSAE, found: Harvest) -> SaeVisData:
     W_dec = W_dec.flatten(1)
     to_resid = W_dec.to(lm.device) @ layer.W_O.flatten(0, 1).float()
     hook_name, last = layer.hook_name, f"blocks.{lm.n_layers - 1}.hook_resid_post"
-    strings = lm.token_strings(range(min(lm.d_vocab, len(lm.tokenizer))))
-    strings = dict(enumerate(text if text.isprintable() else visible(text) for text in strings))
+    texts = lm.token_strings(list(range(min(lm.d_vocab, len(lm.tokenizer)))))
+    strings = dict(enumerate(text if text.isprintable() else visible(text) for text in texts))
     with _own_unembedding(lm), tqdm(desc="Features", total=len(features), disable=None) as bar:
         data, _ = data_fetching_fns.parse_feature_data(
             model=SimpleNamespace(cfg=lm.model.cfg, W_U=lm.model.W_U.float()),

@@ -39,8 +39,8 @@ def copying(layer: Layer, chunks: list[Chunk]) -> list[Copying]:
     direct path alone: v through W_O, the final norm (whose scale changes no rank) and W_U.
     """
     lm, W_O, b_V = layer.lm, layer.W_O.float(), layer.b_V.float()
-    index, tokens, v, pattern = (
-        torch.cat([getattr(c, name) for c in chunks]) for name in ("index", "tokens", "v", "pattern")
+    ids, tokens, v, pattern = (
+        torch.cat([getattr(c, name) for c in chunks]) for name in ("ids", "tokens", "v", "pattern")
     )
     n_contexts, length = tokens.shape
     picks = torch.linspace(0, n_contexts * (length - 1) - 1, min(_PAIRS, n_contexts * (length - 1))).long()
@@ -65,7 +65,7 @@ def copying(layer: Layer, chunks: list[Chunk]) -> list[Copying]:
                 pd.DataFrame(
                     {
                         "head": head,
-                        "context": index[context[most]].numpy(),
+                        "context": ids[context[most]].numpy(),
                         "query": query[most].numpy(),
                         "source": source.cpu()[most].numpy(),
                         "attention": attention.cpu()[most].numpy(),

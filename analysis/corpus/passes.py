@@ -43,7 +43,7 @@ def feed(
         for chunk in batch:
             for each in filled:
                 each.update(chunk)
-        yield torch.cat([chunk.index for chunk in batch])
+        yield torch.cat([chunk.ids for chunk in batch])
 
 
 def sources_on_repeats(layer: Layer, readers: list[Reader], n_contexts: int, length: int, seed: int) -> list[Sources]:
@@ -128,13 +128,13 @@ class Strips:
     @torch.no_grad()
     def update(self, chunk: Chunk) -> None:
         """Fill the strips of the examples in a chunk, whose contexts ascend."""
-        first, end = torch.searchsorted(self._held, chunk.index[[0, -1]] + torch.tensor([0, 1])).tolist()
+        first, end = torch.searchsorted(self._held, chunk.ids[[0, -1]] + torch.tensor([0, 1])).tolist()
         examples = self._by_context[first:end]
         if not len(examples):
             return
         f, reads = self._reader.encode(chunk).flatten(2), self._reader.reads(chunk)
         for example in examples.split(_CHUNK_TOKENS):
-            context = torch.searchsorted(chunk.index, self._context[example]).to(f.device)
+            context = torch.searchsorted(chunk.ids, self._context[example]).to(f.device)
             query, feature = (column[example].to(f.device) for column in (self._position, self._feature))
             firings = Firings(context, query, feature, f[context, query, feature])
             attribution = self._reader.attribute(chunk, reads, firings)  # [example, reader, source]

@@ -143,14 +143,14 @@ def split(a: Fired, b: Fired) -> Tables:
     chosen = [np.zeros((0, 2), dtype=np.int64)]
     # In the loop: [dense feature of the block, candidate].
     for block, together in cofirings(rows[0][judged], b.columns[:, candidates]):
-        features = judged[block]
-        ochiai = together / np.sqrt(np.outer(a.firings[features], b.firings[candidates]))
+        whole = judged[block]
+        ochiai = together / np.sqrt(np.outer(a.firings[whole], b.firings[candidates]))
         cosine = np.empty_like(ochiai)
         for head in range(n_heads):
             of_head = b.head[candidates] == head
-            cosine[:, of_head] = unit[features, head] @ b.direction[candidates[of_head]].T
+            cosine[:, of_head] = unit[whole, head] @ b.direction[candidates[of_head]].T
         row, column = best_of_rows(np.sqrt(np.maximum(cosine, 0) * ochiai), N_PARTS, PART)
-        chosen.append(np.stack([features[row], candidates[column]], 1))
+        chosen.append(np.stack([whole[row], candidates[column]], 1))
     dense, part = np.concatenate(chosen).T
     together = _together(rows, dense, part)
     head = b.head[part]
@@ -350,8 +350,8 @@ def _coverage(a: Fired, rows_b: sp.csr_matrix, dense: np.ndarray, part: np.ndarr
     covered = np.full(a.fires.shape[1], np.nan, dtype=np.float32)
     chance = covered.copy()
     fires = np.zeros(a.fires.shape[0], dtype=bool)
-    for feature, parts in pd.Series(part).groupby(dense):
-        tokens = rows_b[parts.to_numpy()].indices
+    for feature in np.unique(dense):
+        tokens = rows_b[part[dense == feature]].indices
         fires[tokens] = True
         own = slice(values.indptr[feature], values.indptr[feature + 1])
         value = values.data[own]
