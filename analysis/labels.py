@@ -78,8 +78,8 @@ class Labels:
         try:
             records = json.loads(text) if text.lstrip().startswith("[") else _records(text)
             rows = [
-                (int(each["feature"]), str(each.get("label") or ""), str(each.get("note") or ""), time.time())
-                for each in records
+                (int(row["feature"]), str(row.get("label") or ""), str(row.get("note") or ""), time.time())
+                for row in records
             ]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(

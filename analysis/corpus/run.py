@@ -166,9 +166,7 @@ def _equally_far(jobs: list[Job], stage: int) -> list[list[Job]]:
     return [list(same) for _, same in groupby(left, key=lambda job: job.done)]
 
 
-def _run_pass(
-    what: str, jobs: list[Job], contexts: Int[Tensor, "context pos"], needed: Int[Tensor, " context"]
-) -> None:
+def _run_pass(what: str, jobs: list[Job], contexts: Int[Tensor, "context pos"], needed: Int[Tensor, " needed"]) -> None:
     """Take jobs that are equally far through their pass, saving now and then, and before stopping.
 
     Args:

@@ -69,10 +69,6 @@ class FeatureStatistics:
         if self.sources.head_tokens < HEAD_TOKENS:
             self.sources.add_heads(chunk, reads, f, 1)
 
-    def fvu_per_head(self) -> Float[Tensor, " head"]:
-        """Squared error over squared deviation from the mean."""
-        return self.error / self.deviation()
-
     def deviation(self) -> Float[Tensor, " head"]:
         """Squared deviation of z from its mean, summed over tokens."""
         return self.z_squared - self.z_sum.pow(2).sum(-1) / self.n_tokens

@@ -85,6 +85,11 @@ class Fired(NamedTuple):
         size = len(self.firings) // self.n_blocks
         return block * size + np.flatnonzero(self.firings[block * size : (block + 1) * size])
 
+    @property
+    def largest_block(self) -> int:
+        """Features that fire in the block where most do."""
+        return max(len(self.live(block)) for block in range(self.n_blocks))
+
 
 class Tables(NamedTuple):
     """What is written."""
@@ -218,7 +223,7 @@ def match(first: Path, others: list[Path], tokens: int = 20_000, device: str = "
         tables = one_to_one(*fired) if same else split(*fired)
         meta = {
             "kind": "one-to-one" if same else "split",
-            "greedy": same and max(map(_largest_block, fired)) > LARGEST_ASSIGNMENT,
+            "greedy": same and max(of_sae.largest_block for of_sae in fired) > LARGEST_ASSIGNMENT,
             "threshold": THRESHOLD if same else PART,
             "min_firings": MIN_FIRINGS,
             "n_tokens": fires[0].shape[0],
@@ -371,7 +376,3 @@ def _firing_features(name: str, fired: Fired) -> pd.DataFrame:
             "firings": fired.firings[live].astype(np.int32),
         }
     )
-
-
-def _largest_block(fired: Fired) -> int:
-    return max(len(fired.live(block)) for block in range(fired.n_blocks))

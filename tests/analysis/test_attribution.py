@@ -78,7 +78,7 @@ def test_sources_of_a_prompt_leave_value_biases_out(dense, monkeypatch):
         block, index = divmod(row.feature, run.features_per_block)
         sources = source_attribution(run, block, index, row.position).groupby("source")["dfa"].sum()
         assert sources.sum() + constants[row.feature].item() == pytest.approx(row.activation, abs=1e-4)
-        assert row._7 == run.label(sources.idxmax())  # "reads from"
+        assert row._7 == run.label(int(sources.idxmax()))  # "reads from"
 
 
 @settings(max_examples=60, deadline=None)
