@@ -140,8 +140,8 @@ def vis_data(layer: Layer, sae: BlockDiagSAE, harvested: Harvest) -> SaeVisData:
     distinct = len(harvested.tokens) * -(-choices // (2 * before + 3))
     require(
         choices > 0 and distinct >= layout.seq_cfg.top_acts_group_size,
-        f"{len(harvested.tokens)} contexts of {harvested.tokens.shape[1]} tokens are too few to choose examples from: raise "
-        "--tokens (and contexts must have at least 13)",
+        f"{len(harvested.tokens)} contexts of {harvested.tokens.shape[1]} tokens are too few to choose examples from: "
+        "raise --tokens (and contexts must have at least 13)",
     )
     alive = (harvested.f[:, before + 2 : -after] > 0).flatten(0, 1).any(0)
     require(bool(alive.any()), "none of these features fires on these tokens: raise --tokens or --features_per_head")
@@ -182,7 +182,7 @@ def vis_data(layer: Layer, sae: BlockDiagSAE, harvested: Harvest) -> SaeVisData:
 
 
 def _fill_sources(groups: SeqMultiGroupData, cfg: SeqMultiGroupConfig, harvested: Harvest, row: int) -> None:
-    """Set the sources of every example of a feature, `row` of those in `harvested`, and drop those without activation."""
+    """Set the sources of every example of a feature, `row` of those harvested, and drop those without activation."""
     for group in groups.seq_group_data:
         examples, group.seq_data = group.seq_data, []
         for example in examples:
