@@ -46,7 +46,7 @@ SLOTS = tuple(SLOT_TABLE)
 class Chunk(NamedTuple):
     """Whole contexts as one attention layer sees them."""
 
-    index: Int[Tensor, " context"]  # of each context in the text
+    ids: Int[Tensor, " context"]  # place of each context in the text
     tokens: Int[Tensor, "context pos"]
     z: Float[Tensor, "context pos head d_head"]
     v: Float[Tensor, "context pos head d_head"]

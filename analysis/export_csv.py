@@ -26,17 +26,17 @@ def write_csv(path: Path, out: Path) -> list[Path]:
     Raises:
         CheckpointError: the checkpoint or its analysis cannot be read.
     """
-    found: dict[str, pd.DataFrame] = {}
+    frames: dict[str, pd.DataFrame] = {}
     checkpoint = Checkpoint(path)
-    found["checkpoint"] = tables.summary([checkpoint])
+    frames["checkpoint"] = tables.summary([checkpoint])
     if checkpoint.eval is not None:
-        found["evaluation"] = tables.per_head(checkpoint.eval, checkpoint.n_heads)
-    analysis = Analysis(checkpoint)
+        frames["evaluation"] = tables.per_head(checkpoint.eval, checkpoint.n_heads)
+    artefacts = Analysis(checkpoint)
     for name in ("features", "heads", "copying", "pairs", "merging"):
-        found[name] = analysis.table(name)
-    texts = analysis.strings
-    for table in found.values():
-        for column in table:
+        frames[name] = artefacts.table(name)
+    texts = artefacts.strings
+    for table in frames.values():
+        for column in map(str, table):
             if not table[column].map(lambda cell: isinstance(cell, np.ndarray)).any():
                 continue
             lists = table[column].map(lambda cell: cell.tolist())
@@ -44,9 +44,9 @@ def write_csv(path: Path, out: Path) -> list[Path]:
                 lists = lists.map(lambda ids: [texts[i] for i in ids if i >= 0])
             table[column] = lists.map(json.dumps)
     out.mkdir(parents=True, exist_ok=True)
-    for name, table in found.items():
+    for name, table in frames.items():
         table.to_csv(out / f"{name}.csv", index=False)
-    return [out / f"{name}.csv" for name in found]
+    return [out / f"{name}.csv" for name in frames]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -79,8 +79,8 @@ class Labels:
         try:
             records = json.loads(text) if text.lstrip().startswith("[") else _records(text)
             rows = [
-                (int(each["feature"]), str(each.get("label") or ""), str(each.get("note") or ""), time.time())
-                for each in records
+                (int(row["feature"]), str(row.get("label") or ""), str(row.get("note") or ""), time.time())
+                for row in records
             ]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
@@ -114,5 +114,5 @@ class Labels:
 def _records(text: str) -> list[dict[str, str]]:
     table = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False)
     if "feature" not in table:
-        raise ValueError(f"its columns are {', '.join(table)}")
-    return table.to_dict("records")
+        raise ValueError(f"its columns are {', '.join(map(str, table))}")
+    return [dict(zip(map(str, table), row, strict=True)) for row in table.itertuples(index=False)]

@@ -65,7 +65,7 @@ def logit_effects(
         histogram = torch.zeros(len(tile), BINS, device=logits.device)
         histogram.scatter_add_(1, bins, torch.ones_like(logits))
         parts.append(LogitEffects(top.indices, top.values, bottom.indices, bottom.values, histogram.int()))
-    return LogitEffects(*(torch.cat(each).cpu() for each in zip(*parts, strict=True)))
+    return LogitEffects(*(torch.cat(tiles).cpu() for tiles in zip(*parts, strict=True)))
 
 
 def inverse_final_scale(layer: "Layer", contexts: Int[Tensor, "context pos"]) -> float:

@@ -106,7 +106,7 @@ def harvest(
     parts = []
     for batch in tqdm(tokens.split(max(1, _BATCH_TOKENS // tokens.shape[1])), "Language model", disable=None):
         attention, _, final = layer.forward(batch)
-        z, v, pattern, resid = (each.float() for each in (*attention, final))
+        z, v, pattern, resid = (part.float() for part in (*attention, final))
         f = sae.encode(z).flatten(-2).cpu()
         correlations.update(f[:, 1:, features], f[:, 1:])  # BOS is not part of what the SAE is for
         parts.append(
@@ -122,7 +122,7 @@ def harvest(
 
 
 @torch.no_grad()
-def vis_data(layer: Layer, sae: BlockDiagSAE, found: Harvest) -> SaeVisData:
+def vis_data(layer: Layer, sae: BlockDiagSAE, harvested: Harvest) -> SaeVisData:
     """sae-vis's data of the features that fire, with our DFA as the sources of every example.
 
     An example is a token on which a feature fires with the 5 tokens before and after it, never BOS; its sources
@@ -136,16 +136,16 @@ def vis_data(layer: Layer, sae: BlockDiagSAE, found: Harvest) -> SaeVisData:
     before, after = layout.seq_cfg.buffer
     # sae-vis is not shown BOS and wants one more token before an example. Of one context it takes examples that lie
     # more than before + 1 positions apart, and it crashes when they run out.
-    choices = found.tokens.shape[1] - 1 - (before + 1) - after
-    distinct = len(found.tokens) * -(-choices // (2 * before + 3))
+    choices = harvested.tokens.shape[1] - 1 - (before + 1) - after
+    distinct = len(harvested.tokens) * -(-choices // (2 * before + 3))
     require(
         choices > 0 and distinct >= layout.seq_cfg.top_acts_group_size,
-        f"{len(found.tokens)} contexts of {found.tokens.shape[1]} tokens are too few to choose examples from: raise "
-        "--tokens (and contexts must have at least 13)",
+        f"{len(harvested.tokens)} contexts of {harvested.tokens.shape[1]} tokens are too few to choose examples from: "
+        "raise --tokens (and contexts must have at least 13)",
     )
-    alive = (found.f[:, before + 2 : -after] > 0).flatten(0, 1).any(0)
+    alive = (harvested.f[:, before + 2 : -after] > 0).flatten(0, 1).any(0)
     require(bool(alive.any()), "none of these features fires on these tokens: raise --tokens or --features_per_head")
-    features, f, correlations = found.features[alive], found.f[..., alive], copy(found.correlations)
+    features, f, correlations = harvested.features[alive], harvested.f[..., alive], copy(harvested.correlations)
     correlations.indices = features.tolist()
     for name in ("x_sum", "x2_sum", "xy_sum"):
         setattr(correlations, name, getattr(correlations, name)[alive])
@@ -156,20 +156,20 @@ def vis_data(layer: Layer, sae: BlockDiagSAE, found: Harvest) -> SaeVisData:
     W_dec = W_dec.flatten(1)
     to_resid = W_dec.to(lm.device) @ layer.W_O.flatten(0, 1).float()
     hook_name, last = layer.hook_name, f"blocks.{lm.n_layers - 1}.hook_resid_post"
-    strings = lm.token_strings(range(min(lm.d_vocab, len(lm.tokenizer))))
-    strings = dict(enumerate(text if text.isprintable() else visible(text) for text in strings))
+    texts = lm.token_strings(list(range(min(lm.d_vocab, len(lm.tokenizer)))))
+    strings = dict(enumerate(text if text.isprintable() else visible(text) for text in texts))
     with _own_unembedding(lm), tqdm(desc="Features", total=len(features), disable=None) as bar:
         data, _ = data_fetching_fns.parse_feature_data(
             model=SimpleNamespace(cfg=lm.model.cfg, W_U=lm.model.W_U.float()),
             cfg=SaeVisConfig(feature_centric_layout=layout),
             sae=SimpleNamespace(cfg=SimpleNamespace(hook_name=hook_name, hook_layer=layer.index)),
             sae_B=None,
-            tokens=found.tokens[:, 1:],
+            tokens=harvested.tokens[:, 1:],
             feature_indices=features.tolist(),
             feature_resid_dir=to_resid,
             feature_resid_dir_input=to_resid,  # for probes, which there are none of
             feature_out_dir=W_dec,
-            cache={f"{hook_name}.hook_sae_acts_post": f[:, 1:], last: found.resid[:, 1:]},
+            cache={f"{hook_name}.hook_sae_acts_post": f[:, 1:], last: harvested.resid[:, 1:]},
             corrcoef_sae=correlations,
             vocab_dict=dict.fromkeys(("embed", "unembed", "probes"), strings),
             progress=[None, bar],
@@ -177,23 +177,23 @@ def vis_data(layer: Layer, sae: BlockDiagSAE, found: Harvest) -> SaeVisData:
     for row, parts in zip(alive.nonzero()[:, 0].tolist(), data.feature_data_dict.values(), strict=True):
         for histogram in ("actsHistogram", "logitsHistogram"):  # 100,000 ticks where values are small, nearly all 0
             parts[histogram].tick_vals = list(dict.fromkeys(parts[histogram].tick_vals))
-        _fill_sources(parts["seqMultiGroup"], layout.seq_cfg, found, row)
+        _fill_sources(parts["seqMultiGroup"], layout.seq_cfg, harvested, row)
     return data
 
 
-def _fill_sources(groups: SeqMultiGroupData, cfg: SeqMultiGroupConfig, found: Harvest, row: int) -> None:
-    """Set the sources of every example of a feature, `row` of those in `found`, and drop those without activation."""
+def _fill_sources(groups: SeqMultiGroupData, cfg: SeqMultiGroupConfig, harvested: Harvest, row: int) -> None:
+    """Set the sources of every example of a feature, `row` of those harvested, and drop those without activation."""
     for group in groups.seq_group_data:
         examples, group.seq_data = group.seq_data, []
         for example in examples:
-            positions = [literal_eval(each) for each in example.token_posns]
+            positions = [literal_eval(position) for position in example.token_posns]
             context, q = positions[cfg.buffer[0]][0], positions[cfg.buffer[0]][1] + 1
-            if found.f[context, q, row] <= 0:
+            if harvested.f[context, q, row] <= 0:
                 continue
-            values = (found.pattern[context, found.heads[row], q] * found.reads[context, row]).sum(0)
+            values = (harvested.pattern[context, harvested.heads[row], q] * harvested.reads[context, row]).sum(0)
             width = len(example.token_ids)  # sae-vis wants as many sources
             begin = min(max(int(values.argmax()) - cfg.dfa_buffer[0], 0), len(values) - width)
-            example.dfa_token_ids = found.tokens[context, begin : begin + width].tolist()
+            example.dfa_token_ids = harvested.tokens[context, begin : begin + width].tolist()
             example.dfa_values = [round(value, 4) for value in values[begin : begin + width].tolist()]
             example.dfa_token_posns = [f"({context}, {s})" for s in range(begin, begin + width)]
             example.token_posns = [f"({context}, {s + 1})" for _, s in positions]
@@ -256,13 +256,13 @@ def save(path: Path, data: SaeVisData, title: str, note: str) -> None:
 
 def _scripts() -> list[str]:
     """d3 and plotly, from the packages that carry them."""
-    found = []
+    scripts = []
     for package, file in _SCRIPTS:
         try:
-            found.append(Path(str(distribution(package).locate_file(file))).read_text(encoding="utf-8"))
+            scripts.append(Path(str(distribution(package).locate_file(file))).read_text(encoding="utf-8"))
         except (PackageNotFoundError, OSError):
             raise ValueError(f"{package} with {file} is not installed: pip install -r requirements.txt") from None
-    return found
+    return scripts
 
 
 def first_features(sae: BlockDiagSAE, n: int) -> Int[Tensor, " feature"]:
@@ -306,9 +306,9 @@ def export(
     corpus = checkpoint.open_text(lm.tokenizer)
     contexts = corpus.held_out_tokens(tokens)
     chosen = first_features(sae, features_per_head) if features is None else torch.tensor(sorted(features))
-    found = harvest(layer, sae, contexts, chosen)
-    data = vis_data(layer, sae, found)
-    total = len(found.features)
+    harvested = harvest(layer, sae, contexts, chosen)
+    data = vis_data(layer, sae, harvested)
+    total = len(harvested.features)
     silent = f"{total - len(data.feature_data_dict)} of {total} do not fire there"
     seen = f"{contexts[:, 1:].numel():,} held-out tokens; {silent}"
     of = f"each of {lm.n_heads} heads (feature id = head * {sae.features_per_block} + index)"

@@ -9,21 +9,22 @@ import tempfile
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from copy import copy
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
 import torch
 
-from analysis.corpus.passes import first_pass
+from analysis.attribution import Reader
+from analysis.corpus.passes import feed
 from analysis.corpus.run import AnalysisConfig, analyse
 from analysis.corpus.running import FeatureStatistics
 from analysis.store import Analysis
 from benchmarks.data import report
 from benchmarks.timing import peak_mb, rounds
-from trainer import checkpoint
 from trainer.block_diag import BlockDiagSAE
-from trainer.checkpoint import Checkpoint
-from trainer.model.lm import LanguageModel
+from trainer.checkpoint import Checkpoint, Sizes, save
+from trainer.model.lm import LanguageModel, Layer
 
 DEFAULT = "checkpoints/smollm2-135m-L17-batchtopk-x8-k32"
 TOKENS, ROUNDS = 8_192, 4
@@ -39,24 +40,25 @@ def wide_sae(sae: BlockDiagSAE, z: torch.Tensor) -> BlockDiagSAE:
     return wide
 
 
-def against_the_forward(lm: LanguageModel, layer: int, saes: dict[str, BlockDiagSAE], contexts: torch.Tensor) -> None:
+def against_the_forward(layer: Layer, saes: dict[str, BlockDiagSAE], contexts: torch.Tensor) -> None:
     n = contexts[:, 1:].numel()
     for name, sae in saes.items():
 
         def bare(sae: BlockDiagSAE = sae) -> None:
             for chunk in contexts.split(4096 // contexts.shape[1]):
-                for z in lm.layer(layer).z(chunk).split(1024 // contexts.shape[1]):
+                for z in layer.z(chunk).split(1024 // contexts.shape[1]):
                     sae.encode(z)
 
         def full(sae: BlockDiagSAE = sae) -> None:
-            statistics = FeatureStatistics(sae, lm.layer(layer).b_V, lm.d_vocab, 20)
-            first_pass(lm, layer, contexts, 0, [statistics], lambda done: None)
+            statistics = FeatureStatistics(Reader(sae, layer), layer.lm.d_vocab, 20)
+            for _ in feed(layer, contexts, torch.arange(len(contexts)), [statistics]):
+                pass
 
         seconds = rounds({"truncated forward and encode": bare, "first pass": full}, ROUNDS)
         report(f"First pass, {n:,} tokens, {name}", seconds, "truncated forward and encode", n)
 
 
-def against_sae_vis(lm: LanguageModel, path: Path, contexts: torch.Tensor, per_head: int) -> None:
+def against_sae_vis(lm: LanguageModel, saved: Checkpoint, contexts: torch.Tensor, per_head: int) -> None:
     """Dashboards a second: all live features here, the first of each head there; both from the loaded model on."""
     from sae_lens.analysis.hooked_sae_transformer import HookedSAETransformer
     from sae_vis.data_config_classes import SaeVisConfig
@@ -64,10 +66,10 @@ def against_sae_vis(lm: LanguageModel, path: Path, contexts: torch.Tensor, per_h
 
     from trainer.saelens import to_saelens
 
-    sae, config = checkpoint.load(path)
+    sae, hooked = saved.sae, saved.config.model
     features = [h * sae.features_per_block + i for h in range(sae.n_blocks) for i in range(per_head)]
-    dense = to_saelens(sae, config)
-    dense.cfg.hook_name, dense.cfg.hook_layer = config["model"]["hook_name"], config["model"]["hook_layer"]
+    dense = to_saelens(saved)
+    dense.cfg.hook_name, dense.cfg.hook_layer = hooked.hook_name, hooked.hook_layer
     model = HookedSAETransformer(copy(lm.model.cfg), lm.tokenizer, move_to_device=False)
     model.load_state_dict(lm.model.state_dict(), strict=False)
     model.set_ungroup_grouped_query_attention(True)  # sae-vis wants as many values as heads
@@ -77,17 +79,17 @@ def against_sae_vis(lm: LanguageModel, path: Path, contexts: torch.Tensor, per_h
     theirs = time.perf_counter() - started
     with tempfile.TemporaryDirectory() as folder:
         beside = Path(folder) / "checkpoint"
-        shutil.copytree(path, beside, ignore=shutil.ignore_patterns("analysis"))
+        shutil.copytree(saved.path, beside, ignore=shutil.ignore_patterns("analysis"))
         started = time.perf_counter()
         with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
             analyse([beside], AnalysisConfig(tokens=contexts[:, 1:].numel()))
         ours = time.perf_counter() - started
-        analysis = Analysis(Checkpoint(beside))
-        live = analysis.search()["feature"]
+        artefacts = Analysis(Checkpoint(beside))
+        live = artefacts.search()["feature"]
         reading = []
         for feature in live[:: max(1, len(live) // 100)]:
             fresh = time.perf_counter()
-            analysis.feature(feature), analysis.examples(feature), analysis.neighbours(feature)
+            artefacts.feature(feature), artefacts.examples(feature), artefacts.neighbours(feature)
             reading.append(time.perf_counter() - fresh)
     reading.sort()
     print(f"Dashboards, {contexts[:, 1:].numel():,} tokens\n\n| | features | s | dashboards/s |\n|---|---|---|---|")
@@ -111,32 +113,31 @@ class Memory:
         self.ran = True
 
 
-def memory(wide: BlockDiagSAE, config: dict, tokens: int) -> None:
+def memory(wide: BlockDiagSAE, like: Checkpoint, tokens: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint.save(Path(folder), wide, {key: value for key, value in config.items() if key != "sae"})
+        save(Path(folder), wide, replace(like.config, sae=Sizes.of(wide)))
         started = time.perf_counter()
         peak = peak_mb(Memory, folder, tokens)
         size = sum(file.stat().st_size for file in (Path(folder) / "analysis").iterdir()) / 1e6
-        analysis = Analysis(Checkpoint(Path(folder)))
+        l0 = Analysis(Checkpoint(folder)).meta["L0"]
         print(
-            f"{wide.d_sae:,} features, {tokens:,} tokens, L0 {analysis.meta['L0']:.0f}: peak {peak:,.0f} MB, model ",
+            f"{wide.d_sae:,} features, {tokens:,} tokens, L0 {l0:.0f}: peak {peak:,.0f} MB, model ",
             end="",
         )
         print(f"included; {time.perf_counter() - started:.0f} s; artefacts {size:.0f} MB")
 
 
 def main(path: Path) -> None:
-    sae, config = checkpoint.load(path)
-    lm = open_model(config)
-    corpus = open_text(config["text"], lm.tokenizer)
-    layer = config["model"]["hook_layer"]
+    saved = Checkpoint(path)
+    sae, lm = saved.sae, saved.open_model()
+    layer, corpus = lm.layer(saved.layer), saved.open_text(lm.tokenizer)
     contexts = corpus.held_out(TOKENS // (corpus.context_size - 1))
-    wide = wide_sae(sae, lm.layer(layer).z(contexts[:8])[:, 1:].flatten(0, 1))
+    wide = wide_sae(sae, layer.z(contexts[:8])[:, 1:].flatten(0, 1))
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {path.name}\n")
     saes = {f"{sae.d_sae:,} features": sae, f"{wide.d_sae:,} features, L0 about {WIDE_L0}": wide}
-    against_the_forward(lm, layer, saes, contexts)
-    against_sae_vis(lm, path, contexts, per_head=2)
-    memory(wide, config, 100_000)
+    against_the_forward(layer, saes, contexts)
+    against_sae_vis(lm, saved, contexts, per_head=2)
+    memory(wide, saved, 100_000)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """The table of all features: what each fires on, reads, writes, and a short description made of that."""
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import torch
@@ -79,7 +81,8 @@ def describe(table: pd.DataFrame, strings: dict[int, str]) -> list[str]:
     `previous token 84 %: ' of' 60 %, ' the' 20 % | on ' House' 55 %`. Percentages of tokens are of its firings.
     """
     lines = []
-    for row in table.itertuples():
+    rows: Any = table.itertuples()
+    for row in rows:
         if not row.firings:
             lines.append("never fires")
             continue

@@ -39,13 +39,13 @@ def copying(layer: Layer, chunks: list[Chunk]) -> list[Copying]:
     direct path alone: v through W_O, the final norm (whose scale changes no rank) and W_U.
     """
     lm, W_O, b_V = layer.lm, layer.W_O.float(), layer.b_V.float()
-    index, tokens, v, pattern = (
-        torch.cat([getattr(c, name) for c in chunks]) for name in ("index", "tokens", "v", "pattern")
+    ids, tokens, v, pattern = (
+        torch.cat([getattr(c, name) for c in chunks]) for name in ("ids", "tokens", "v", "pattern")
     )
     n_contexts, length = tokens.shape
     picks = torch.linspace(0, n_contexts * (length - 1) - 1, min(_PAIRS, n_contexts * (length - 1))).long()
     context, query = picks // (length - 1), picks % (length - 1) + 1
-    found = []
+    of_heads = []
     for head in range(lm.n_heads):
         attention, source = pattern[context, head, query, 1:].max(1)
         source += 1
@@ -55,26 +55,15 @@ def copying(layer: Layer, chunks: list[Chunk]) -> list[Copying]:
         weight = attention.double().cpu() / attention.double().sum().cpu()
         value = 1 - 2 * rank / (lm.d_vocab - 1)
         score = (weight * value).sum()
+        se = (weight * (value - score)).pow(2).sum().sqrt()
+        top10, bottom10 = (weight * (rank < 10)).sum(), (weight * (rank >= lm.d_vocab - 10)).sum()
         most = weight.argsort(descending=True)[:_EXAMPLES]
-        found.append(
-            Copying(
-                score.item(),
-                (weight * (value - score)).pow(2).sum().sqrt().item(),
-                (weight * (rank < 10)).sum().item(),
-                (weight * (rank >= lm.d_vocab - 10)).sum().item(),
-                pd.DataFrame(
-                    {
-                        "head": head,
-                        "context": index[context[most]].numpy(),
-                        "query": query[most].numpy(),
-                        "source": source.cpu()[most].numpy(),
-                        "attention": attention.cpu()[most].numpy(),
-                        "rank": rank[most].long().numpy(),
-                    }
-                ),
-            )
-        )
-    return found
+        columns = {"context": ids[context], "query": query, "source": source.cpu(), "attention": attention.cpu()}
+        examples = pd.DataFrame({name: column[most].numpy() for name, column in columns.items()})
+        examples = examples.assign(rank=rank[most].long().numpy())
+        examples.insert(0, "head", head)
+        of_heads.append(Copying(score.item(), se.item(), top10.item(), bottom10.item(), examples))
+    return of_heads
 
 
 def head_table(
@@ -107,20 +96,20 @@ def head_table(
             "L0": l0,
             "L0_share": l0 / max(l0.sum(), 1e-30),
             "MSE": (statistics.error / n).numpy(),
-            "FVU": statistics.fvu_per_head().numpy(),
+            "FVU": (statistics.error / deviation).numpy(),
             "explained_share": (explained / explained.sum()).numpy(),
             "features": features,
             "dead": features - np.bincount(head[firings > 0], minlength=n_heads),
             "KL_score": (evaluation or {}).get("KL_score_per_head", [None] * n_heads),
             "KL_share": _kl_share(evaluation, n_heads),
-            "copying": [each.score for each in copied],
-            "copying_se": [each.se for each in copied],
-            "copying_top10": [each.top10 for each in copied],
-            "copying_bottom10": [each.bottom10 for each in copied],
+            "copying": [of_head.score for of_head in copied],
+            "copying_se": [of_head.se for of_head in copied],
+            "copying_top10": [of_head.top10 for of_head in copied],
+            "copying_bottom10": [of_head.bottom10 for of_head in copied],
         }
     ).astype({"KL_score": float, "KL_share": float})
-    for prefix, sources, count in (("", statistics.sources, firings), ("repeated_", repeats, None)):
-        count = sources.firings.double().numpy() if count is None else count
+    on_repeats = repeats.firings.double().numpy()
+    for prefix, sources, count in (("", statistics.sources, firings), ("repeated_", repeats, on_repeats)):
         table = pd.concat([table, _roles(prefix, sources), monosemanticity(prefix, sources, count, head)], axis=1)
     return table
 
@@ -153,27 +142,16 @@ def monosemanticity(prefix: str, sources: Sources, firings: np.ndarray, head: np
         weight = firings[own]
         total = max(weight.sum(), 1e-30)
         effective = total**2 / max((weight**2).sum(), 1e-30)
-        deviants = own[~agree]
-        share, weighted = (agree.mean() if len(own) else np.nan), (weight[agree].sum() / total if len(own) else np.nan)
-        low, high = wilson(share, len(own))
-        weighted_low, weighted_high = wilson(weighted, effective)
-        rows.append(
-            {
-                "role": dfa.SLOTS[main] if sources.head_dfa[index].sum() > 0 else None,
-                "n": len(own),
-                "share": share,
-                "low": low,
-                "high": high,
-                "weighted": weighted,
-                "weighted_low": weighted_low,
-                "weighted_high": weighted_high,
-                "deviants": deviants[np.argsort(-firings[deviants], kind="stable")].astype(np.int32),
-            }
-        )
-    return pd.DataFrame(rows).add_prefix(f"{prefix}mono_")
+        share, weighted = (agree.mean(), weight[agree].sum() / total) if len(own) else (np.nan, np.nan)
+        deviants = own[~agree][np.argsort(-weight[~agree], kind="stable")].astype(np.int32)
+        main_slot = dfa.SLOTS[main] if sources.head_dfa[index].sum() > 0 else None
+        intervals = (share, *wilson(share, len(own)), weighted, *wilson(weighted, effective))
+        rows.append((main_slot, len(own), *intervals, deviants))
+    figures = ["share", "low", "high", "weighted", "weighted_low", "weighted_high"]
+    return pd.DataFrame(rows, columns=["role", "n", *figures, "deviants"]).add_prefix(f"{prefix}mono_")
 
 
-def wilson(share: float, n: float) -> tuple[float, float]:
+def wilson(share: float | int, n: float | int) -> tuple[float, float]:
     """95 % interval of a proportion (Wilson 1927)."""
     if not n or np.isnan(share):
         return np.nan, np.nan
@@ -194,7 +172,9 @@ def _roles(prefix: str, sources: Sources) -> pd.DataFrame:
     # Heads rest on BOS: where they look otherwise is what their features can agree with.
     busy = [dfa.SLOTS[1 + row.argmax()] for row in dfa.shares(sources.head_attention)[:, 1:]]
     columns[f"{prefix}role_attention_besides_bos"] = busy
-    columns[f"{prefix}agree"] = [a in each for a, *each in zip(roles["dfa"], roles["attention"], busy, strict=True)]
+    columns[f"{prefix}agree"] = [
+        reads in looks for reads, *looks in zip(roles["dfa"], roles["attention"], busy, strict=True)
+    ]
     return pd.DataFrame(columns)
 
 

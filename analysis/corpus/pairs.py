@@ -57,7 +57,7 @@ def compare_features(
     """
     matrix = _sample(cofiring, len(head))  # [token, feature]
     n_tokens, count = matrix.shape[0], np.bincount(matrix.indices, minlength=len(head)).astype(np.float32)
-    counted = matrix[: _first_tokens(matrix, _CURVE_PAIRS)]
+    counted = matrix[: max(1, int(np.searchsorted(matrix.indptr, _CURVE_PAIRS, "right")) - 1)]
     live = np.flatnonzero(count >= MIN_FIRINGS)
     matrix, count, head_of_live = matrix[:, live], count[live], head[live]
     mean = np.asarray(matrix.sum(0)).ravel() / n_tokens
@@ -174,7 +174,7 @@ def _spanning_forest(forest: sp.coo_matrix, a: np.ndarray, b: np.ndarray, score:
 def _merging_curve(fires: sp.csr_matrix, forests: dict[str, sp.coo_matrix]) -> pd.DataFrame:
     """L0 where features that are linked count once, over the threshold from which they are linked."""
     token = np.repeat(np.arange(fires.shape[0]), np.diff(fires.indptr))
-    found = []
+    rows = []
     for name, forest in forests.items():
         for threshold in THRESHOLDS:
             kept = forest.data >= threshold - 1e-5  # rounding of a cosine of 1
@@ -182,9 +182,5 @@ def _merging_curve(fires: sp.csr_matrix, forests: dict[str, sp.coo_matrix]) -> p
             n_clusters, label = connected_components(links, directed=False)
             distinct = np.unique(token * np.int64(n_clusters) + label[fires.indices])
             sizes = np.bincount(label)
-            found.append((name, threshold, len(distinct) / fires.shape[0], int((sizes > 1).sum()), int(sizes.max())))
-    return pd.DataFrame(found, columns=["criterion", "threshold", "L0", "clusters", "largest"])
-
-
-def _first_tokens(fires: sp.csr_matrix, pairs: int) -> int:
-    return max(1, int(np.searchsorted(fires.indptr, pairs, "right")) - 1)
+            rows.append((name, threshold, len(distinct) / fires.shape[0], int((sizes > 1).sum()), int(sizes.max())))
+    return pd.DataFrame(rows, columns=["criterion", "threshold", "L0", "clusters", "largest"])

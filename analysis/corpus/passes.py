@@ -21,29 +21,30 @@ _CHUNK_TOKENS = 1024  # encoded at a time: 100 MB of activations with 24,576 fea
 _SMALL = 0.01  # sources with less than this share of the largest |DFA|, and less attention, are left out of examples
 
 
-def chunks(layer: Layer, contexts: Int[Tensor, "context pos"], index: Int[Tensor, " context"]) -> Iterator[list[Chunk]]:
+def chunks(layer: Layer, contexts: Int[Tensor, "context pos"], index: Int[Tensor, " chosen"]) -> Iterator[list[Chunk]]:
     """The contexts named by `index`: one list of chunks a forward."""
     length = contexts.shape[1]
     for batch in index.split(max(1, _LM_TOKENS // length)) if len(index) else ():
         tokens = contexts[batch].to(layer.device)
         z, v, pattern = layer.attention(tokens)
-        slots = torch.stack([dfa.source_slots(each) for each in tokens]).to(layer.device)
+        slots = torch.stack([dfa.source_slots(context) for context in tokens]).to(layer.device)
         parts = (batch, tokens, z, v, pattern.float(), slots)
-        yield [Chunk(*each) for each in zip(*(p.split(max(1, _CHUNK_TOKENS // length)) for p in parts), strict=True)]
+        pieces = (part.split(max(1, _CHUNK_TOKENS // length)) for part in parts)
+        yield [Chunk(*piece) for piece in zip(*pieces, strict=True)]
 
 
 def feed(
     layer: Layer,
     contexts: Int[Tensor, "context pos"],
-    index: Int[Tensor, " context"],
+    index: Int[Tensor, " chosen"],
     filled: "Sequence[FeatureStatistics | Strips]",
-) -> Iterator[Int[Tensor, " context"]]:
+) -> Iterator[Int[Tensor, " read"]]:
     """One pass: the contexts named by `index` go to everything in `filled`; yields those of each forward."""
     for batch in chunks(layer, contexts, index):
         for chunk in batch:
-            for each in filled:
-                each.update(chunk)
-        yield torch.cat([chunk.index for chunk in batch])
+            for kept in filled:
+                kept.update(chunk)
+        yield torch.cat([chunk.ids for chunk in batch])
 
 
 def sources_on_repeats(layer: Layer, readers: list[Reader], n_contexts: int, length: int, seed: int) -> list[Sources]:
@@ -128,13 +129,13 @@ class Strips:
     @torch.no_grad()
     def update(self, chunk: Chunk) -> None:
         """Fill the strips of the examples in a chunk, whose contexts ascend."""
-        first, end = torch.searchsorted(self._held, chunk.index[[0, -1]] + torch.tensor([0, 1])).tolist()
+        first, end = torch.searchsorted(self._held, chunk.ids[[0, -1]] + torch.tensor([0, 1])).tolist()
         examples = self._by_context[first:end]
         if not len(examples):
             return
         f, reads = self._reader.encode(chunk).flatten(2), self._reader.reads(chunk)
         for example in examples.split(_CHUNK_TOKENS):
-            context = torch.searchsorted(chunk.index, self._context[example]).to(f.device)
+            context = torch.searchsorted(chunk.ids, self._context[example]).to(f.device)
             query, feature = (column[example].to(f.device) for column in (self._position, self._feature))
             firings = Firings(context, query, feature, f[context, query, feature])
             attribution = self._reader.attribute(chunk, reads, firings)  # [example, reader, source]

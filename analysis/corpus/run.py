@@ -6,7 +6,7 @@ import time
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -34,6 +34,7 @@ from trainer.files import write_atomically
 from trainer.interrupts import Interrupted, deferred_interrupts
 from trainer.model.lm import Layer, pick_device
 
+WandbMode = Literal["online", "offline", "disabled"]
 _SAVE_SECONDS = 120  # between two saves of the state
 _REPEATED_TOKENS = 4096  # random ones, repeated once, on which roles are scored
 _SCALE_TOKENS = 2048  # that run through the whole model, for the scale of the final norm
@@ -128,7 +129,7 @@ class Job:
 
 
 def analyse(
-    paths: list[Path], cfg: AnalysisConfig, resume: bool = False, device: str = "auto", wandb: str = "disabled"
+    paths: list[Path], cfg: AnalysisConfig, resume: bool = False, device: str = "auto", wandb: WandbMode = "disabled"
 ) -> None:
     """Write `analysis/` of checkpoints; those of one layer, model and text share every forward.
 
@@ -165,9 +166,7 @@ def _equally_far(jobs: list[Job], stage: int) -> list[list[Job]]:
     return [list(same) for _, same in groupby(left, key=lambda job: job.done)]
 
 
-def _run_pass(
-    what: str, jobs: list[Job], contexts: Int[Tensor, "context pos"], needed: Int[Tensor, " context"]
-) -> None:
+def _run_pass(what: str, jobs: list[Job], contexts: Int[Tensor, "context pos"], needed: Int[Tensor, " needed"]) -> None:
     """Take jobs that are equally far through their pass, saving now and then, and before stopping.
 
     Args:
@@ -199,7 +198,7 @@ def _run_pass(
 
 
 def _write(
-    jobs: list[Job], corpus: Corpus, contexts: Int[Tensor, "context pos"], cfg: AnalysisConfig, wandb: str
+    jobs: list[Job], corpus: Corpus, contexts: Int[Tensor, "context pos"], cfg: AnalysisConfig, wandb: WandbMode
 ) -> None:
     """The artefacts of jobs of one layer that went through both passes."""
     layer, length = jobs[0].layer, contexts.shape[1]
@@ -238,7 +237,9 @@ def _tables(
     pairs = pd.concat([of_head.examples for of_head in copied], ignore_index=True)
     shown = np.union1d(job.examples["context"], pairs["context"])
     tokens = contexts[shown]
-    ids = np.unique(np.concatenate([tokens.flatten(), *(np.concatenate(features[c]) for c in features if "_ids" in c)]))
+    ids = np.unique(
+        np.concatenate([tokens.flatten(), *(np.concatenate(features[c]) for c in features if "_ids" in str(c))])
+    )
     ids = ids[ids >= 0]
     strings = dict(zip(ids.tolist(), lm.token_strings(ids.tolist()), strict=True))
     features["description"] = describe(features, strings)
@@ -300,7 +301,7 @@ def _meta(job: Job, corpus: Corpus, cfg: AnalysisConfig, redundancy: Redundancy)
     }
 
 
-def _log(name: str, meta: dict[str, Any], tables: dict[str, Any], mode: str) -> None:
+def _log(name: str, meta: dict[str, Any], tables: dict[str, Any], mode: WandbMode) -> None:
     """The tables of heads and of merging as a W&B run."""
     import wandb
 

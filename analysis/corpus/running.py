@@ -69,10 +69,6 @@ class FeatureStatistics:
         if self.sources.head_tokens < HEAD_TOKENS:
             self.sources.add_heads(chunk, reads, f, 1)
 
-    def fvu_per_head(self) -> Float[Tensor, " head"]:
-        """Squared error over squared deviation from the mean."""
-        return self.error / self.deviation()
-
     def deviation(self) -> Float[Tensor, " head"]:
         """Squared deviation of z from its mean, summed over tokens."""
         return self.z_squared - self.z_sum.pow(2).sum(-1) / self.n_tokens
@@ -107,7 +103,7 @@ class FeatureStatistics:
 
     def _add_examples(self, firings: Firings, chunk: Chunk) -> None:
         length = chunk.tokens.shape[1]
-        at = chunk.index.to(firings.context.device)[firings.context] * length + firings.position
+        at = chunk.ids.to(firings.context.device)[firings.context] * length + firings.position
         feature, value, at = firings.feature.cpu(), firings.value.cpu(), at.cpu()
         # One example a context, its strongest: neighbouring tokens would otherwise fill the list.
         good = value > self.top.key[feature, -1]
@@ -330,7 +326,10 @@ def _strongest_of_group(group: Int[Tensor, " entry"], value: Float[Tensor, " ent
 
 
 def _random(at: Int[Tensor, " firing"], feature: Int[Tensor, " firing"]) -> Float[Tensor, " firing"]:
-    """A uniform number in [0, 1) that depends on the firing alone (SplitMix64's mixing, Steele et al. 2014)."""
+    """A uniform number in [0, 1) that depends on the firing alone (SplitMix64's mixing, Steele et al. 2014).
+
+    So the sample is the same however the text is cut, and after --resume; 34 ns a firing, torch.rand 6 (AMD EPYC).
+    """
     x = at * -7046029254386353131 + feature * -4417276706812531889 + 1
     for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685), (31, 1)):
         x = (x ^ (x >> shift & (1 << 64 - shift) - 1)) * factor

@@ -85,6 +85,11 @@ class Fired(NamedTuple):
         size = len(self.firings) // self.n_blocks
         return block * size + np.flatnonzero(self.firings[block * size : (block + 1) * size])
 
+    @property
+    def largest_block(self) -> int:
+        """Features that fire in the block where most do."""
+        return max(len(self.live(block)) for block in range(self.n_blocks))
+
 
 class Tables(NamedTuple):
     """What is written."""
@@ -143,14 +148,14 @@ def split(a: Fired, b: Fired) -> Tables:
     chosen = [np.zeros((0, 2), dtype=np.int64)]
     # In the loop: [dense feature of the block, candidate].
     for block, together in cofirings(rows[0][judged], b.columns[:, candidates]):
-        features = judged[block]
-        ochiai = together / np.sqrt(np.outer(a.firings[features], b.firings[candidates]))
+        whole = judged[block]
+        ochiai = together / np.sqrt(np.outer(a.firings[whole], b.firings[candidates]))
         cosine = np.empty_like(ochiai)
         for head in range(n_heads):
             of_head = b.head[candidates] == head
-            cosine[:, of_head] = unit[features, head] @ b.direction[candidates[of_head]].T
+            cosine[:, of_head] = unit[whole, head] @ b.direction[candidates[of_head]].T
         row, column = best_of_rows(np.sqrt(np.maximum(cosine, 0) * ochiai), N_PARTS, PART)
-        chosen.append(np.stack([features[row], candidates[column]], 1))
+        chosen.append(np.stack([whole[row], candidates[column]], 1))
     dense, part = np.concatenate(chosen).T
     together = _together(rows, dense, part)
     head = b.head[part]
@@ -218,7 +223,7 @@ def match(first: Path, others: list[Path], tokens: int = 20_000, device: str = "
         tables = one_to_one(*fired) if same else split(*fired)
         meta = {
             "kind": "one-to-one" if same else "split",
-            "greedy": same and max(map(_largest_block, fired)) > LARGEST_ASSIGNMENT,
+            "greedy": same and max(of_sae.largest_block for of_sae in fired) > LARGEST_ASSIGNMENT,
             "threshold": THRESHOLD if same else PART,
             "min_firings": MIN_FIRINGS,
             "n_tokens": fires[0].shape[0],
@@ -350,8 +355,8 @@ def _coverage(a: Fired, rows_b: sp.csr_matrix, dense: np.ndarray, part: np.ndarr
     covered = np.full(a.fires.shape[1], np.nan, dtype=np.float32)
     chance = covered.copy()
     fires = np.zeros(a.fires.shape[0], dtype=bool)
-    for feature, parts in pd.Series(part).groupby(dense):
-        tokens = rows_b[parts.to_numpy()].indices
+    for feature in np.unique(dense):
+        tokens = rows_b[part[dense == feature]].indices
         fires[tokens] = True
         own = slice(values.indptr[feature], values.indptr[feature + 1])
         value = values.data[own]
@@ -371,7 +376,3 @@ def _firing_features(name: str, fired: Fired) -> pd.DataFrame:
             "firings": fired.firings[live].astype(np.int32),
         }
     )
-
-
-def _largest_block(fired: Fired) -> int:
-    return max(len(fired.live(block)) for block in range(fired.n_blocks))

@@ -15,6 +15,7 @@ from torch import Tensor
 from analysis.logits import head_of_features
 from analysis.prompt.run import PromptRun
 from trainer.block_diag import BlockDiagSAE
+from trainer.config import require
 
 if TYPE_CHECKING:  # it imports transformer_lens, for which pages that run no prompt should not wait
     from trainer.model.lm import Layer
@@ -70,9 +71,9 @@ def ablate(
     """
     length = len(run.tokens)
     for name, at in (("position", position), ("only_at", only_at)):
-        if at is not None and not -length <= at < length:
-            raise ValueError(f"{name} {at} is out of range: the prompt has {length} tokens with BOS")
-    f, z, resid_pre, final = (each.to(layer.device) for each in (run.f, run.z, run.resid_pre, run.final))
+        inside = at is None or -length <= at < length
+        require(inside, f"{name} {at} is out of range: the prompt has {length} tokens with BOS")
+    f, z, resid_pre, final = (part.to(layer.device) for part in (run.f, run.z, run.resid_pre, run.final))
     delta = _change(sae, layer.n_heads, f, z, kind, which)
     keep = torch.ones(length, dtype=torch.bool, device=delta.device)
     if only_at is not None:
@@ -96,9 +97,8 @@ def _change(
     which: int,
 ) -> Float[Tensor, "pos head d_head"]:
     """What the ablation adds to z."""
-    n = sae.d_sae if kind == "feature" else n_heads
-    if not 0 <= which < n:
-        raise ValueError(f"there is no {'feature' if kind == 'feature' else 'head'} {which}: ids run from 0 to {n - 1}")
+    what, n = ("feature", sae.d_sae) if kind == "feature" else ("head", n_heads)
+    require(0 <= which < n, f"there is no {what} {which}: ids run from 0 to {n - 1}")
     if kind.endswith("reconstruction"):
         delta = sae.decode(f).reshape(z.shape) - z
         replaced = (torch.arange(n_heads, device=z.device) == which) | (kind == "layer by reconstruction")

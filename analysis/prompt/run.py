@@ -141,7 +141,7 @@ def active_features(
     for i in range(len(run.pattern)):  # never the reads of all features at once: a dense SAE has gigabytes of them
         of_head = torch.full_like(block, run.dense, dtype=torch.bool) | (block == i)
         attribution[of_head] += run.pattern[i, q[of_head]] * run.reads(i, index[of_head]).T
-    best, source = attribution.max(-1)
+    best, read_from = attribution.max(-1)
     positive = attribution.relu().sum(-1)
     return pd.DataFrame(
         {
@@ -152,8 +152,8 @@ def active_features(
             **({ranked_by: ranking.numpy()} if ranked_by else {}),
             "activation": activation.numpy(),
             "share": (activation / run.f.sum(-1)[q, block]).numpy(),
-            "reads from": [run.label(i) for i in source.tolist()],
-            "slot": [dfa.SLOTS[i] for i in run.slots[q, source].tolist()],
+            "reads from": [run.label(i) for i in read_from.tolist()],
+            "slot": [dfa.SLOTS[i] for i in run.slots[q, read_from].tolist()],
             "source share": (best.relu() / positive.clamp_min(1e-12)).numpy(),
         }
     )
@@ -184,62 +184,38 @@ def source_attribution(run: PromptRun, block: int, index: int, position: int) ->
     `attention` is A[q, s] (where the head looks), `read` is (v[s] - b_V) . w (what is there for the
     feature), `dfa` their product. Their sum and the constant make up the pre-activation.
     """
-    heads = range(len(run.pattern)) if run.dense else [block]
+    seen = slice(position + 1)
+    tokens = [run.label(source) for source in range(position + 1)]
+    slots = [dfa.SLOTS[i] for i in run.slots[position, seen].tolist()]
     parts = []
-    for head in heads:
-        attention = run.pattern[head, position, : position + 1]
-        read = run.reads(head, [index])[: position + 1, 0]
-        parts.append(
-            pd.DataFrame(
-                {
-                    "head": head,
-                    "source": range(position + 1),
-                    "token": [run.label(s) for s in range(position + 1)],
-                    "slot": [dfa.SLOTS[i] for i in run.slots[position, : position + 1].tolist()],
-                    "attention": attention.numpy(),
-                    "read": read.numpy(),
-                    "dfa": (attention * read).numpy(),
-                }
-            )
-        )
+    for head in range(len(run.pattern)) if run.dense else [block]:
+        attention, read = run.pattern[head, position, seen], run.reads(head, [index])[seen, 0]
+        columns = {"head": head, "source": range(position + 1), "token": tokens, "slot": slots}
+        weights = {"attention": attention, "read": read, "dfa": attention * read}
+        parts.append(pd.DataFrame(columns | {name: weight.numpy() for name, weight in weights.items()}))
     return pd.concat(parts, ignore_index=True)
 
 
 def roles(run: PromptRun) -> pd.DataFrame:
     """What each head does on this prompt: the share of its attention, and of its features' positive
     DFA, that falls on each source slot. One row per head and slot."""
-    active = (run.f > 0).float()
-    if run.dense:
-        active = active.expand(-1, len(run.pattern), -1)
-    attention = dfa.shares(dfa.mass_per_slot(run.pattern, run.slots))
-    positive = [
-        dfa.positive_mass(run.pattern[[head]], run.reads(head)[None], active[:, [head]])
-        for head in range(len(run.pattern))
-    ]
-    attribution = dfa.shares(dfa.mass_per_slot(torch.cat(positive), run.slots))
-    rows = [
-        (head, slot, float(attention[head, i]), float(attribution[head, i]))
-        for head in range(len(attention))
-        for i, slot in enumerate(dfa.SLOTS)
-    ]
-    return pd.DataFrame(rows, columns=["head", "slot", "attention", "dfa"])
+    heads = range(len(run.pattern))
+    active = (run.f > 0).float().expand(-1, len(heads), -1)  # every head is read by every feature if dense
+    positive = [dfa.positive_mass(run.pattern[[h]], run.reads(h)[None], active[:, [h]]) for h in heads]
+    attention, attribution = (
+        dfa.shares(dfa.mass_per_slot(mass, run.slots)).flatten().tolist() for mass in (run.pattern, torch.cat(positive))
+    )
+    head, slot = np.repeat(heads, len(dfa.SLOTS)), len(heads) * dfa.SLOTS
+    return pd.DataFrame({"head": head, "slot": slot, "attention": attention, "dfa": attribution})
 
 
 def role_table(shares: pd.DataFrame) -> pd.DataFrame:
     """The largest slot of each head by attention and by DFA, and whether the two agree."""
     rows = []
-    for head, group in shares.groupby("head"):
-        by_attention = group.loc[group["attention"].idxmax()]
-        by_dfa = group.loc[group["dfa"].idxmax()]
-        fires = group["dfa"].sum() > 0
-        rows.append(
-            {
-                "head": head,
-                "by attention": by_attention["slot"],
-                "attention share": by_attention["attention"],
-                "by DFA": by_dfa["slot"] if fires else "nothing fires",
-                "DFA share": by_dfa["dfa"],
-                "agree": bool(fires and by_attention["slot"] == by_dfa["slot"]),
-            }
-        )
-    return pd.DataFrame(rows)
+    for head, of_head in shares.groupby("head"):
+        slots, by_attention, by_dfa = (of_head[name].to_numpy() for name in ("slot", "attention", "dfa"))
+        looks, reads, fires = slots[by_attention.argmax()], slots[by_dfa.argmax()], by_dfa.sum() > 0
+        reads = reads if fires else "nothing fires"
+        rows.append((head, looks, by_attention.max(), reads, by_dfa.max(), bool(looks == reads)))
+    columns = ["head", "by attention", "attention share", "by DFA", "DFA share", "agree"]
+    return pd.DataFrame(rows, columns=columns)

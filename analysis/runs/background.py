@@ -85,7 +85,7 @@ class Processes:
     def all(self) -> list[Process]:
         """The last command of every name, the newest first."""
         with self._lock:
-            return sorted(self._started.values(), key=lambda each: -each.begun)
+            return sorted(self._started.values(), key=lambda process: -process.begun)
 
 
 def tail(log: Path, lines: int = 12) -> str:

@@ -72,11 +72,11 @@ def numbers(text: str, kind: type, what: str) -> Any:
         ValueError: one is not a number.
     """
     try:
-        found = [kind(part) for part in text.split(",") if part.strip()]
+        read = [kind(part) for part in text.split(",") if part.strip()]
     except ValueError:
         kinds = "whole numbers" if kind is int else "numbers"
         raise ValueError(f"{what} must be {kinds} separated by commas, got {text!r}") from None
-    return found if len(found) > 1 else found[0] if found else None
+    return read if len(read) > 1 else read[0] if read else None
 
 
 def explanations() -> dict[str, str]:
@@ -97,8 +97,8 @@ def _of_run(checkpoint: Checkpoint, shown: str) -> list[str]:
 @lru_cache(maxsize=1)
 def _defaults() -> dict[str, Any]:
     """Of every option of the command line."""
-    groups = [each for group in cli.GROUPS for each in fields(group)]
-    return {each.name: None if each.default is MISSING else each.default for each in groups}
+    options = [option for group in cli.GROUPS for option in fields(group)]
+    return {option.name: None if option.default is MISSING else option.default for option in options}
 
 
 def _write(options: dict[str, Any]) -> list[str]:

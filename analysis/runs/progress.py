@@ -46,14 +46,14 @@ def progress(checkpoints: list[Checkpoint], now: float) -> pd.DataFrame:
             }
         )
     frame = pd.DataFrame(rows)
-    numeric = [column for column in frame if column not in ("name", "state")]
+    numeric = [column for column in map(str, frame) if column not in ("name", "state")]
     frame[numeric] = frame[numeric].apply(pd.to_numeric)
     return frame
 
 
 def _training(checkpoint: Checkpoint) -> TrainingConfig | None:
     options = checkpoint.config.options
-    return options and options.training
+    return options.training if options else None
 
 
 def _state(checkpoint: Checkpoint, last: dict[str, Any], age: float) -> str:

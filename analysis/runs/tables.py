@@ -37,7 +37,7 @@ def summary(checkpoints: list[Checkpoint], repeated: bool = False, head: int | N
         last, seconds = _log_of(checkpoint.path)
         n_tokens = figures.get("n_tokens")
         if head is not None:
-            figures, width = per_head(figures, model.n_heads).loc[head].to_dict(), model.d_head
+            figures, width = dict(per_head(figures, model.n_heads).loc[head]), model.d_head
         row = {
             "name": checkpoint.name,
             "recipe": checkpoint.recipe,
@@ -140,7 +140,7 @@ def thinned(frame: pd.DataFrame, figure: str, most: int = 400) -> pd.DataFrame:
 
 def per_head(figures: dict[str, Any], n_heads: int) -> pd.DataFrame:
     """One row per head of the model; a dense SAE has no L0 and dead share per head (NaN)."""
-    columns = {"head": list(range(n_heads))}
+    columns: dict[str, list[Any]] = {"head": list(range(n_heads))}
     for key in _SCALARS:
         stored = key.replace("_se", "_per_head_se") if key.endswith("_se") else f"{key}_per_head"
         values = figures.get(stored) or []

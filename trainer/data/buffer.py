@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -34,20 +33,6 @@ _LM_BATCH_TOKENS = 4096  # tokens of one forward: enough to fill the cores, smal
 Progress = Callable[[int, int], None]
 
 
-@runtime_checkable
-class Source(Protocol):
-    """Where rows come from: `rows(g)` says how many the g-th group has, `groups` yields them.
-
-    `distinct_tokens` is the length of one pass.
-    """
-
-    distinct_tokens: int
-
-    def rows(self, group: int) -> int: ...
-
-    def groups(self, start: int) -> Iterator[Float[Tensor, "row layer head d_head"]]: ...
-
-
 def open_source(
     lm: LanguageModel,
     config: ActivationsConfig,
@@ -56,7 +41,7 @@ def open_source(
     n_tokens: int,
     buffer_rows: int,
     seed: int,
-) -> "CachedActivations | LiveActivations":
+) -> "Source":
     """A source for a run of `n_tokens`: the disk cache where it fits in `cache_gb`, else the model itself.
 
     It holds fewer distinct tokens where `distinct_tokens` or the text does, and is then read in
@@ -87,7 +72,7 @@ def open_source(
 
 
 def batches(
-    source: Source, batch_size: int, seed: int, start: int = 0, device: str = "cpu"
+    source: "Source", batch_size: int, seed: int, start: int = 0, device: str = "cpu"
 ) -> Iterator[Float[Tensor, "batch layer head d_head"]]:
     """Endless shuffled batches in float32; `start` skips that many, exactly as if they had been taken.
 
@@ -123,7 +108,7 @@ def _read_ahead(items: Iterator[Tensor]) -> Iterator[Tensor]:
             del item
 
 
-def batches_in(source: Source, group: int, batch_size: int) -> int:
+def batches_in(source: "Source", group: int, batch_size: int) -> int:
     """Batches of one group.
 
     Raises:
@@ -299,6 +284,10 @@ class LiveActivations:
                     "too few for this run: lower total_training_steps or set distinct_tokens"
                 )
             start = 0
+
+
+# `rows(g)` says how many the g-th group has, `groups(start)` yields them, `distinct_tokens` is the length of a pass.
+Source = CachedActivations | LiveActivations
 
 
 def harvest(
