@@ -32,7 +32,7 @@ from sae_vis.utils_fns import RollingCorrCoef
 from torch import Tensor
 from tqdm import tqdm
 
-from analysis import attribution as dfa
+from analysis.attribution import Reader
 from analysis.tokens import visible
 from trainer import cli
 from trainer.block_diag import BlockDiagSAE
@@ -96,13 +96,12 @@ def harvest(
     Raises:
         ValueError: the model has other sizes.
     """
-    n_heads, d_head = layer.n_heads, layer.d_head
-    require(sae.d_in == n_heads * d_head, f"the SAE reads {sae.d_in} dimensions, which {layer.lm.name} does not have")
-    sae = sae.to(layer.device)
+    n_heads, d_in = layer.n_heads, layer.n_heads * layer.d_head
+    require(sae.d_in == d_in, f"the SAE reads {sae.d_in} dimensions, which {layer.lm.name} does not have")
+    reader = Reader(sae, layer)
     block, index = features // sae.features_per_block, features % sae.features_per_block
     heads = torch.arange(n_heads).expand(len(features), -1) if sae.is_dense else block[:, None]
-    b_V = layer.b_V.float()
-    w = dfa.head_encoders(sae, n_heads, d_head).mT[heads, index[:, None]]  # [feature, read, d_head]
+    w = reader.W_enc.mT[heads, index[:, None]]  # [feature, read, d_head]
     correlations = RollingCorrCoef(indices=features.tolist(), with_self=True)
     parts = []
     for batch in tqdm(tokens.split(max(1, _BATCH_TOKENS // tokens.shape[1])), "Language model", disable=None):
@@ -115,7 +114,7 @@ def harvest(
                 f[..., features],
                 resid.cpu(),
                 pattern.cpu(),
-                torch.einsum("csfrd,frd->cfrs", (v - b_V)[:, :, heads], w).cpu(),
+                torch.einsum("csfrd,frd->cfrs", (v - reader.b_V)[:, :, heads], w).cpu(),
             )
         )
     f, resid, pattern, reads = map(torch.cat, zip(*parts, strict=True))

@@ -13,6 +13,8 @@ tokens.parquet     the text of every token id that the other files mention
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -38,8 +40,8 @@ def write(folder: Path, meta: dict[str, Any], tables: dict[str, pd.DataFrame | p
         tables: by file name without ending.
     """
     new, old = (folder.with_name(f".{folder.name}.{what}") for what in ("new", "old"))
-    for each in (new, old):
-        shutil.rmtree(each, ignore_errors=True)
+    for left_over in (new, old):
+        shutil.rmtree(left_over, ignore_errors=True)
     new.mkdir(parents=True)
     for name, table in tables.items():
         if isinstance(table, pd.DataFrame):
@@ -53,34 +55,70 @@ def write(folder: Path, meta: dict[str, Any], tables: dict[str, pd.DataFrame | p
     shutil.rmtree(old, ignore_errors=True)
 
 
-class Analysis:
-    """Reads the artefacts of one checkpoint; only what is asked for is read.
+class Artefacts:
+    """A folder that `write` made: its meta.json, read at once, and its tables, of which only what is asked for is read.
+
+    Args:
+        checkpoints: those that it describes.
+        command: what writes it anew.
+        absent: what to say where there is none.
 
     Raises:
-        CheckpointError: there is no analysis, it is of another schema version or of other weights, or a file is
-            missing.
+        CheckpointError: there is none, it is damaged, or of another schema version or other weights.
+    """
+
+    def __init__(self, folder: Path, checkpoints: list[Checkpoint], command: str, absent: str) -> None:
+        self.folder, self._command = folder, command
+        file = folder / "meta.json"
+        try:
+            self.meta: dict[str, Any] = json.loads(file.read_text())
+            schema, weights = self.meta["schema_version"], self.meta["weights"]
+        except FileNotFoundError:
+            raise CheckpointError(absent, command) from None
+        except (ValueError, OSError, KeyError, TypeError) as error:  # not UTF-8, no JSON, or no such object
+            raise CheckpointError(f"{file} is damaged ({error})", command) from error
+        if schema != SCHEMA_VERSION:
+            raise CheckpointError(f"{file} has schema version {schema}, this program reads {SCHEMA_VERSION}", command)
+        if weights not in ([one.weights_hash for one in checkpoints], checkpoints[0].weights_hash):
+            have = "checkpoint has" if len(checkpoints) == 1 else "checkpoints have"
+            raise CheckpointError(f"{folder} describes other weights than the {have}", command)
+
+    def table(self, name: str, **options: Any) -> pd.DataFrame:
+        """One of the files whole, or in part by options of `pyarrow.parquet.read_table`.
+
+        Raises:
+            CheckpointError: it is missing or damaged.
+        """
+        with self._reading(name) as file:
+            return pq.read_table(file, **options).to_pandas()
+
+    @contextmanager
+    def _reading(self, name: str) -> Iterator[Path]:
+        file = self.folder / f"{name}.parquet"
+        try:
+            yield file
+        except FileNotFoundError:
+            raise CheckpointError(f"{file} is missing", self._command) from None
+        except (pa.ArrowInvalid, OSError) as error:
+            raise CheckpointError(f"{file} is damaged ({error})", self._command) from error
+
+
+class Analysis(Artefacts):
+    """What `python -m analysis` wrote about one checkpoint.
+
+    Raises:
+        CheckpointError: as `Artefacts`.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self.folder = checkpoint.path / "analysis"
-        command = f"python -m analysis {checkpoint.path}"
-        file = self.folder / "meta.json"
-        try:
-            self.meta = json.loads(file.read_text())
-        except FileNotFoundError:
-            raise CheckpointError(f"{checkpoint.path} has no analysis yet", command) from None
-        except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-            raise CheckpointError(f"{file} is damaged: {error}") from error
-        if self.meta.get("schema_version") != SCHEMA_VERSION:
-            found = self.meta.get("schema_version")
-            raise CheckpointError(f"{file} has schema version {found}, this program reads {SCHEMA_VERSION}")
-        if self.meta["weights"] != checkpoint.weights_hash:
-            raise CheckpointError(f"{self.folder} describes other weights than the checkpoint has", command)
+        command, absent = f"python -m analysis {checkpoint.path}", f"{checkpoint.path} has no analysis yet"
+        super().__init__(checkpoint.path / "analysis", [checkpoint], command, absent)
 
     @cached_property
     def features(self) -> pd.DataFrame:
         """Every feature, without the columns that hold lists; the index is the feature id."""
-        scalar = [f.name for f in pq.read_schema(self._file("features")) if not pa.types.is_list(f.type)]
+        with self._reading("features") as file:
+            scalar = [column.name for column in pq.read_schema(file) if not pa.types.is_list(column.type)]
         return self.table("features", columns=scalar).set_index("feature", drop=False)
 
     @cached_property
@@ -104,46 +142,35 @@ class Analysis:
         table = self.table("tokens")
         return dict(zip(table["id"], table["text"], strict=True))
 
-    def table(self, name: str, **options: Any) -> pd.DataFrame:
-        """One of the files whole, or in part by options of `pyarrow.parquet.read_table`.
-
-        Raises:
-            CheckpointError: it is missing or damaged.
-        """
-        file = self._file(name)
-        try:
-            return pq.read_table(file, **options).to_pandas()
-        except (pa.ArrowInvalid, OSError) as error:
-            raise CheckpointError(f"{file} is damaged: {error}") from error
-
     def feature(self, feature: int) -> pd.Series:
         """One feature with its lists.
 
         Raises:
             ValueError: there is no such feature.
         """
-        found = self._of_feature("features", feature)
-        if found.empty:
+        row = self._of_feature("features", feature)
+        if row.empty:
             raise ValueError(f"there is no feature {feature}: ids run from 0 to {len(self.features) - 1}")
-        return found.iloc[0]
+        return row.iloc[0]
 
     def examples(self, feature: int) -> pd.DataFrame:
         """Its examples, the `top` ones first, with `token_ids`; activations, dfa and attention along the context."""
-        found = self._of_feature("examples", feature)
-        contexts = self.contexts(found["context"].unique().tolist())
-        found["token_ids"] = found["context"].map(contexts)
+        examples = self._of_feature("examples", feature)
+        contexts = self.contexts(examples["context"].unique().tolist())
+        examples["token_ids"] = examples["context"].map(contexts)
+        length = examples["token_ids"].map(len)
         rows = {"activations": "active_positions", "dfa": "source_positions", "attention": "source_positions"}
         for column, positions in rows.items():
-            length = found["token_ids"].map(len)
-            found[column] = [_dense(*each) for each in zip(length, found[positions], found[column], strict=True)]
-        return found.drop(columns=["active_positions", "source_positions"])
+            sparse = zip(length, examples[positions], examples[column], strict=True)
+            examples[column] = [_dense(*row) for row in sparse]
+        return examples.drop(columns=["active_positions", "source_positions"])
 
     def contexts(self, ids: list[int]) -> dict[int, np.ndarray]:
         """Token ids of contexts, BOS first."""
         if not ids:
             return {}
-        found = self.table("contexts", filters=[("context", "in", ids)])
-        return dict(zip(found["context"], found["token_ids"], strict=True))
+        table = self.table("contexts", filters=[("context", "in", ids)])
+        return dict(zip(table["context"], table["token_ids"], strict=True))
 
     def neighbours(self, feature: int) -> pd.DataFrame:
         """The nearest features by Jaccard of firing or by cosine of what they write."""
@@ -180,38 +207,30 @@ class Analysis:
     @cached_property
     def _lists(self) -> dict[str, np.ndarray]:
         columns = ["fires_on_ids", "reads_ids", "top_logit_ids"]
-        table = pq.read_table(self._file("features"), columns=columns)
+        with self._reading("features") as file:
+            table = pq.read_table(file, columns=columns)
         return {name: table[name].combine_chunks().flatten().to_numpy().reshape(table.num_rows, -1) for name in columns}
-
-    def _file(self, name: str) -> Path:
-        file = self.folder / f"{name}.parquet"
-        if not file.exists():
-            raise CheckpointError(f"{file} is missing: run the analysis again")
-        return file
 
     def _of_feature(self, name: str, feature: int) -> pd.DataFrame:
         """Rows of a feature, from the row groups that hold it: a filter of pyarrow's would take ten times as long."""
-        file, first, last = self._row_groups[name]
-        groups = np.flatnonzero((first <= feature) & (feature <= last)).tolist()
-        try:
-            found = file.read_row_groups(groups, use_threads=False)
-            return found.filter(pc.equal(found["feature"], feature)).to_pandas()
-        except (pa.ArrowInvalid, OSError) as error:
-            raise CheckpointError(f"{self._file(name)} is damaged: {error}") from error
+        with self._reading(name):
+            file, first, last = self._row_groups[name]
+            groups = np.flatnonzero((first <= feature) & (feature <= last)).tolist()
+            rows = file.read_row_groups(groups, use_threads=False)
+            return rows.filter(pc.equal(rows["feature"], feature)).to_pandas()
 
     @cached_property
     def _row_groups(self) -> dict[str, tuple[pq.ParquetFile, np.ndarray, np.ndarray]]:
         """The files sorted by feature, with the first and last feature of each row group."""
-        found = {}
+        by_name = {}
         for name in ("features", "examples", "pairs"):
-            try:
-                file = pq.ParquetFile(self._file(name), memory_map=True)
-            except (pa.ArrowInvalid, OSError) as error:
-                raise CheckpointError(f"{self._file(name)} is damaged: {error}") from error
+            with self._reading(name) as path:
+                file = pq.ParquetFile(path, memory_map=True)
             column = file.schema_arrow.get_field_index("feature")
-            groups = [file.metadata.row_group(i).column(column).statistics for i in range(file.num_row_groups)]
-            found[name] = file, np.array([g.min for g in groups]), np.array([g.max for g in groups])
-        return found
+            groups = [file.metadata.row_group(i) for i in range(file.num_row_groups if file.metadata.num_rows else 0)]
+            bounds = [group.column(column).statistics for group in groups]
+            by_name[name] = file, np.array([of.min for of in bounds]), np.array([of.max for of in bounds])
+        return by_name
 
 
 def _dense(length: int, positions: np.ndarray, values: np.ndarray) -> np.ndarray:

@@ -13,8 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.timing import rounds, spread
-from tests.helpers import decided
-from trainer.config import TrainingConfig
+from trainer.config import SAEOptions, TrainingConfig
 from trainer.data.buffer import CachedActivations, CacheKey, LiveActivations, batches
 from trainer.data.text import Corpus
 from trainer.model.lm import LanguageModel
@@ -26,9 +25,9 @@ LAYER, ROUNDS, BATCH = 17, 5, 2048
 
 def a_stack(rows: torch.Tensor, recipe: str, sparsities: list[float], expansion_factor: int = 16) -> Stack:
     """A stack on rows `[row, head, d_head]`."""
-    key = "k" if recipe == "batchtopk" else "l1_coefficient"
+    key = "k" if recipe == "batchtopk" else "l1_coefficients"
     options = {"recipe": recipe, "hook_layer": LAYER, "expansion_factor": expansion_factor}
-    saes = [decided(**options, **{key: each}) for each in sparsities]
+    saes = SAEOptions(**options, **{key: sparsities}).decide()
     scale = input_scale(rows, "per_head")
     n_features = rows.shape[2] * expansion_factor
     params = [initial_params(sae, rows * scale, n_features, torch.Generator().manual_seed(0)) for sae in saes]

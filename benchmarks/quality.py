@@ -11,20 +11,16 @@ from typing import Any
 import numpy as np
 
 from analysis.store import Analysis
-from trainer import checkpoint
-from trainer.checkpoint import Checkpoint
+from trainer.checkpoint import Checkpoint, list_checkpoints
 
 
 def main(folder: Path) -> None:
-    rows = []
-    for path, config, _ in checkpoint.list_checkpoints(folder):
-        figures = Checkpoint(path).eval if config else None
-        if figures:
-            rows.append((path.name, config, figures))
-    rows.sort(key=lambda row: (row[1]["training"]["preset"] or row[1]["recipe"], row[0]))
+    rows = [each for each in list_checkpoints(folder).readable if each.eval and each.config.options]
+    rows.sort(key=lambda each: (each.config.options.sae.preset or each.config.options.sae.recipe, each.name))
     columns = "L0 | FVU | KL score | CE score, repeated tokens | dead | worst head's FVU"
     print(f"| checkpoint | {columns} | FVU of heads 3, 4, 5 |\n|{'---|' * 8}")
-    for name, _, f in rows:
+    for each in rows:
+        name, f = each.name, each.eval
         worst = int(np.argmax(f["FVU_per_head"]))
         induction = ", ".join(f"{f['FVU_per_head'][head]:.2f}" for head in (3, 4, 5))
         print(
@@ -32,29 +28,29 @@ def main(folder: Path) -> None:
             f"| {f['dead_fraction']:.1%} | {f['FVU_per_head'][worst]:.3f} (head {worst}) | {induction} |"
         )
     print()
-    plain = [(c, f) for _, c, f in rows if c["block"] == "head" and not c["training"]["label"]]
-    frontier = [f for c, f in plain if c["recipe"] == "batchtopk"]
-    for name, config, f in rows:
-        if config["recipe"] == "april":
+    plain = [each for each in rows if not each.is_dense and not each.config.options.sae.label]
+    frontier = [each.eval for each in plain if each.config.options.sae.recipe == "batchtopk"]
+    for each in rows:
+        if each.config.options.sae.recipe == "april":
             for metric in ("FVU", "KL_score"):
-                print(f"{name}: {needed(frontier, f, metric)}")
-    merging([folder / name for name, *_ in rows])
+                print(f"{each.name}: {needed(frontier, each.eval, metric)}")
+    merging(rows)
 
 
-def merging(paths: list[Path]) -> None:
+def merging(checkpoints: list[Checkpoint]) -> None:
     """L0 where features of different heads that say the same count once."""
     columns = "tokens | L0 | both >= 0.5 | both >= 0.3 | Jaccard >= 0.5 (largest cluster)"
     print(f"\n| checkpoint | {columns} |\n|{'---|' * 6}")
-    for path in paths:
-        if not (path / "analysis" / "meta.json").exists():
+    for checkpoint in checkpoints:
+        if not (checkpoint.path / "analysis" / "meta.json").exists():
             continue
-        analysis = Analysis(Checkpoint(path))
+        analysis = Analysis(checkpoint)
         found = analysis.meta["redundancy"]
         at = analysis.merging.set_index(["criterion", "threshold"])
         both = [at.loc[("both", threshold), "L0"] for threshold in (0.5, 0.3)]
         alone = at.loc[("jaccard", 0.5)]
         print(
-            f"| {path.name} | {found['n_tokens']:,} | {found['l0']:.1f} | {both[0]:.1f} | {both[1]:.1f} "
+            f"| {checkpoint.name} | {found['n_tokens']:,} | {found['l0']:.1f} | {both[0]:.1f} | {both[1]:.1f} "
             f"| {alone['L0']:.1f} ({alone['largest']:.0f}) |"
         )
 

@@ -1,6 +1,6 @@
 """One training step: ours by each path, the reference's as it computes it, SAELens', and plain matmul.
 
-    python -m benchmarks.steps [batch ...]
+    python -m benchmarks.steps [batch ...] [part of a row's name ...]
 
 At the reference's shape: 12 heads, d_head 64, 2,048 features per head, fp32. SAELens is dense: the same
 width without the block structure, which is what a user of SAELens would train on the same heads.
@@ -15,9 +15,9 @@ import torch
 
 from benchmarks.foreign import reference_step, saelens_step
 from benchmarks.timing import peak_mb, rounds, spread
-from tests.helpers import decided
-from trainer.config import TrainingConfig
-from trainer.kernels import sparse
+from trainer.config import SAEOptions, TrainingConfig
+from trainer.kernels import l1, sparse
+from trainer.kernels.dense import Outcome
 from trainer.optimise import stack
 from trainer.optimise.initialise import initial_params, input_scale
 
@@ -49,7 +49,7 @@ class Ours:
 
     def __init__(self, recipe: str, batch: int, share: float | None = None, below: float | None = None, **options):
         self.z, self.below = inputs(batch), below
-        sae = decided(recipe=recipe, hook_layer=0, **{"expansion_factor": 32, "lr": 1e-9} | options)
+        (sae,) = SAEOptions(recipe=recipe, hook_layer=0, **{"expansion_factor": 32, "lr": 1e-9} | options).decide()
         x = self.z * input_scale(self.z, "per_head")
         params = initial_params(sae, x, FEATURES, torch.Generator().manual_seed(0))
         if share is not None:
@@ -59,11 +59,31 @@ class Ours:
         self.stack.active_share.zero_()  # the path is chosen by `below`, from the first step on
 
     def __call__(self) -> None:
-        before = stack.SPARSE_BELOW
+        before = l1.SPARSE_BELOW
         if self.below is not None:
-            stack.SPARSE_BELOW = self.below
+            l1.SPARSE_BELOW = self.below
         self.stack.update(self.z)
-        stack.SPARSE_BELOW = before
+        l1.SPARSE_BELOW = before
+
+
+class Autograd(Ours):
+    """The dense step of april with its gradients by autograd: the same blocks, in one batched matmul."""
+
+    def __call__(self) -> None:
+        by_hand, self.stack._gradients = self.stack._gradients, self._gradients
+        self.stack.update(self.z)
+        self.stack._gradients = by_hand
+
+    @torch.enable_grad()
+    def _gradients(self, points: slice, x: torch.Tensor) -> Outcome:
+        p = {name: value.detach().requires_grad_() for name, value in self.stack.params.items()}
+        f = torch.baddbmm(p["b_enc"][:, None], x, p["W_enc"]).relu()
+        error = torch.baddbmm(p["b_dec"][:, None], f, p["W_dec"]) - x
+        penalty = (f * p["W_dec"].norm(dim=-1)[:, None]).sum() / x.shape[1]
+        loss = error.pow(2).sum() / x.shape[1] + self.stack.cfg.l1_coefficient * penalty
+        loss.backward()
+        fired = (f > 0).sum(1).to(f.dtype)
+        return Outcome({name: value.grad for name, value in p.items()}, error.detach(), fired, {"l1": fired.sum(1)})
 
 
 def foreign(make: Callable[..., Callable], batch: int, *arguments) -> Callable[[], object]:
@@ -79,6 +99,7 @@ CANDIDATES: dict[str, tuple[Callable, int]] = {
     "SAELens standard (dense)": (partial(foreign, partial(saelens_step, k=16)), 5),
     "SAELens topk k=192 (dense)": (partial(foreign, partial(saelens_step, k=16)), 5),
     "SAELens batchtopk k=192 (dense)": (partial(foreign, partial(saelens_step, k=16)), 5),
+    "block-diagonal april with autograd": (partial(Autograd, "april"), 5),
     "ours april, dense path": (partial(Ours, "april", below=0.0), 5),
     "ours april, 5 % active, dense path": (partial(Ours, "april", share=0.05, below=0.0), 5),
     "ours april, 5 % active, sparse path": (partial(Ours, "april", share=0.05, below=1.0), 5),
@@ -101,11 +122,11 @@ def build(name: str, batch: int) -> Callable[[], object]:
     return make(batch) if name.startswith(("plain", "encoder", "reference")) else make(batch=batch)
 
 
-def main(batches: list[int]) -> None:
+def main(batches: list[int], names: list[str]) -> None:
     threads = torch.get_num_threads()
     print(f"torch {torch.__version__}, {threads} threads, {os.cpu_count()} cores, fp32, {ROUNDS} rounds side by side\n")
     for batch in batches:
-        candidates = {name: build(name, batch) for name in CANDIDATES}
+        candidates = {name: build(name, batch) for name in names}
         seconds = rounds(candidates, ROUNDS)
         del candidates
         reference = spread(seconds["reference: dense block_diag"])[0]
@@ -125,4 +146,7 @@ def main(batches: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    main([int(each) for each in sys.argv[1:]] or [1024, 4096])
+    batches = [int(each) for each in sys.argv[1:] if each.isdigit()]
+    only = ["reference", "encoder", *(each for each in sys.argv[1:] if not each.isdigit())]
+    chosen = [name for name in CANDIDATES if len(only) == 2 or any(each in name for each in only)]
+    main(batches or [1024, 4096], chosen)

@@ -100,6 +100,19 @@ def decided(**given):
     return sae
 
 
+def config_of(sae, lm=None, layer: int = 0, text: str = "toy", context_size: int = 16, **more):
+    """What config.json says of an SAE that was put together by hand."""
+    from trainer.checkpoint import Config, Imported, Model, Sizes, Text
+
+    name, fingerprint = (lm.name, lm.fingerprint()) if lm else ("toy", "0")
+    n_heads, d_head = (lm.n_heads, lm.d_head) if lm else (sae.n_blocks, sae.width)
+    processing = dict.fromkeys(("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases"), True)
+    hook = f"blocks.{layer}.attn.hook_z"
+    model = Model(name, fingerprint, n_heads, d_head, "float32", processing, hook, layer)
+    imported = Imported("tests", "april", l1_coefficient=2.0, k=7)
+    return Config(Sizes.of(sae), model, Text(text, "0", context_size, 0.1, "text"), "toy", imported=imported, **more)
+
+
 def edit_config(path: Path, **changes) -> None:
     """Change keys of config.json as they are on disk."""
     file = path / "config.json"

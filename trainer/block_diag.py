@@ -88,6 +88,7 @@ class BlockDiagSAE(nn.Module):
             return torch.where(pre > self.threshold, pre, 0.0).relu()
         if self.activation == "relu":
             return pre.relu()
+        assert self.k is not None  # of topk
         rows = pre.flatten(-2) if self.k_scope == "layer" else pre
         top = rows.topk(self.k, dim=-1, sorted=False)
         return torch.zeros_like(rows).scatter(-1, top.indices, top.values.relu()).view_as(pre)

@@ -9,12 +9,11 @@ from dataclasses import asdict, dataclass, fields
 from itertools import product
 from typing import Any, Literal
 
-Recipe = Literal["april", "bricken", "gated", "jumprelu", "topk", "batchtopk"]
-Preset = Literal["reference", "kissane"]
-TOP_K = ("topk", "batchtopk")  # recipes whose sparsity is a number of features; the others have a coefficient
-CENTRED = ("bricken", "gated")  # recipes that subtract b_dec from the input of the encoder
+from trainer.recipes import RECIPES, Name
 
-# What a recipe sets where neither a preset nor the user does. Sources: docs/recipes.md.
+Preset = Literal["reference", "kissane"]
+
+# What is set where neither a recipe, nor a preset, nor the user does.
 _COMMON = {
     "hook_layer": 17,
     "block": "head",
@@ -32,17 +31,6 @@ _COMMON = {
     "max_grad_norm": 1.0,
     "resample_fraction": 0.0,
 }
-_RECIPES: dict[str, dict[str, Any]] = {
-    "april": {"l1_coefficient": 2.0},
-    "bricken": {
-        "l1_coefficient": 2.0, "decoder_norm": "unit", "lr": 1.2e-3, "beta2": 0.99, "max_grad_norm": 0.0,
-        "resample_fraction": 0.125,
-    },
-    "gated": {"l1_coefficient": 2.0, "decoder_norm": "unit"},
-    "jumprelu": {"l1_coefficient": 2.0, "sparsity_warm_up_fraction": 1.0, "lr": 2e-3},
-    "topk": {"k": 32, "decoder_norm": "unit", "lr": 2e-3},
-    "batchtopk": {"k": 32, "decoder_norm": "unit", "lr": 2e-3},
-}  # fmt: skip
 _PRESETS: dict[str, dict[str, Any]] = {
     # shehper/attn_saes: global scale, nn.Linear initialisation, no decay of the learning rate.
     "reference": {
@@ -114,8 +102,8 @@ class TrainingConfig:
     """Tokens of a batch."""
     buffer_tokens: int = 262_144
     """Tokens shuffled together; twice as many are held in memory, of every layer."""
-    eval_tokens: int = 8192
-    """Held-out tokens for eval.json, and as many of repeated random tokens for its induction part."""
+    eval_tokens: int | None = None
+    """Held-out tokens for eval.json, and as many of repeated random tokens; default 2,048 on a CPU, 8,192 elsewhere."""
     eval_every: int = 1000
     """Steps between two short evaluations on 2,048 held-out tokens, logged with the training figures; 0 never."""
     seed: int = 0
@@ -154,7 +142,8 @@ class TrainingConfig:
             "save_every",
             "dead_after_tokens",
         ):
-            require(getattr(self, key) >= 1, f"{key} must be at least 1, got {getattr(self, key)}")
+            value = getattr(self, key)
+            require(value is None or value >= 1, f"{key} must be at least 1, got {value}")
         require(
             self.buffer_tokens >= self.batch_size,
             f"buffer_tokens ({self.buffer_tokens}) must hold at least one batch ({self.batch_size})",
@@ -191,7 +180,8 @@ class SAEConfig:
     def __post_init__(self) -> None:
         require(self.hook_layer >= 0, f"hook_layer must be 0 or more, got {self.hook_layer}")
         require(self.expansion_factor >= 1, f"expansion_factor must be at least 1, got {self.expansion_factor}")
-        if self.recipe in TOP_K:
+        recipe = RECIPES[self.recipe]
+        if recipe.sparsity == "k":
             require(self.l1_coefficient is None, f"{self.recipe} has no l1_coefficients: its sparsity is k")
             require(self.k is not None and self.k >= 1, f"k must be at least 1, got {self.k}")
         else:
@@ -213,7 +203,7 @@ class SAEConfig:
             0 <= self.resample_fraction <= 0.25,
             f"resample_fraction must lie between 0 and 0.25, got {self.resample_fraction}",
         )
-        require(self.recipe == "bricken" or self.resample_fraction == 0, f"{self.recipe} has no resample_fraction")
+        require(recipe.resamples or self.resample_fraction == 0, f"{self.recipe} has no resample_fraction")
 
     def all_but_sparsity(self) -> tuple[Any, ...]:
         """Equal for SAEs that can be trained as one stack."""
@@ -230,7 +220,7 @@ class SAEConfig:
 class SAEOptions:
     """Which SAEs train on one stream: every combination of the lists; what is left out is the preset's, then the recipe's."""
 
-    recipe: list[Recipe] | Recipe | None = None
+    recipe: list[Name] | Name | None = None
     """Loss and constraints, one or several (docs/recipes.md); default batchtopk, or april where l1_coefficients are given."""
     hook_layer: list[int] | int | None = None
     """Attention layer, one or several, whose head outputs (blocks.{hook_layer}.attn.hook_z) are reconstructed; default 17."""
@@ -277,6 +267,7 @@ class SAEOptions:
         Raises:
             ValueError: a value is wrong, or an SAE is given the other kind of sparsity.
         """
+        require(self.preset in (None, *_PRESETS), f"preset must be one of {', '.join(_PRESETS)}, got {self.preset!r}")
         preset = _PRESETS.get(self.preset or "", {})
         by_sparsity = "batchtopk" if self.l1_coefficients is None else "april"
         recipes = _as_list(self.recipe) if self.recipe is not None else [preset.get("recipe", by_sparsity)]
@@ -285,7 +276,8 @@ class SAEOptions:
         sparsities = {key: _as_list(given.pop(key, None)) for key in ("l1_coefficients", "k")}
         saes = []
         for layer, recipe in product(layers, recipes):
-            own, other = ("k", "l1_coefficients") if recipe in TOP_K else ("l1_coefficients", "k")
+            require(recipe in RECIPES, f"recipe must be one of {', '.join(RECIPES)}, got {recipe!r}")
+            own, other = ("k", "l1_coefficients") if RECIPES[recipe].sparsity == "k" else ("l1_coefficients", "k")
             require(len(recipes) > 1 or sparsities[other] == [None], f"{recipe} has no {other}: its sparsity is {own}")
             for value in sparsities[own]:
                 sparsity = {} if value is None else {own.removesuffix("s"): value}
@@ -299,7 +291,7 @@ def _resolve(preset: dict[str, Any], chosen: dict[str, Any]) -> SAEConfig:
     if recipe != preset.get("recipe", recipe):
         preset = {key: value for key, value in preset.items() if key not in _OF_RECIPE}
     nothing: dict[str, Any] = dict.fromkeys(("l1_coefficient", "k", "preset", "label"))
-    return SAEConfig(**(nothing | _COMMON | _RECIPES[recipe] | preset | chosen))
+    return SAEConfig(**(nothing | _COMMON | RECIPES[recipe].defaults | preset | chosen))
 
 
 def _as_list(value: Any) -> list[Any]:

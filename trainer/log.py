@@ -3,12 +3,14 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 from trainer.checkpoint import Config, read_metrics
 from trainer.files import write_atomically
+
+Mode = Literal["online", "offline", "disabled"]
 
 
 class MetricsLog:
@@ -22,7 +24,7 @@ class MetricsLog:
         config: of the checkpoint; the runs of one sweep share a group.
     """
 
-    def __init__(self, path: Path, steps_done: int, mode: str | None, project: str, config: Config) -> None:
+    def __init__(self, path: Path, steps_done: int, mode: Mode | None, project: str, config: Config) -> None:
         self._file = path / "metrics.jsonl"
         kept = [line for line in read_metrics(path) if line["step"] <= steps_done]
         text = "".join(json.dumps(line) + "\n" for line in kept)
@@ -64,7 +66,7 @@ class MetricsLog:
         if self._run is not None:
             import wandb
 
-            values = {key: value.flatten().cpu().numpy() for key, value in histograms.items()}
+            values = {key: value.flatten().tolist() for key, value in histograms.items()}
             drawn = {f"{key}/features": wandb.Histogram(value) for key, value in values.items()}
             self._run.log({**_flat(line), **drawn}, step=line["step"])
 

@@ -87,7 +87,7 @@ class Run:
             for what, (before, now) in pairs.items():
                 if before != now:
                     raise ValueError(f"{self.path} was begun on another {what} than it would go on with: train anew")
-        self._reads = {"model": model, "text": text, "source": source}
+        self._model, self._text, self._source = model, text, source
 
     def begin(self, step: int, sae: BlockDiagSAE) -> None:
         """Open the log at `step`; the app shows the run from now on."""
@@ -95,12 +95,12 @@ class Run:
         wandb_id = (self._begun and self._begun.wandb_id) or uuid.uuid4().hex[:8]
         self._config = Config(
             sae=Sizes.of(sae), group=self.group, options=self.options, wandb_id=wandb_id, status="training", steps=step,
-            tokens_seen=step * self.training.batch_size, versions=checkpoint.versions(), **self._reads,
+            tokens_seen=step * self.training.batch_size, versions=checkpoint.versions(), model=self._model,
+            text=self._text, source=self._source,
         )  # fmt: skip
         checkpoint.save_config(self.path, self._config)
-        text = self._reads["text"]
-        options = to_flags(self.options) | {"name": self.path.name, "dataset": text.name}
-        options |= {"context_size": text.context_size, "resume": False}  # what was decided since
+        decided = {"name": self.path.name, "dataset": self._text.name, "context_size": self._text.context_size}
+        options = to_flags(self.options) | decided | {"resume": False}
         write_atomically(self.path / "run.yaml", lambda p: p.write_text(yaml.safe_dump(options, sort_keys=False)))
         self.log = MetricsLog(self.path, step, self.training.wandb, self.training.wandb_project, self._config)
         if self.log.url:

@@ -27,6 +27,7 @@ from trainer import checkpoint, cli
 from trainer.block_diag import BlockDiagSAE
 from trainer.checkpoint import Checkpoint
 from trainer.config import require
+from trainer.recipes import gated
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -118,14 +119,13 @@ def from_saelens(
     require(all(value.isfinite().all() for value in p.values()), "the SAELens SAE holds values that are not finite")
     W_enc, W_dec, b_dec = p["W_enc"], p["W_dec"], p["b_dec"]
     threshold = p.get("threshold")
-    if architecture == "gated":  # gate > 0 exactly where e^r s + b_mag > b_mag - e^r b_gate, as in Stack.finished
-        gain = p["r_mag"].exp()
-        threshold = (p["b_mag"] - gain * p["b_gate"]).clamp_min(0)
-        W_enc, b_enc = W_enc * gain, p["b_mag"]
+    subtracted = b_dec if theirs.cfg.apply_b_dec_to_input else torch.zeros_like(b_dec)  # from the encoder's input
+    if architecture == "gated":
+        trained = p | {"b_enc": p["b_gate"], "b_dec": subtracted}
+        folded = gated.for_use({name: value[None] for name, value in trained.items()}, torch.empty(0))
+        W_enc, b_enc, threshold = (folded[name][0] for name in ("W_enc", "b_enc", "threshold"))
     else:
-        b_enc = p["b_enc"]
-    if theirs.cfg.apply_b_dec_to_input:
-        b_enc = b_enc - b_dec @ W_enc
+        b_enc = p["b_enc"] - subtracted @ W_enc
     if b_V is not None:
         more = scale * b_V.detach().float().cpu().flatten()  # their input is ours + b_V
         b_enc, b_dec = b_enc + more @ W_enc, b_dec - more
@@ -171,7 +171,8 @@ def import_checkpoint(
         metadata = theirs.cfg.metadata
         model, dataset = model or metadata.model_name, dataset or metadata.dataset_path
         hook = re.fullmatch(r"blocks\.(\d+)\.attn\.hook_z", str(metadata.hook_name))
-        require(hook is not None, f"{folder} reads {metadata.hook_name}, not the head outputs of a layer (attn.hook_z)")
+        if hook is None:
+            raise ValueError(f"{folder} reads {metadata.hook_name}, not the head outputs of a layer (attn.hook_z)")
         require(metadata.hook_head_index is None, f"{folder} reads head {metadata.hook_head_index} only, not all heads")
         require(model is not None, f"{folder} does not say which model it was trained on: name it with --model")
         require(dataset is not None, f"{folder} does not say which text it was trained on: name one with --dataset")

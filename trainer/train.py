@@ -17,7 +17,7 @@ from trainer.checkpoint import Model, Text
 from trainer.config import ActivationsConfig, SAEConfig, TrainingConfig
 from trainer.data.buffer import CachedActivations, batches, batches_in, open_source
 from trainer.data.text import EMBEDDED, Corpus
-from trainer.evaluate import evaluate, evaluate_tokens
+from trainer.evaluate import default_tokens, evaluate, evaluate_tokens, kept_effects
 from trainer.files import write_json
 from trainer.interrupts import Interrupted, deferred_interrupts
 from trainer.model.lm import LanguageModel, pick_device
@@ -57,7 +57,8 @@ def train(activations: ActivationsConfig, saes: list[SAEConfig], cfg: TrainingCo
     lm = LanguageModel.load(activations.model, device, activations.model_dtype)
     corpus = _open_text(activations, lm)
     print(f"Text: {corpus.describe()}", flush=True)
-    held_out = corpus.held_out(-(-cfg.eval_tokens // (corpus.context_size - 1)))
+    n_held_out = cfg.eval_tokens or default_tokens(device)
+    held_out = corpus.held_out(-(-n_held_out // (corpus.context_size - 1)))
     for run in runs:
         _check(run.sae, lm)
     n_tokens = cfg.total_training_steps * cfg.batch_size
@@ -94,10 +95,11 @@ def train(activations: ActivationsConfig, saes: list[SAEConfig], cfg: TrainingCo
     del stream
 
     # Evaluate, layer by layer: SAEs of one layer share every forward that does not depend on them.
-    print(f"Evaluating on {cfg.eval_tokens:,} held-out tokens and as many repeated random tokens", flush=True)
+    print(f"Evaluating on {n_held_out:,} held-out tokens and as many repeated random tokens", flush=True)
     for index in layers:
         of_layer = [(member.run, member.for_use()) for member in members if member.run.sae.hook_layer == index]
-        results = evaluate(lm.layer(index), [sae.float() for _, sae in of_layer], held_out, cfg.seed, progress=True)
+        evaluated = [sae.float() for _, sae in of_layer]
+        results = evaluate(lm.layer(index), evaluated, held_out, cfg.seed, kept_effects(), progress=True)
         for (run, sae), result in zip(of_layer, results, strict=True):
             write_json(run.path / "eval.json", result)
             run.save(sae.to(getattr(torch, cfg.weights_dtype)), cfg.total_training_steps, "complete")
@@ -202,7 +204,7 @@ def _short_evaluation(
     for index in sorted({member.run.sae.hook_layer for member in members}):
         of_layer = [member for member in members if member.run.sae.hook_layer == index]
         saes = [member.stack.finished(member.point) for member in of_layer]
-        results = evaluate_tokens(lm.layer(index), saes, contexts, 1, per_head=False)
+        results = evaluate_tokens(lm.layer(index), saes, contexts, 1, per_head=False, cache=kept_effects())
         keys = ("L0", "FVU", "CE_clean", "CE_sae", "CE_score", "KL_score")
         for member, result in zip(of_layer, results, strict=True):
             figures[member.run.path] = {f"held_out_{key}": result[key] for key in keys}

@@ -7,21 +7,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from analysis import attribution as dfa
-from analysis.corpus.heads import MIN_FIRINGS, feature_roles
+from analysis.corpus.heads import MIN_ATTRIBUTED, feature_roles
 from analysis.corpus.running import FeatureStatistics, Sources
 from analysis.logits import LogitEffects
 from analysis.tokens import visible
 
 N_TOKENS = 10  # tokens kept of those that a feature fires on, and reads
-_SLOT_WORDS = {
-    "bos": "BOS",
-    "self": "this token",
-    "induction": "after an earlier copy",
-    "duplicate": "an earlier copy",
-    "previous": "previous token",
-    "local": "2 to 5 back",
-    "other": "elsewhere",
-}
 
 
 def feature_table(
@@ -57,7 +48,7 @@ def feature_table(
     for prefix, sources in (("", statistics.sources), ("repeated_", repeats)):
         shares, role, share = feature_roles(sources)
         table[f"{prefix}dfa_firings"] = sources.firings.numpy()
-        judged = (role >= 0) & (sources.firings.numpy() >= MIN_FIRINGS)
+        judged = (role >= 0) & (sources.firings.numpy() >= MIN_ATTRIBUTED)
         table[f"{prefix}role"] = [dfa.SLOTS[i] if ok else None for i, ok in zip(role, judged, strict=True)]
         table[f"{prefix}role_share"] = np.where(judged, share, np.nan).astype(np.float32)
         for index, slot in enumerate(dfa.SLOTS):
@@ -74,7 +65,8 @@ def feature_table(
         "bottom_logits": effects.bottom,
         "logit_histogram": effects.histogram,
     }
-    table["histogram_end"] = torch.exp2(statistics.exponent.float()).numpy()
+    exponent = torch.where(statistics.firings > 0, statistics.exponent, 0)
+    table["histogram_end"] = torch.exp2(exponent.float()).numpy()
     for name, values in lists.items():
         array = values.numpy()
         table[name] = list(array.astype(np.float32 if array.dtype.kind == "f" else np.int32))
@@ -96,7 +88,7 @@ def describe(table: pd.DataFrame, strings: dict[int, str]) -> list[str]:
             lines.append(f"rare | on {fires}")
             continue
         reads = _tokens(row.reads_ids, row.reads_counts, row.dfa_firings, strings)
-        lines.append(f"{_SLOT_WORDS[row.role]} {row.role_share:.0%}: {reads} | on {fires}")
+        lines.append(f"{dfa.SLOT_TABLE[row.role].words} {row.role_share:.0%}: {reads} | on {fires}")
     return lines
 
 

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from analysis import attribution as dfa
-from analysis.corpus.running import Chunk, FeatureStatistics, Sources
+from analysis.attribution import Chunk
+from analysis.corpus.running import FeatureStatistics, Sources
 from trainer.model.lm import Layer
 
-MIN_FIRINGS = 10  # attributed firings from which a feature's role is judged
+MIN_ATTRIBUTED = 10  # attributed firings from which a feature's role is judged
 _PAIRS = 512  # (query, source) pairs per head of which the copying rank is taken
 _EXAMPLES = 20  # of them kept
 
@@ -144,7 +145,7 @@ def monosemanticity(prefix: str, sources: Sources, firings: np.ndarray, head: np
     """
     _, role, _ = feature_roles(sources)
     dominant = sources.head_dfa.argmax(1).numpy()
-    judged = (sources.firings.numpy() >= MIN_FIRINGS) & (role >= 0)
+    judged = (sources.firings.numpy() >= MIN_ATTRIBUTED) & (role >= 0)
     rows = []
     for index, main in enumerate(dominant):
         own = np.flatnonzero(judged & (head == index))

@@ -5,6 +5,7 @@ which either does) and write the same direction (cosine of what they add to the 
 from sparse matrix products, a block of rows at a time; no d_sae x d_sae matrix is ever held.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -54,44 +55,73 @@ def compare_features(
     Args:
         head: of each feature.
     """
-    matrix = _sample(cofiring, len(head))
-    n_tokens = matrix.shape[0]
-    binary = matrix.astype(bool).astype(np.float32)
-    rows, columns = binary.T.tocsr(), binary.tocsr()
-    value_rows = matrix.T.tocsr()
-    count = np.asarray(binary.sum(0)).ravel()
-    mean = np.asarray(matrix.sum(0)).ravel() / n_tokens
-    deviation = np.sqrt(np.maximum(np.asarray(matrix.multiply(matrix).sum(0)).ravel() / n_tokens - mean**2, 1e-30))
-    direction = torch.nn.functional.normalize(written, dim=1).cpu().numpy()
+    matrix = _sample(cofiring, len(head))  # [token, feature]
+    n_tokens, count = matrix.shape[0], np.bincount(matrix.indices, minlength=len(head)).astype(np.float32)
+    counted = matrix[: _first_tokens(matrix, _CURVE_PAIRS)]
     live = np.flatnonzero(count >= MIN_FIRINGS)
+    matrix, count, head_of_live = matrix[:, live], count[live], head[live]
+    mean = np.asarray(matrix.sum(0)).ravel() / n_tokens
+    variance = np.asarray(matrix.multiply(matrix).sum(0)).ravel() / n_tokens - mean**2
+    deviation = np.sqrt(np.maximum(variance, 1e-30))
+    direction = torch.nn.functional.normalize(written, dim=1).cpu().numpy()[live]
+    binary, value_rows = firing(matrix), matrix.T.tocsr()
     forests = {name: _empty_forest(len(head)) for name in CRITERIA}
     partners = np.zeros((n_heads, n_heads), dtype=int)
-    neighbours = []
-    for start in range(0, len(live), _ROWS):
-        block = live[start : start + _ROWS]
-        together = (rows[block] @ columns).toarray()[:, live]
-        jaccard = together / (count[block][:, None] + count[live] - together)
-        moment = (value_rows[block] @ matrix).toarray()[:, live] / n_tokens
-        correlation = (moment - mean[block][:, None] * mean[live]) / (deviation[block][:, None] * deviation[live])
-        cosine = direction[block] @ direction[live].T
-        across = head[block][:, None] != head[live]
-        own = np.arange(start, start + len(block))
-        jaccard[np.arange(len(block)), own] = cosine[np.arange(len(block)), own] = -1
-        neighbours.append(_nearest(block, live, across, jaccard, correlation, cosine))
+    neighbours = [_nearest(live[:0], live[:0], *np.zeros((4, 0, 0)))]
+    # Everything in the loop is [feature of the block, live feature].
+    for block, together in cofirings(binary.T.tocsr(), binary):
+        jaccard = together / (count[block, None] + count - together)
+        moment = (value_rows[block] @ matrix).toarray() / n_tokens
+        correlation = (moment - mean[block, None] * mean) / (deviation[block, None] * deviation)
+        cosine = direction[block] @ direction.T
+        across = head_of_live[block, None] != head_of_live
+        row = np.arange(len(live))[block]
+        jaccard[row - row[0], row] = cosine[row - row[0], row] = -1  # a feature with itself
+        neighbours.append(_nearest(live[block], live, across, jaccard, correlation, cosine))
         both = np.minimum(jaccard, cosine)
         redundant = (both >= REDUNDANT) & across
         for other in range(n_heads):
-            has = redundant[:, head[live] == other].any(1)
-            partners[:, other] += np.bincount(head[block][has], minlength=n_heads)
-        later = np.arange(len(live)) > own[:, None]  # each pair once
+            has = redundant[:, head_of_live == other].any(1)
+            partners[:, other] += np.bincount(head_of_live[block][has], minlength=n_heads)
+        later = np.arange(len(live)) > row[:, None]  # each pair once
         for name, score in (("both", both), ("jaccard", jaccard), ("cosine", cosine)):
             a, b = np.nonzero((score >= THRESHOLDS[-1]) & across & later)
-            forests[name] = _spanning_forest(forests[name], block[a], live[b], score[a, b])
-    counted = columns[: _first_tokens(columns, _CURVE_PAIRS)]
-    empty = _nearest(live[:0], live[:0], *np.zeros((4, 0, 0)))
-    table = pd.concat([empty, *neighbours], ignore_index=True)
-    merging = _merging_curve(counted, forests)
-    return Redundancy(table, merging, partners.tolist(), n_tokens, counted.nnz / counted.shape[0])
+            forests[name] = _spanning_forest(forests[name], live[row[a]], live[b], score[a, b])
+    return Redundancy(
+        pd.concat(neighbours, ignore_index=True),
+        _merging_curve(counted, forests),
+        partners.tolist(),
+        n_tokens,
+        counted.nnz / counted.shape[0],
+    )
+
+
+def firing(activations: sp.csr_matrix) -> sp.csr_matrix:
+    """1 where a feature fires."""
+    return activations.astype(bool).astype(np.float32)
+
+
+def cofirings(rows: sp.csr_matrix, columns: sp.csr_matrix) -> Iterator[tuple[slice, np.ndarray]]:
+    """Tokens on which two features fire, for some features of `rows` at a time with all of `columns`.
+
+    Args:
+        rows, columns: [feature, token] and [token, feature], 1 where a feature fires.
+    """
+    for start in range(0, rows.shape[0], _ROWS):
+        block = slice(start, start + _ROWS)
+        yield block, (rows[block] @ columns).toarray()
+
+
+def best_of_rows(score: np.ndarray, n: int, least: float) -> tuple[np.ndarray, np.ndarray]:
+    """Row and column of up to n entries of each row that reach `least`, the largest first."""
+    n = min(n, score.shape[1])
+    if not n:
+        return np.zeros(0, int), np.zeros(0, int)
+    best = np.argpartition(-score, n - 1, axis=1)[:, :n]  # [row, place]: a column
+    order = np.take_along_axis(score, best, 1).argsort(axis=1)[:, ::-1]
+    best = np.take_along_axis(best, order, 1)
+    row, place = np.nonzero(np.take_along_axis(score, best, 1) >= least)
+    return row, best[row, place]
 
 
 def _sample(cofiring: Cofiring, d_sae: int) -> sp.csr_matrix:
@@ -112,11 +142,7 @@ def _nearest(
     wanted = np.zeros(across.shape, dtype=bool)
     for measure in (jaccard, cosine):
         for where in (across, ~across.astype(bool)):
-            score = np.where(where, measure, -np.inf)
-            n = min(N_NEIGHBOURS, score.shape[1])
-            best = np.argpartition(-score, n - 1, axis=1)[:, :n] if n else np.zeros((len(block), 0), int)
-            row, place = np.nonzero(np.take_along_axis(score, best, 1) > 0)
-            wanted[row, best[row, place]] = True
+            wanted[best_of_rows(np.where(where, measure, -np.inf), N_NEIGHBOURS, 1e-30)] = True
     a, b = np.nonzero(wanted)
     return pd.DataFrame(
         {

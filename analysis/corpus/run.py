@@ -3,9 +3,7 @@
 import json
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -15,29 +13,22 @@ import pandas as pd
 import pyarrow as pa
 import torch
 from jaxtyping import Int
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from analysis import attribution as dfa
 from analysis import store
+from analysis.attribution import Reader
 from analysis.corpus.features import describe, feature_table
 from analysis.corpus.heads import Copying, copying, head_table
-from analysis.corpus.pairs import compare_features
-from analysis.corpus.passes import (
-    Strips,
-    choose_examples,
-    chunks,
-    example_contexts,
-    first_pass,
-    second_pass,
-    sources_on_repeats,
-)
+from analysis.corpus.pairs import Redundancy, compare_features
+from analysis.corpus.passes import Strips, choose_examples, chunks, feed, sources_on_repeats
 from analysis.corpus.running import FeatureStatistics, Sources, load_state, state
 from analysis.logits import head_of_features, inverse_final_scale, logit_effects, written
 from trainer import checkpoint
 from trainer.checkpoint import Checkpoint, by_origin
+from trainer.config import require
 from trainer.data.text import Corpus
 from trainer.files import write_atomically
 from trainer.interrupts import Interrupted, deferred_interrupts
@@ -65,40 +56,50 @@ class AnalysisConfig:
 
     def __post_init__(self) -> None:
         for key in ("tokens", "examples"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
-        if not 0 <= self.quantile_examples <= 50:
-            raise ValueError(f"quantile_examples must lie between 0 and 50, got {self.quantile_examples}")
+            require(getattr(self, key) >= 1, f"{key} must be at least 1, got {getattr(self, key)}")
+        n = self.quantile_examples
+        require(0 <= n <= 50, f"quantile_examples must lie between 0 and 50, got {n}")
 
 
 class Job:
-    """The analysis of one checkpoint on its way: `stage` 1 or 2, and how many contexts of it are done."""
+    """The analysis of one checkpoint on its way: contexts before `done` of the text went through pass `stage`.
 
-    def __init__(self, trained: Checkpoint, layer: Layer, key: dict[str, Any], n_top: int) -> None:
-        self.checkpoint, self.path, self.layer = trained, trained.path, layer
-        self.sae = trained.sae.to(layer.device)
+    Args:
+        key: what an interrupted analysis must have in common with this one to be resumed.
+        length: of a context, BOS included.
+    """
+
+    def __init__(
+        self, trained: Checkpoint, layer: Layer, key: dict[str, Any], cfg: AnalysisConfig, length: int
+    ) -> None:
+        self.checkpoint, self.layer = trained, layer
+        self.reader = Reader(trained.sae, layer)
         self.stage, self.done, self.seconds = 1, 0, [0.0, 0.0]
-        self._key = {**key, "weights": trained.weights_hash}
-        self.statistics = FeatureStatistics(self.sae, layer.b_V, layer.lm.d_vocab, n_top)
-        self.examples: pd.DataFrame | None = None
-        self.strips: Strips | None = None
+        self._key, self._cfg, self._length = {**key, "weights": trained.weights_hash}, cfg, length
+        self._folder = trained.path / ".analysis.state"
+        self.statistics = FeatureStatistics(self.reader, layer.lm.d_vocab, cfg.examples)
 
-    def begin_second(self, n_quantiles: int, length: int) -> None:
+    def begin_second(self) -> None:
         """Choose the examples whose strips the second pass fills."""
-        self.examples = choose_examples(self.statistics, n_quantiles, length)
-        self.strips = Strips(len(self.examples))
+        self.examples = choose_examples(self.statistics, self._cfg.quantile_examples, self._length)
+        self.strips = Strips(self.reader, self.examples)
         self.stage, self.done = 2, 0
+
+    @property
+    def filled(self) -> FeatureStatistics | Strips:
+        """What the pass fills."""
+        return self.statistics if self.stage == 1 else self.strips
 
     def save(self) -> None:
         """Write what resuming needs, beside the checkpoint's own files."""
+        tensors = state(self.statistics, "statistics.") | (state(self.strips, "strips.") if self.stage == 2 else {})
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        position = {"key": self._key, "stage": self.stage, "done": self.done, "seconds": self.seconds}
+        metadata = {name: json.dumps(value) for name, value in position.items()}
         self._folder.mkdir(exist_ok=True)
-        found = state(self.statistics, "statistics.")
-        if self.strips is not None:
-            found |= state(self.strips, "strips.")
-        found = {name: value.contiguous() for name, value in found.items()}
-        write_atomically(self._folder / "state.safetensors", lambda p: save_file(found, p, self._position()))
+        write_atomically(self._folder / "state.safetensors", lambda p: save_file(tensors, p, metadata))
 
-    def load(self, n_quantiles: int, length: int) -> None:
+    def load(self) -> None:
         """Go on from what `save` wrote, if it belongs to the same analysis.
 
         Raises:
@@ -108,35 +109,22 @@ class Job:
         if not file.exists():
             return
         try:
-            found = load_file(file)
-            with file.open("rb") as raw:
-                size = int.from_bytes(raw.read(8), "little")
-                position = json.loads(raw.read(size))["__metadata__"]
+            with safe_open(file, framework="pt") as saved:
+                tensors = {name: saved.get_tensor(name) for name in saved.keys()}  # noqa: SIM118
+                position = {name: json.loads(value) for name, value in saved.metadata().items()}
         except (SafetensorError, OSError, ValueError) as error:
             raise ValueError(f"{file} is damaged ({error}): run without --resume") from error
-        if json.loads(position["key"]) != self._key:
+        if position["key"] != self._key:
             raise ValueError(f"{file} was begun with other options, text or weights: run without --resume")
-        load_state(self.statistics, found, "statistics.")
-        if position["stage"] == "2":
-            self.begin_second(n_quantiles, length)
-            load_state(self.strips, found, "strips.")
-        self.done, self.seconds = int(position["done"]), json.loads(position["seconds"])
+        load_state(self.statistics, tensors, "statistics.")
+        if position["stage"] == 2:
+            self.begin_second()
+            load_state(self.strips, tensors, "strips.")
+        self.done, self.seconds = position["done"], position["seconds"]
 
     def forget(self) -> None:
         """Delete the saved state."""
         shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _position(self) -> dict[str, str]:
-        return {
-            "key": json.dumps(self._key),
-            "stage": str(self.stage),
-            "done": str(self.done),
-            "seconds": json.dumps(self.seconds),
-        }
-
-    @property
-    def _folder(self) -> Path:
-        return self.path / ".analysis.state"
 
 
 def analyse(
@@ -156,84 +144,79 @@ def analyse(
             corpus = Corpus(cfg.dataset, lm.tokenizer, text.context_size, 1.0, text.text_column)
         contexts = corpus.held_out_tokens(cfg.tokens)
         key = {**asdict(cfg), "text": corpus.fingerprint, "n_contexts": len(contexts)}
-        jobs = [Job(each, layer, key, cfg.examples) for each in group]
+        jobs = [Job(trained, layer, key, cfg, corpus.context_size) for trained in group]
         for job in jobs:
             if resume:
-                job.load(cfg.quantile_examples, corpus.context_size)
+                job.load()
             else:
                 job.forget()
-        _run(jobs, layer, corpus, contexts, cfg, wandb)
+        for same in _equally_far(jobs, 1):
+            _run_pass("First pass ", same, contexts, torch.arange(len(contexts)))
+            for job in same:
+                job.begin_second()
+        for same in _equally_far(jobs, 2):
+            _run_pass("Second pass", same, contexts, torch.cat([job.strips.contexts for job in same]).unique())
+        _write(jobs, corpus, contexts, cfg, wandb)
 
 
-def _run(
-    jobs: list[Job],
-    layer: Layer,
-    corpus: Corpus,
-    contexts: Int[Tensor, "context pos"],
-    cfg: AnalysisConfig,
-    wandb: str,
+def _equally_far(jobs: list[Job], stage: int) -> list[list[Job]]:
+    """Those in a pass, by where they stopped: jobs that are equally far share the forwards."""
+    left = sorted((job for job in jobs if job.stage == stage), key=lambda job: job.done)
+    return [list(same) for _, same in groupby(left, key=lambda job: job.done)]
+
+
+def _run_pass(
+    what: str, jobs: list[Job], contexts: Int[Tensor, "context pos"], needed: Int[Tensor, " context"]
 ) -> None:
-    length = contexts.shape[1]
-    # Jobs that stopped at different contexts catch up first: those that are equally far share the forwards.
-    for start, same in _by_progress(jobs, 1):
-        run = partial(first_pass, layer, contexts, start, [job.statistics for job in same])
-        _follow("First pass ", run, same, len(contexts), length)
-        for job in same:
-            job.begin_second(cfg.quantile_examples, length)
-    for start, same in _by_progress(jobs, 2):
-        examples = [job.examples for job in same]
-        run = partial(second_pass, layer, contexts, start, [j.sae for j in same], examples, [j.strips for j in same])
-        _follow("Second pass", run, same, len(example_contexts(examples)), length)
+    """Take jobs that are equally far through their pass, saving now and then, and before stopping.
 
+    Args:
+        needed: contexts that the whole pass reads.
+    """
+    layer, stage, n_tokens = jobs[0].layer, jobs[0].stage, contexts.shape[1] - 1
+    index = needed[needed >= jobs[0].done]
+    n_read = len(needed) - len(index)
+    before, started = jobs[0].seconds[stage - 1], time.monotonic()
+    saved = started
+    with (
+        tqdm(desc=what, total=len(needed) * n_tokens, unit="tok", unit_scale=True, dynamic_ncols=True) as bar,
+        deferred_interrupts() as asked_to_stop,
+    ):
+        bar.update(n_read * n_tokens)
+        for read in feed(layer, contexts, index, [job.filled for job in jobs]):
+            now = time.monotonic()
+            n_read += len(read)
+            bar.update(len(read) * n_tokens)
+            for job in jobs:
+                job.done, job.seconds[stage - 1] = int(read[-1]) + 1, before + now - started
+            stop = asked_to_stop()
+            if stop or now - saved > _SAVE_SECONDS:
+                saved = now
+                for job in jobs:
+                    job.save()
+            if stop:
+                raise Interrupted(f"{what.strip().lower()}, {n_read:,} of {len(needed):,} contexts; --resume goes on")
+
+
+def _write(
+    jobs: list[Job], corpus: Corpus, contexts: Int[Tensor, "context pos"], cfg: AnalysisConfig, wandb: str
+) -> None:
+    """The artefacts of jobs of one layer that went through both passes."""
+    layer, length = jobs[0].layer, contexts.shape[1]
     n_repeated = max(1, _REPEATED_TOKENS // (length - 1))
-    repeats = sources_on_repeats(layer, [job.sae for job in jobs], n_repeated, length, cfg.seed)
+    repeats = sources_on_repeats(layer, [job.reader for job in jobs], n_repeated, length, cfg.seed)
     copied = copying(layer, next(chunks(layer, contexts, torch.arange(min(32, len(contexts))))))
     inverse_scale = inverse_final_scale(layer, contexts[: max(1, _SCALE_TOKENS // length)])
     documents = corpus.documents(contexts)
     for job, sources in zip(jobs, repeats, strict=True):
-        print(f"Writing {job.path}/analysis", flush=True)
+        path = job.checkpoint.path
+        print(f"Writing {path}/analysis", flush=True)
         tables, redundancy = _tables(job, sources, copied, contexts, documents, inverse_scale)
         meta = _meta(job, corpus, cfg, redundancy) | {"inverse_final_scale": inverse_scale}
-        store.write(job.path / "analysis", meta, tables)
+        store.write(path / "analysis", meta, tables)
         job.forget()
         if wandb != "disabled":
-            _log(job.path.name, meta, tables, wandb)
-
-
-def _by_progress(jobs: list[Job], stage: int) -> list[tuple[int, list[Job]]]:
-    left = sorted((job for job in jobs if job.stage == stage), key=lambda job: job.done)
-    return [(done, list(same)) for done, same in groupby(left, key=lambda job: job.done)]
-
-
-def _follow(what: str, run: Callable[[Callable[[int], None]], None], jobs: list[Job], total: int, length: int) -> None:
-    """Run a pass with a progress bar, saving now and then, and before stopping."""
-    started = saved = time.monotonic()
-    before = jobs[0].seconds[jobs[0].stage - 1]
-
-    def save() -> None:
-        for job in jobs:
-            job.save()
-
-    with (
-        tqdm(desc=what, total=total * (length - 1), unit="tok", unit_scale=True, dynamic_ncols=True) as bar,
-        deferred_interrupts() as asked_to_stop,
-    ):
-        bar.update(jobs[0].done * (length - 1))
-
-        def after_forward(done: int) -> None:
-            nonlocal saved
-            bar.update((done - jobs[0].done) * (length - 1))
-            for job in jobs:
-                job.done = done
-                job.seconds[job.stage - 1] = before + time.monotonic() - started
-            if asked_to_stop():
-                save()
-                raise Interrupted(f"{what.strip().lower()}, {done:,} of {total:,} contexts; --resume goes on")
-            if time.monotonic() - saved > _SAVE_SECONDS:
-                save()
-                saved = time.monotonic()
-
-        run(after_forward)
+            _log(path.name, meta, tables, wandb)
 
 
 def _tables(
@@ -243,18 +226,16 @@ def _tables(
     contexts: Int[Tensor, "context pos"],
     documents: Int[Tensor, "context pos"],
     inverse_scale: float,
-) -> tuple[dict[str, pd.DataFrame | pa.Table], dict[str, Any]]:
-    """Everything that is written, and the redundancy in total."""
-    layer, lm = job.layer, job.layer.lm
-    head, head_share = (each.numpy() for each in head_of_features(job.sae, layer.n_heads))
-    directions = written(job.sae, layer.W_O)
+) -> tuple[dict[str, pd.DataFrame | pa.Table], Redundancy]:
+    """Everything that is written, and the redundancy of which the tables hold parts."""
+    layer, lm, sae = job.layer, job.layer.lm, job.reader.sae
+    head, head_share = (column.numpy() for column in head_of_features(sae, layer.n_heads))
+    directions = written(sae, layer.W_O)
     redundancy = compare_features(job.statistics.cofiring, directions, head, lm.n_heads)
     effects = logit_effects(lm, directions, inverse_scale)
-    W_enc = dfa.head_encoders(job.sae, layer.n_heads, layer.d_head)
-    features = feature_table(
-        job.statistics, repeats, effects, _constants(job, W_enc), head, head_share.astype(np.float32)
-    )
-    pairs = pd.concat([each.examples for each in copied], ignore_index=True)
+    constants, head_share = job.reader.constants().cpu(), head_share.astype(np.float32)
+    features = feature_table(job.statistics, repeats, effects, constants, head, head_share)
+    pairs = pd.concat([of_head.examples for of_head in copied], ignore_index=True)
     shown = np.union1d(job.examples["context"], pairs["context"])
     tokens = contexts[shown]
     ids = np.unique(np.concatenate([tokens.flatten(), *(np.concatenate(features[c]) for c in features if "_ids" in c)]))
@@ -271,22 +252,14 @@ def _tables(
         "pairs": redundancy.neighbours,
         "merging": redundancy.merging,
         "tokens": pd.DataFrame({"id": list(strings), "text": list(strings.values())}),
-    }, {"l0": redundancy.l0, "heads": redundancy.heads, "n_tokens": redundancy.n_tokens}
-
-
-def _constants(job: Job, W_enc: Tensor) -> Tensor:
-    """b_V . w + b_enc of every feature."""
-    constants = dfa.constants(job.layer.b_V.float(), W_enc, torch.zeros_like(W_enc[:, 0]))
-    if job.sae.is_dense:
-        constants = constants.sum(0, keepdim=True)
-    return (constants + job.sae.b_enc).flatten().detach().cpu()
+    }, redundancy
 
 
 def _examples(table: pd.DataFrame, strips: Strips) -> pa.Table:
     """The examples with their sparse rows as list columns."""
-    found = pa.Table.from_pandas(table, preserve_index=False)
-    found = found.append_column("head", pa.array(strips.head.numpy()))
-    found = found.append_column("dfa_sum", pa.array(strips.dfa_sum.numpy()))
+    examples = pa.Table.from_pandas(table, preserve_index=False)
+    examples = examples.append_column("head", pa.array(strips.head.numpy()))
+    examples = examples.append_column("dfa_sum", pa.array(strips.dfa_sum.numpy()))
     parts = state(strips)
     names = {
         "active": {"active_positions": "position", "activations": "value"},
@@ -299,14 +272,14 @@ def _examples(table: pd.DataFrame, strips: Strips) -> pa.Table:
         offsets = torch.nn.functional.pad(bounds, (1, 0)).int().numpy()
         for column, name in columns.items():
             values = parts[f"{prefix}_{name}"][order].numpy()
-            found = found.append_column(column, pa.ListArray.from_arrays(pa.array(offsets), pa.array(values)))
-    return found
+            examples = examples.append_column(column, pa.ListArray.from_arrays(pa.array(offsets), pa.array(values)))
+    return examples
 
 
-def _meta(job: Job, corpus: Corpus, cfg: AnalysisConfig, redundancy: dict[str, Any]) -> dict[str, Any]:
+def _meta(job: Job, corpus: Corpus, cfg: AnalysisConfig, redundancy: Redundancy) -> dict[str, Any]:
     statistics = job.statistics
     return {
-        "checkpoint": job.path.name,
+        "checkpoint": job.checkpoint.name,
         "weights": job.checkpoint.weights_hash,
         "model": asdict(job.checkpoint.config.model),
         "text": {
@@ -321,7 +294,7 @@ def _meta(job: Job, corpus: Corpus, cfg: AnalysisConfig, redundancy: dict[str, A
         "FVU": (statistics.error.sum() / statistics.deviation().sum()).item(),
         "token_counts_too_low_by": [int(statistics.fires_on.floor), int(statistics.sources.reads.floor)],
         "head_tokens": int(statistics.sources.head_tokens),
-        "redundancy": redundancy,
+        "redundancy": {"l0": redundancy.l0, "heads": redundancy.heads, "n_tokens": redundancy.n_tokens},
         "seconds": {"first pass": job.seconds[0], "second pass": job.seconds[1]},
         "versions": checkpoint.versions(),
     }

@@ -3,7 +3,7 @@
 All that is kept is tensors, so that an interrupted pass goes on from `state`.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from analysis import attribution as dfa
-from trainer.block_diag import BlockDiagSAE
+from analysis.attribution import Chunk, Firings, Reader
 
 BINS = 64  # of an activation histogram
 SAMPLE = 64  # firings of a feature drawn uniformly, from which its quantile examples are taken
@@ -20,80 +20,43 @@ DFA_FIRINGS = 1024  # of a feature, after which its sources are no longer tallie
 HEAD_TOKENS = 16_384  # tokens over which attention and DFA of whole heads are summed
 COFIRING_PAIRS = 16_000_000  # (token, feature) pairs kept for co-firing, from the first tokens on
 _TILE = 2**22  # (firing, source) pairs attributed at a time
-
-
-class Chunk(NamedTuple):
-    """Whole contexts as one attention layer sees them."""
-
-    index: Int[Tensor, " context"]  # of each context in the text
-    tokens: Int[Tensor, "context pos"]
-    z: Float[Tensor, "context pos head d_head"]
-    v: Float[Tensor, "context pos head d_head"]
-    pattern: Float[Tensor, "context head query source"]
-    slots: Int[Tensor, "context query source"]
-
-
-class Firings(NamedTuple):
-    """Every activation above 0 of a chunk."""
-
-    context: Int[Tensor, " firing"]  # within the chunk
-    position: Int[Tensor, " firing"]
-    feature: Int[Tensor, " firing"]  # global id
-    value: Float[Tensor, " firing"]
-
-    @classmethod
-    def of(cls, f: Float[Tensor, "context pos block feature"]) -> "Firings":
-        """The firings among activations, in reading order."""
-        flat = f.flatten(2)
-        at = flat.nonzero().unbind(1)
-        return cls(*at, flat[at])
-
-    def where(self, keep: Tensor) -> "Firings":
-        """The firings for which `keep` is true."""
-        return Firings(*(each[keep] for each in self))
+_UNSET = -1000  # exponent of a histogram that holds nothing
 
 
 class FeatureStatistics:
     """What all features of one SAE did so far.
 
     Args:
-        sae: for raw hook_z.
-        b_V: value biases of the layer.
         d_vocab: of the language model.
         n_top: contexts kept of each feature in which it fires most.
     """
 
-    def __init__(self, sae: BlockDiagSAE, b_V: Float[Tensor, "head d_head"], d_vocab: int, n_top: int) -> None:
-        self._sae, self._b_V = sae, b_V
-        n_heads, d_sae = len(b_V), sae.d_sae
-        self._W_enc = dfa.head_encoders(sae, *b_V.shape)
-        self._dense = sae.is_dense
+    def __init__(self, reader: Reader, d_vocab: int, n_top: int) -> None:
+        self._reader = reader
+        n_heads, d_sae = len(reader.b_V), reader.sae.d_sae
         self.n_tokens = torch.tensor(0)
         self.firings = torch.zeros(d_sae, dtype=torch.int64)
         self.total = torch.zeros(d_sae, dtype=torch.float64)
         self.maximum = torch.zeros(d_sae)
         self.histogram = torch.zeros(d_sae, BINS, dtype=torch.int64)
-        self.exponent = torch.zeros(d_sae, dtype=torch.int32)  # the histogram covers 0 to 2**exponent
+        self.exponent = torch.full((d_sae,), _UNSET, dtype=torch.int32)  # the histogram covers 0 to 2**exponent
         self.top = Largest(d_sae, n_top)
         self.sample = Largest(d_sae, SAMPLE)
         self.fires_on = Tally(d_vocab)
         self.sources = Sources(d_sae, n_heads, d_vocab)
-        self.l0 = torch.zeros(sae.n_blocks, dtype=torch.float64)
+        self.l0 = torch.zeros(reader.sae.n_blocks, dtype=torch.float64)
         self.error = torch.zeros(n_heads, dtype=torch.float64)
-        self.z_sum = torch.zeros(b_V.shape, dtype=torch.float64)
+        self.z_sum = torch.zeros(reader.b_V.shape, dtype=torch.float64)
         self.z_squared = torch.zeros(n_heads, dtype=torch.float64)
         self.cofiring = Cofiring()
 
     @torch.no_grad()
     def update(self, chunk: Chunk) -> None:
         """Add a chunk; BOS positions count nowhere."""
-        z = chunk.z.float()
-        f = self._sae.encode(z)
-        f[:, 0] = 0
-        n = chunk.tokens[:, 1:].numel()
-        self.n_tokens += n
-        z, z_hat = z[:, 1:], self._sae.decode(f[:, 1:]).reshape(z[:, 1:].shape)
-        self.error += (z - z_hat).pow(2).sum(-1).double().sum((0, 1)).cpu()
+        f, reads = self._reader.encode(chunk), self._reader.reads(chunk)
+        self.n_tokens += chunk.tokens[:, 1:].numel()
+        z = chunk.z[:, 1:].float()
+        self.error += (z - self._reader.sae.decode(f[:, 1:]).view_as(z)).pow(2).sum(-1).double().sum((0, 1)).cpu()
         self.z_sum += z.double().sum((0, 1)).cpu()
         self.z_squared += z.pow(2).sum(-1).double().sum((0, 1)).cpu()
 
@@ -102,10 +65,9 @@ class FeatureStatistics:
         self._add_activations(firings)
         self._add_examples(firings, chunk)
         self.fires_on.add(firings.feature, chunk.tokens[firings.context, firings.position])
-        reads = dfa.reads_by_feature(chunk.v.float(), self._b_V.float(), self._W_enc)
-        self.sources.add_features(firings, chunk, reads, self._dense)
+        self.sources.add_features(self._reader, chunk, reads, firings)
         if self.sources.head_tokens < HEAD_TOKENS:
-            self.sources.add_heads(chunk, reads, f > 0, 1)
+            self.sources.add_heads(chunk, reads, f, 1)
 
     def fvu_per_head(self) -> Float[Tensor, " head"]:
         """Squared error over squared deviation from the mean."""
@@ -123,19 +85,20 @@ class FeatureStatistics:
         self.total.index_add_(0, feature, value.double())
         self.maximum = torch.maximum(self.maximum, largest)
         bins = torch.ldexp(value, -self.exponent[feature]).mul_(BINS).long()
-        self.histogram += torch.bincount(feature * BINS + bins, minlength=self.histogram.numel()).view_as(
-            self.histogram
-        )
+        binned = torch.bincount(feature * BINS + bins, minlength=self.histogram.numel())
+        self.histogram += binned.view_as(self.histogram)
         self.firings += count
         self.l0 += count.view(len(self.l0), -1).sum(1)
 
     def _widen(self, largest: Float[Tensor, " feature"]) -> None:
-        """Double the range of histograms, merging their bins in pairs, until it holds the largest activation."""
-        needed = torch.frexp(largest).exponent  # largest < 2**needed
-        unused = self.firings == 0
-        wider = torch.where(largest > 0, torch.maximum(needed, self.exponent), self.exponent)
-        wider = torch.where(unused & (largest > 0), needed, wider)
-        missing = torch.where(unused, 0, wider - self.exponent)
+        """Double the range of histograms, merging their bins in pairs, until it holds the largest activation.
+
+        So 64 equal bins are exact whatever the range turns out to be; 32 bins for each of 24 octaves, from which the
+        same could be made at the end, would take 12 times the memory.
+        """
+        needed = torch.where(largest > 0, torch.frexp(largest).exponent, _UNSET)  # largest < 2**needed
+        wider = torch.maximum(needed, self.exponent)
+        missing = torch.where(self.firings > 0, wider - self.exponent, 0)
         while (rows := missing > 0).any():
             merged = self.histogram[rows].view(-1, BINS // 2, 2).sum(-1)
             self.histogram[rows] = torch.nn.functional.pad(merged, (0, BINS // 2))
@@ -174,20 +137,20 @@ class Largest:
         if not len(row):
             return
         n = self.key.shape[1]
+        # Of the entries offered to a row its n largest: `rank` is their place among them.
         order = key.argsort(descending=True, stable=True)
         by_row, rank = _ranks(row[order])
-        order, kept = order[by_row], rank < n
-        order, rank = order[kept], rank[kept]
-        rows, place = row[order].unique(return_inverse=True)
+        order, rank = order[by_row][rank < n], rank[rank < n]
+        rows, place = row[order].unique(return_inverse=True)  # entry -> its line in the tables [row offered to, n]
         offered = torch.full((len(rows), n), -torch.inf)
         offered[place, rank] = key[order]
+        # [row offered to, 2 n]: what is kept stands first, so that of equal keys it stays.
         merged = torch.cat([self.key[rows], offered], 1).sort(stable=True, dim=1, descending=True)
         self.key[rows] = merged.values[:, :n]
-        for name, new in (("value", value), ("at", at)):
-            old = getattr(self, name)
-            offered = torch.full((len(rows), n), -1, dtype=old.dtype)
+        for kept, new in ((self.value, value), (self.at, at)):
+            offered = torch.full((len(rows), n), -1, dtype=kept.dtype)
             offered[place, rank] = new[order]
-            old[rows] = torch.cat([old[rows], offered], 1).gather(1, merged.indices[:, :n])
+            kept[rows] = torch.cat([kept[rows], offered], 1).gather(1, merged.indices[:, :n])
 
 
 class Tally:
@@ -252,38 +215,40 @@ class Sources:
             self.reads = Tally(d_vocab)
 
     def add_features(
-        self, firings: Firings, chunk: Chunk, reads: Float[Tensor, "context head feature source"], dense: bool
+        self, reader: Reader, chunk: Chunk, reads: Float[Tensor, "context head feature source"], firings: Firings
     ) -> None:
         """Attribute the firings of features of which fewer than DFA_FIRINGS were attributed before."""
         firings = firings.where((self.firings < DFA_FIRINGS).to(firings.feature.device)[firings.feature])
         self.firings += torch.bincount(firings.feature.cpu(), minlength=len(self.firings))
-        per_firing = chunk.tokens.shape[1] * (reads.shape[1] if dense else 1)
-        for part in torch.arange(len(firings.feature)).split(max(1, _TILE // per_firing)):
-            c, q, feature, _ = firings.where(part)
-            attribution = dfa.firing_sources(chunk.pattern, reads, c, q, feature, dense)
-            mass = attribution.new_zeros(len(part), len(dfa.SLOTS))
+        per_firing = chunk.tokens.shape[1] * (reads.shape[1] if reader.is_dense else 1)
+        for tile in torch.arange(len(firings.feature)).split(max(1, _TILE // per_firing)):
+            part = firings.where(tile)
+            context, query, feature, _ = part
+            attribution = reader.attribute(chunk, reads, part)  # [firing, reader, source]
             # A source in the future has slot -1 and no attention.
-            mass.scatter_add_(1, chunk.slots[c, q].clamp_min(0), attribution.relu().sum(1))
+            slots = chunk.slots[context, query].clamp_min(0)  # [firing, source]
+            mass = attribution.new_zeros(len(tile), len(dfa.SLOTS))
+            mass.scatter_add_(1, slots, attribution.relu().sum(1))
             self.mass.index_add_(0, feature.cpu(), mass.double().cpu())
             if hasattr(self, "reads"):
                 largest, source = attribution.sum(1).max(1)
                 positive = largest > 0
-                self.reads.add(feature[positive], chunk.tokens[c, source][positive])
+                self.reads.add(feature[positive], chunk.tokens[context, source][positive])
 
     def add_heads(
         self,
         chunk: Chunk,
         reads: Float[Tensor, "context head feature source"],
-        active: Float[Tensor, "context query block feature"],
+        f: Float[Tensor, "context query block feature"],
         first_query: int,
     ) -> None:
         """Sum the attention, and the positive DFA of all active features, of whole heads."""
-        active = active.float().expand(-1, -1, reads.shape[1], -1)  # every head is read by every feature if dense
+        active = (f > 0).float().expand(-1, -1, reads.shape[1], -1)  # if dense, every head is read by every feature
         for pattern, read, of_context, slots in zip(chunk.pattern, reads, active, chunk.slots, strict=True):
             mass = dfa.positive_mass(pattern, read.mT, of_context)
             self.head_attention += dfa.mass_per_slot(pattern, slots, first_query).double().cpu()
             self.head_dfa += dfa.mass_per_slot(mass, slots, first_query).double().cpu()
-        self.head_tokens += active[:, first_query:, 0, 0].numel()
+        self.head_tokens += f[:, first_query:, 0, 0].numel()
 
 
 class Cofiring:
@@ -320,7 +285,7 @@ class Cofiring:
 
 def state(statistics: Any, prefix: str = "") -> dict[str, Tensor]:
     """Every tensor that `statistics` consists of, by name; lists of tensors are joined first."""
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for name, value in vars(statistics).items():
         if name.startswith("_"):
             continue
@@ -328,10 +293,10 @@ def state(statistics: Any, prefix: str = "") -> dict[str, Tensor]:
             value[:] = [torch.cat(value)] if value else []
             value = value[0] if value else torch.empty(0)
         if isinstance(value, Tensor):
-            found[prefix + name] = value
+            tensors[prefix + name] = value
         else:
-            found |= state(value, f"{prefix}{name}.")
-    return found
+            tensors |= state(value, f"{prefix}{name}.")
+    return tensors
 
 
 def load_state(statistics: Any, saved: dict[str, Tensor], prefix: str = "") -> None:

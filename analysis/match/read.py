@@ -1,21 +1,17 @@
 """Reads what `python -m analysis.match` wrote, and aligns two runs of one prompt by it."""
 
-import json
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from analysis.prompt.run import PromptRun
-from analysis.store import SCHEMA_VERSION
-from trainer.checkpoint import Checkpoint, CheckpointError
+from analysis.store import Artefacts
+from trainer.checkpoint import Checkpoint
 
 
-class Match:
+class Match(Artefacts):
     """The matched features of two checkpoints, whichever of them was named first when they were matched.
 
     `a` and `b` are theirs in the frames: `first` and `second`, but where one is dense it is `a`.
@@ -24,41 +20,30 @@ class Match:
         first, second: which of them is `a` where both are block diagonal, or dense.
 
     Raises:
-        CheckpointError: they have not been matched, the match is of another schema version or of other weights, or it
-            is damaged.
+        CheckpointError: as `Artefacts`.
     """
 
     def __init__(self, first: Checkpoint, second: Checkpoint) -> None:
-        self._command = f"python -m analysis.match {first.path} {second.path}"
-        orders = [(x, y) for x, y in ((first, second), (second, first)) if (match_folder(x, y) / "meta.json").exists()]
-        if not orders:
-            raise CheckpointError(f"{first.name} and {second.name} have not been matched yet", self._command)
-        self.a, self.b = orders[0]
-        self.folder = match_folder(self.a, self.b)
-        file = self.folder / "meta.json"
-        try:
-            self.meta: dict[str, Any] = json.loads(file.read_text())
-            found, weights, self.kind = (self.meta[key] for key in ("schema_version", "weights", "kind"))
-        except (json.JSONDecodeError, UnicodeDecodeError, OSError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{file} is damaged ({error})", self._command) from error
-        if found != SCHEMA_VERSION:
-            raise CheckpointError(f"{file} has schema version {found}, this program reads {SCHEMA_VERSION}")
-        if weights != [self.a.weights_hash, self.b.weights_hash]:
-            raise CheckpointError(f"{self.folder} describes other weights than the checkpoints have", self._command)
-        self._swapped = self.kind == "one-to-one" and self.a != first
+        orders = [(first, second), (second, first)]
+        self.a, self.b = next((order for order in orders if (match_folder(*order) / "meta.json").exists()), orders[0])
+        command = f"python -m analysis.match {first.path} {second.path}"
+        absent = f"{first.name} and {second.name} have not been matched yet"
+        super().__init__(match_folder(self.a, self.b), [self.a, self.b], command, absent)
+        self.kind: str = self.meta["kind"]
+        self._swapped = self.kind == "one-to-one" and self.a is not first
         if self._swapped:
             self.a, self.b = first, second
 
     @cached_property
     def pairs(self) -> pd.DataFrame:
         """Pairs, or the parts of dense features: columns of `analysis.match.Tables.pairs`."""
-        table = self._read("pairs")
+        table = self.table("pairs")
         return table.rename(columns={"a": "b", "b": "a"}) if self._swapped else table
 
     @cached_property
     def features(self) -> pd.DataFrame:
         """Every feature that fires, of either side: columns of `analysis.match.Tables.features`."""
-        table = self._read("features")
+        table = self.table("features")
         return table.assign(side=table["side"].map({"a": "b", "b": "a"})) if self._swapped else table
 
     def of_side(self, side: str) -> pd.DataFrame:
@@ -81,15 +66,6 @@ class Match:
                 only = int((alone == head).sum())
                 rows += [(head, side, "both", total - only), (head, side, "one", only)]
         return pd.DataFrame(rows, columns=["head", "side", "found", "features"])
-
-    def _read(self, name: str) -> pd.DataFrame:
-        file = self.folder / f"{name}.parquet"
-        try:
-            return pq.read_table(file).to_pandas()
-        except FileNotFoundError:
-            raise CheckpointError(f"{file} is missing", self._command) from None
-        except (pa.ArrowInvalid, OSError) as error:
-            raise CheckpointError(f"{file} is damaged: {error}") from error
 
 
 def match_folder(first: Checkpoint, second: Checkpoint) -> Path:

@@ -29,14 +29,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from analysis import store
+from analysis.attribution import Firings, Reader
 from analysis.corpus import running
-from analysis.corpus.pairs import MIN_FIRINGS
+from analysis.corpus.pairs import MIN_FIRINGS, best_of_rows, cofirings, firing
 from analysis.corpus.passes import chunks
-from analysis.corpus.running import Cofiring, Firings
+from analysis.corpus.running import Cofiring
 from analysis.logits import head_of_features
+from analysis.match.read import match_folder
 from trainer import checkpoint
 from trainer.block_diag import BlockDiagSAE
 from trainer.checkpoint import Checkpoint
+from trainer.config import require
 from trainer.model.lm import Layer, pick_device
 
 THRESHOLD = 0.5  # score from which two features are a pair: Jaccard 0.36 at cosine 0.7, 0.25 at cosine 1
@@ -44,12 +47,11 @@ PART = 0.4  # score from which a block feature is part of a dense one; both simi
 N_PARTS = 6  # kept of a dense feature
 LARGEST_ASSIGNMENT = 4096  # features of a block: 2 s; the time grows with the cube
 _CANDIDATES = 16  # of each feature that the greedy pairing chooses from
-_ROWS = 256
 _PRODUCTS = 1e10  # multiplications that co-firing may take: with a high L0 fewer tokens have to do
 
 
-class Side(NamedTuple):
-    """One of the two SAEs and what it did on the tokens."""
+class Fired(NamedTuple):
+    """One of the two SAEs, and what it fired on."""
 
     fires: sp.csr_matrix
     """[token, feature]: the activations."""
@@ -62,16 +64,21 @@ class Side(NamedTuple):
     n_blocks: int
 
     @classmethod
-    def of(cls, sae: BlockDiagSAE, fires: sp.csr_matrix, n_heads: int) -> "Side":
+    def of(cls, sae: BlockDiagSAE, fires: sp.csr_matrix, n_heads: int) -> "Fired":
         """An SAE of a model with `n_heads`."""
         direction = torch.nn.functional.normalize(sae.W_dec.detach().flatten(0, 1), dim=1).cpu().numpy()
         firings = np.bincount(fires.indices, minlength=fires.shape[1])
         return cls(fires, firings, direction, head_of_features(sae, n_heads)[0].numpy(), sae.n_blocks)
 
     @property
-    def binary(self) -> sp.csr_matrix:
-        """1 where a feature fires."""
-        return self.fires.astype(bool).astype(np.float32)
+    def columns(self) -> sp.csr_matrix:
+        """[token, feature]: 1 where a feature fires."""
+        return firing(self.fires)
+
+    @property
+    def rows(self) -> sp.csr_matrix:
+        """[feature, token]: 1 where a feature fires."""
+        return firing(self.fires).T.tocsr()
 
     def live(self, block: int) -> np.ndarray:
         """Features of a block that fire."""
@@ -90,35 +97,32 @@ class Tables(NamedTuple):
     partner (-1: none); split: parts (of it, or that it is), and of the dense ones covered, chance, norm_shares."""
 
 
-def one_to_one(a: Side, b: Side) -> Tables:
+def one_to_one(a: Fired, b: Fired) -> Tables:
     """Pair the features of two SAEs with the same blocks, each with at most one.
 
     A pair of which neither fires on MIN_FIRINGS tokens has no score: two features that fire once, on the same token,
     say nothing.
     """
-    rows = a.binary.T.tocsr(), b.binary.T.tocsr()
-    pairs, nearest = [], ([], [])
-    for block in range(a.n_blocks):
-        chosen, best = _match_block(a, b, rows, a.live(block), b.live(block))
-        pairs.append(chosen)
-        for found, each in zip(nearest, best, strict=True):
-            found.append(each)
-    of_a, of_b = np.concatenate(pairs).T
+    rows, columns = (a.rows, b.rows), b.columns
+    blocks = [_match_block(a, b, rows[0], columns, a.live(block), b.live(block)) for block in range(a.n_blocks)]
+    of_a, of_b = np.concatenate([block.pairs for block in blocks]).T
     together = _together(rows, of_a, of_b)
     cosine = np.einsum("id,id->i", a.direction[of_a], b.direction[of_b])
     jaccard = together / (a.firings[of_a] + b.firings[of_b] - together)
     figures = {"cosine": cosine, "jaccard": jaccard, "score": np.sqrt(np.maximum(cosine, 0) * jaccard)}
-    table = _pairs(of_a, of_b, a.head[of_a], figures)
-    partners = dict(zip(of_a, of_b, strict=True)), dict(zip(of_b, of_a, strict=True))
-    parts = []
-    for name, side, partner, found in zip("ab", (a, b), partners, nearest, strict=True):
-        of_side = _firing_features(name, side).merge(pd.concat(found, ignore_index=True), on="feature")
+    features = []
+    for name, fired, nearest, own, other in (
+        ("a", a, [block.nearest_a for block in blocks], of_a, of_b),
+        ("b", b, [block.nearest_b for block in blocks], of_b, of_a),
+    ):
+        of_side = _firing_features(name, fired).merge(pd.concat(nearest, ignore_index=True), on="feature")
+        partner = dict(zip(own, other, strict=True))
         of_side["partner"] = of_side["feature"].map(partner).fillna(-1).astype(np.int32)
-        parts.append(of_side)
-    return Tables(table, pd.concat(parts, ignore_index=True))
+        features.append(of_side)
+    return Tables(_pairs(of_a, of_b, a.head[of_a], figures), pd.concat(features, ignore_index=True))
 
 
-def split(a: Side, b: Side) -> Tables:
+def split(a: Fired, b: Fired) -> Tables:
     """The block features of `b` that each feature of a dense SAE `a` splits into.
 
     Parts are the block features, of any head, with the largest geometric mean of two similarities: the cosine of
@@ -131,22 +135,22 @@ def split(a: Side, b: Side) -> Tables:
     norm_shares: share of its squared decoder norm in each head.
     """
     n_heads = b.n_blocks
-    rows, columns = (a.binary.T.tocsr(), b.binary.T.tocsr()), b.binary
-    judged, candidates = (np.flatnonzero(side.firings >= MIN_FIRINGS) for side in (a, b))
-    slices = a.direction.reshape(len(a.firings), n_heads, -1)
+    rows = a.rows, b.rows
+    judged, candidates = (np.flatnonzero(fired.firings >= MIN_FIRINGS) for fired in (a, b))
+    slices = a.direction.reshape(len(a.firings), n_heads, -1)  # [dense feature, head, d_head]
     norm_shares = np.square(slices).sum(-1)
     unit = slices / np.sqrt(np.maximum(norm_shares, 1e-30))[..., None]
     chosen = [np.zeros((0, 2), dtype=np.int64)]
-    for start in range(0, len(judged) if len(candidates) else 0, _ROWS):
-        block = judged[start : start + _ROWS]
-        together = (rows[0][block] @ columns).toarray()[:, candidates]
-        ochiai = together / np.sqrt(np.outer(a.firings[block], b.firings[candidates]))
+    # In the loop: [dense feature of the block, candidate].
+    for block, together in cofirings(rows[0][judged], b.columns[:, candidates]):
+        features = judged[block]
+        ochiai = together / np.sqrt(np.outer(a.firings[features], b.firings[candidates]))
         cosine = np.empty_like(ochiai)
         for head in range(n_heads):
             of_head = b.head[candidates] == head
-            cosine[:, of_head] = unit[block, head] @ b.direction[candidates[of_head]].T
-        row, column = _best_of_rows(np.sqrt(np.maximum(cosine, 0) * ochiai), N_PARTS, PART)
-        chosen.append(np.stack([block[row], candidates[column]], 1))
+            cosine[:, of_head] = unit[features, head] @ b.direction[candidates[of_head]].T
+        row, column = best_of_rows(np.sqrt(np.maximum(cosine, 0) * ochiai), N_PARTS, PART)
+        chosen.append(np.stack([features[row], candidates[column]], 1))
     dense, part = np.concatenate(chosen).T
     together = _together(rows, dense, part)
     head = b.head[part]
@@ -160,8 +164,8 @@ def split(a: Side, b: Side) -> Tables:
     figures["score"] = np.sqrt(np.maximum(figures["cosine"], 0) * ochiai)
     table = _pairs(dense, part, head, figures)
     of_a, of_b = _firing_features("a", a), _firing_features("b", b)
-    for features, side, ids in ((of_a, a, dense), (of_b, b, part)):
-        features["parts"] = np.bincount(ids, minlength=len(side.firings))[features["feature"]].astype(np.int32)
+    for features, fired, ids in ((of_a, a, dense), (of_b, b, part)):
+        features["parts"] = np.bincount(ids, minlength=len(fired.firings))[features["feature"]].astype(np.int32)
     covered, chance = _coverage(a, rows[1], dense, part)
     live = of_a["feature"]
     of_a["covered"], of_a["chance"] = covered[live], chance[live]
@@ -169,22 +173,19 @@ def split(a: Side, b: Side) -> Tables:
     return Tables(table, pd.concat([of_a, of_b], ignore_index=True))
 
 
-@torch.no_grad()
 def firings(layer: Layer, contexts: Int[Tensor, "context pos"], saes: list[BlockDiagSAE]) -> list[Cofiring]:
     """What each SAE fires on, from one forward for all of them; it ends early where the firings fill the memory."""
-    found = [Cofiring() for _ in saes]
+    fired = [(Reader(sae, layer), Cofiring()) for sae in saes]
     length = contexts.shape[1]
     with tqdm(desc="Matching", total=len(contexts) * (length - 1), unit="tok", unit_scale=True) as bar:
         for batch in chunks(layer, contexts, torch.arange(len(contexts))):
             for chunk in batch:
-                for sae, each in zip(saes, found, strict=True):
-                    f = sae.encode(chunk.z.float())
-                    f[:, 0] = 0  # BOS
-                    each.add(Firings.of(f), chunk.tokens.shape)
+                for reader, cofiring in fired:
+                    cofiring.add(Firings.of(reader.encode(chunk)), chunk.tokens.shape)
                 bar.update(chunk.tokens[:, 1:].numel())
-            if any(each.pairs >= running.COFIRING_PAIRS for each in found):
+            if any(cofiring.pairs >= running.COFIRING_PAIRS for _, cofiring in fired):
                 break
-    return found
+    return [cofiring for _, cofiring in fired]
 
 
 def match(first: Path, others: list[Path], tokens: int = 20_000, device: str = "auto") -> list[Path]:
@@ -193,39 +194,38 @@ def match(first: Path, others: list[Path], tokens: int = 20_000, device: str = "
     Raises:
         ValueError: a checkpoint cannot be used, they are not of one model and layer, or the text has no tokens.
     """
-    if tokens < 1:
-        raise ValueError(f"tokens must be at least 1, got {tokens}")
-    trained = _load([first, *others])
-    lm = trained[0].open_model(pick_device(device))
-    for each in trained:
-        if each.sae.d_in != lm.n_heads * lm.d_head:
-            raise ValueError(
-                f"{each.path} reads {each.sae.d_in} dimensions, but {lm.name} has {lm.n_heads * lm.d_head}"
-            )
-    corpus = trained[0].open_text(lm.tokenizer)
-    saes = [each.sae.to(lm.device) for each in trained]
-    cofiring = firings(lm.layer(trained[0].layer), corpus.held_out_tokens(tokens), saes)
+    require(tokens >= 1, f"tokens must be at least 1, got {tokens}")
+    saved = _load([first, *others])
+    lm = saved[0].open_model(pick_device(device))
+    for one in saved:
+        require(
+            one.sae.d_in == lm.n_heads * lm.d_head,
+            f"{one.path} reads {one.sae.d_in} dimensions, but {lm.name} has {lm.n_heads * lm.d_head}",
+        )
+    corpus = saved[0].open_text(lm.tokenizer)
+    saes = [one.sae for one in saved]
+    cofiring = firings(lm.layer(saved[0].layer), corpus.held_out_tokens(tokens), saes)
     text = {"name": corpus.name, "fingerprint": corpus.fingerprint, "context_size": corpus.context_size}
     written = []
-    for i in range(1, len(trained)):
+    for i in range(1, len(saved)):
         a, b = (0, i)
         if saes[b].is_dense and not saes[a].is_dense:
             a, b = b, a  # the dense one is split
         fires = _matrices([cofiring[a], cofiring[b]], [saes[a].d_sae, saes[b].d_sae])
-        sides = [Side.of(saes[j], each, lm.n_heads) for j, each in zip((a, b), fires, strict=True)]
-        same = sides[0].n_blocks == sides[1].n_blocks
-        print(f"Comparing {trained[a].path.name} with {trained[b].path.name}", flush=True)
-        tables = one_to_one(*sides) if same else split(*sides)
+        fired = [Fired.of(saes[j], matrix, lm.n_heads) for j, matrix in zip((a, b), fires, strict=True)]
+        same = saes[a].n_blocks == saes[b].n_blocks
+        print(f"Comparing {saved[a].name} with {saved[b].name}", flush=True)
+        tables = one_to_one(*fired) if same else split(*fired)
         meta = {
             "kind": "one-to-one" if same else "split",
-            "greedy": same and max(map(_largest_block, sides)) > LARGEST_ASSIGNMENT,
+            "greedy": same and max(map(_largest_block, fired)) > LARGEST_ASSIGNMENT,
             "threshold": THRESHOLD if same else PART,
             "min_firings": MIN_FIRINGS,
             "n_tokens": fires[0].shape[0],
             "text": text,
-            "model": asdict(trained[0].config.model),
+            "model": asdict(saved[0].config.model),
         }
-        written.append(_write(trained[a], trained[b], meta, tables))
+        written.append(_write(saved[a], saved[b], meta, tables))
     return written
 
 
@@ -235,74 +235,70 @@ def _load(paths: list[Path]) -> list[Checkpoint]:
     Raises:
         ValueError: they are not of one model and layer.
     """
-    if len({path.resolve() for path in paths}) < len(paths):
-        raise ValueError("a checkpoint cannot be matched with itself: name different ones")
-    trained = [Checkpoint(path) for path in paths]
-    for each in trained[1:]:
+    distinct = {path.resolve() for path in paths}
+    require(len(distinct) == len(paths), "a checkpoint cannot be matched with itself: name different ones")
+    first, *others = saved = [Checkpoint(path) for path in paths]
+    for other in others:
         for key, what in (("fingerprint", "model"), ("hook_layer", "layer"), ("processing", "processing of the model")):
-            ours, theirs = (getattr(one.config.model, key) for one in (trained[0], each))
-            if ours != theirs:
-                raise ValueError(
-                    f"{trained[0].path} and {each.path} are not of the same {what} ({ours} and {theirs}), "
-                    "so their features cannot be matched"
-                )
-    return trained
+            ours, theirs = (getattr(one.config.model, key) for one in (first, other))
+            require(
+                ours == theirs,
+                f"{first.path} and {other.path} are not of the same {what} ({ours} and {theirs}), so their features "
+                "cannot be matched",
+            )
+    return saved
 
 
 def _write(a: Checkpoint, b: Checkpoint, meta: dict[str, Any], tables: Tables) -> Path:
     """Write into the folder of `a`, in place of what either order has left."""
-    folder = a.path / "matches" / b.path.name
-    meta |= {
-        "a": a.path.name,
-        "b": b.path.name,
-        "weights": [each.weights_hash for each in (a, b)],
-        "versions": checkpoint.versions(),
-    }
-    store.write(folder, meta, tables._asdict())
-    shutil.rmtree(b.path / "matches" / a.path.name, ignore_errors=True)
-    return folder
+    meta |= {"a": a.name, "b": b.name, "weights": [a.weights_hash, b.weights_hash], "versions": checkpoint.versions()}
+    store.write(match_folder(a, b), meta, tables._asdict())
+    shutil.rmtree(match_folder(b, a), ignore_errors=True)
+    return match_folder(a, b)
 
 
 def _matrices(cofiring: list[Cofiring], d_sae: list[int]) -> list[sp.csr_matrix]:
     """Activations [token, feature] on the first tokens that both have, as many as the products have time for."""
-    per_token = [each.tokens() for each in cofiring]
-    n = min(map(len, per_token))
-    products = np.cumsum(np.prod([each[:n].astype(float) for each in per_token], axis=0))
+    active = [fired.tokens() for fired in cofiring]
+    n = min(map(len, active))
+    products = np.cumsum(np.prod([of_sae[:n].astype(float) for of_sae in active], axis=0))
     n = max(1, int(np.searchsorted(products, _PRODUCTS, "right")))
-    return [each.matrix(n, width) for each, width in zip(cofiring, d_sae, strict=True)]
+    return [fired.matrix(n, width) for fired, width in zip(cofiring, d_sae, strict=True)]
+
+
+class _Matched(NamedTuple):
+    """Pairs [pair, 2] of the features of one block that fire, and the nearest of each feature of either side."""
+
+    pairs: np.ndarray
+    nearest_a: pd.DataFrame
+    nearest_b: pd.DataFrame
 
 
 def _match_block(
-    a: Side, b: Side, rows: tuple[sp.csr_matrix, sp.csr_matrix], of_a: np.ndarray, of_b: np.ndarray
-) -> tuple[np.ndarray, list[pd.DataFrame]]:
-    """Pairs [pair, 2] of the features of one block that fire, and the nearest of each feature of either side.
-
-    Args:
-        rows: [feature, token] of either side, 1 where it fires.
-    """
+    a: Fired, b: Fired, rows_a: sp.csr_matrix, columns_b: sp.csr_matrix, of_a: np.ndarray, of_b: np.ndarray
+) -> _Matched:
+    """Match the features `of_a` with those `of_b`."""
+    score_a, best_a = np.zeros(len(of_a), dtype=np.float32), np.zeros(len(of_a), dtype=int)
+    score_b, best_b = np.zeros(len(of_b), dtype=np.float32), np.zeros(len(of_b), dtype=int)
     if not (len(of_a) and len(of_b)):
-        return np.zeros((0, 2), dtype=np.int64), [_nearest(of_a, None, of_a), _nearest(of_b, None, of_b)]
+        return _Matched(np.zeros((0, 2), dtype=np.int64), _nearest(of_a, score_a, -1), _nearest(of_b, score_b, -1))
     exact = max(len(of_a), len(of_b)) <= LARGEST_ASSIGNMENT
-    columns = rows[1][of_b].T.tocsr()
-    count_a, count_b = a.firings[of_a], b.firings[of_b]
-    whole = np.zeros((len(of_a), len(of_b)), dtype=np.float32) if exact else None
-    best_a, score_a = np.zeros(len(of_a), dtype=int), np.zeros(len(of_a), dtype=np.float32)
-    best_b, score_b = np.zeros(len(of_b), dtype=int), np.full(len(of_b), -1, dtype=np.float32)
+    whole = np.zeros((len(of_a), len(of_b)) if exact else 0, dtype=np.float32)
     candidates = []
-    for start in range(0, len(of_a), _ROWS):
-        part = slice(start, start + _ROWS)
-        together = (rows[0][of_a[part]] @ columns).toarray()
-        jaccard = together / (count_a[part][:, None] + count_b - together)
-        score = np.sqrt(np.maximum(a.direction[of_a[part]] @ b.direction[of_b].T, 0) * jaccard).astype(np.float32)
-        score[np.maximum(count_a[part][:, None], count_b) < MIN_FIRINGS] = 0
+    # In the loop: [feature of a in this part of the block, feature of b].
+    for part, together in cofirings(rows_a[of_a], columns_b[:, of_b]):
+        count_a, count_b = a.firings[of_a[part], None], b.firings[of_b]
+        cosine, jaccard = a.direction[of_a[part]] @ b.direction[of_b].T, together / (count_a + count_b - together)
+        score = np.sqrt(np.maximum(cosine, 0) * jaccard).astype(np.float32)
+        score[np.maximum(count_a, count_b) < MIN_FIRINGS] = 0
         best_a[part], score_a[part] = score.argmax(1), score.max(1)
         better = score.max(0) > score_b
-        best_b[better], score_b[better] = start + score.argmax(0)[better], score.max(0)[better]
+        best_b[better], score_b[better] = part.start + score.argmax(0)[better], score.max(0)[better]
         if exact:
             whole[part] = score
         else:
-            row, column = _best_of_rows(score, _CANDIDATES, THRESHOLD)
-            candidates.append((start + row, column, score[row, column]))
+            row, column = best_of_rows(score, _CANDIDATES, THRESHOLD)
+            candidates.append((part.start + row, column, score[row, column]))
     if exact:
         whole[whole < THRESHOLD] = 0  # what is no pair must not take a pair's place
         row, column = linear_sum_assignment(whole, maximize=True)
@@ -310,19 +306,17 @@ def _match_block(
         row, column = row[paired], column[paired]
     else:
         row, column = _greedy(*map(np.concatenate, zip(*candidates, strict=True)))
-    nearest = [_nearest(of_a, score_a, of_b[best_a]), _nearest(of_b, score_b, of_a[best_b])]
-    return np.stack([of_a[row], of_b[column]], 1), nearest
+    pairs = np.stack([of_a[row], of_b[column]], 1)
+    return _Matched(pairs, _nearest(of_a, score_a, of_b[best_a]), _nearest(of_b, score_b, of_a[best_b]))
 
 
-def _nearest(features: np.ndarray, score: np.ndarray | None, nearest: np.ndarray) -> pd.DataFrame:
+def _nearest(features: np.ndarray, score: np.ndarray, nearest: np.ndarray | int) -> pd.DataFrame:
     """feature, nearest, nearest_score; -1 and 0 where no feature has a score."""
-    if score is None:
-        score = np.zeros(len(features))
     return pd.DataFrame(
         {
             "feature": features.astype(np.int32),
             "nearest": np.where(score > 0, nearest, -1).astype(np.int32),
-            "nearest_score": score.astype(np.float32),
+            "nearest_score": score,
         }
     )
 
@@ -338,16 +332,6 @@ def _greedy(row: np.ndarray, column: np.ndarray, score: np.ndarray) -> tuple[np.
     return row[chosen], column[chosen]
 
 
-def _best_of_rows(score: np.ndarray, n: int, least: float) -> tuple[np.ndarray, np.ndarray]:
-    """Row and column of up to n entries of each row that reach `least`, the largest first."""
-    n = min(n, score.shape[1])
-    best = np.argpartition(-score, n - 1, axis=1)[:, :n]
-    order = np.take_along_axis(score, best, 1).argsort(axis=1)[:, ::-1]
-    best = np.take_along_axis(best, order, 1)
-    row, place = np.nonzero(np.take_along_axis(score, best, 1) >= least)
-    return row, best[row, place]
-
-
 def _together(rows: tuple[sp.csr_matrix, sp.csr_matrix], of_a: np.ndarray, of_b: np.ndarray) -> np.ndarray:
     """Tokens on which both features of each pair fire."""
     return np.asarray(rows[0][of_a].multiply(rows[1][of_b]).sum(1)).ravel()
@@ -360,7 +344,7 @@ def _pairs(of_a: np.ndarray, of_b: np.ndarray, head: np.ndarray, figures: dict[s
     )
 
 
-def _coverage(a: Side, rows_b: sp.csr_matrix, dense: np.ndarray, part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _coverage(a: Fired, rows_b: sp.csr_matrix, dense: np.ndarray, part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """covered and chance of every feature of `a`, NaN where it has no parts or does not fire."""
     values = a.fires.tocsc()
     covered = np.full(a.fires.shape[1], np.nan, dtype=np.float32)
@@ -377,18 +361,17 @@ def _coverage(a: Side, rows_b: sp.csr_matrix, dense: np.ndarray, part: np.ndarra
     return covered, chance
 
 
-def _firing_features(name: str, side: Side) -> pd.DataFrame:
-    firings = side.firings
-    live = np.flatnonzero(firings)
+def _firing_features(name: str, fired: Fired) -> pd.DataFrame:
+    live = np.flatnonzero(fired.firings)
     return pd.DataFrame(
         {
             "side": name,
             "feature": live.astype(np.int32),
-            "head": side.head[live].astype(np.int16),
-            "firings": firings[live].astype(np.int32),
+            "head": fired.head[live].astype(np.int16),
+            "firings": fired.firings[live].astype(np.int32),
         }
     )
 
 
-def _largest_block(side: Side) -> int:
-    return max(len(side.live(block)) for block in range(side.n_blocks))
+def _largest_block(fired: Fired) -> int:
+    return max(len(fired.live(block)) for block in range(fired.n_blocks))

@@ -12,6 +12,7 @@ from torch import Tensor
 from analysis import attribution as dfa
 from analysis.tokens import visible
 from trainer.block_diag import BlockDiagSAE
+from trainer.config import require
 
 if TYPE_CHECKING:  # it imports transformer_lens, for which pages that run no prompt should not wait
     from trainer.model.lm import Layer
@@ -32,7 +33,7 @@ class PromptRun:
     values: Float[Tensor, "head source d_head"]
     """v - b_V"""
     W_enc: Float[Tensor, "head d_head feature"]
-    """as each head is read (`dfa.head_encoders`)"""
+    """as each head is read (`dfa.Reader`)"""
     slots: Int[Tensor, "query source"]
     resid_pre: Float[Tensor, "pos d_model"]
     """entering the layer, in the model's dtype"""
@@ -65,23 +66,23 @@ def run_prompt(layer: "Layer", sae: BlockDiagSAE, prompt: str) -> PromptRun:
     Raises:
         ValueError: the prompt is empty or too long, or the SAE's sizes are not this model's.
     """
-    if sae.d_in != layer.n_heads * layer.d_head:
-        raise ValueError(
-            f"the SAE reads {sae.d_in} dimensions, but {layer.lm.name} has {layer.n_heads} x {layer.d_head}"
-        )
+    require(
+        sae.d_in == layer.n_heads * layer.d_head,
+        f"the SAE reads {sae.d_in} dimensions, but {layer.lm.name} has {layer.n_heads} x {layer.d_head}",
+    )
+    reader = dfa.Reader(sae, layer)
     tokens = layer.lm.to_tokens(prompt)
     attention, resid_pre, final = layer.forward(tokens)
     z, v, pattern = (part[0].float() for part in attention)
-    sae = sae.to(layer.device)
     ids = tokens[0].cpu()
     return PromptRun(
         tokens=ids,
         strings=layer.lm.token_strings(ids.tolist()),
-        f=sae.encode(z).cpu(),
+        f=reader.sae.encode(z).cpu(),
         z=z.cpu(),
         pattern=pattern.cpu(),
-        values=(v - layer.b_V.float()).transpose(0, 1).cpu(),
-        W_enc=dfa.head_encoders(sae, layer.n_heads, layer.d_head).detach().cpu(),
+        values=(v - reader.b_V).transpose(0, 1).cpu(),
+        W_enc=reader.W_enc.cpu(),
         slots=dfa.source_slots(ids),
         resid_pre=resid_pre[0].cpu(),
         final=final[0].cpu(),

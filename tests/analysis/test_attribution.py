@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from analysis import attribution as dfa
+from analysis.corpus.passes import chunks
 from analysis.prompt.run import PromptRun, active_features, role_table, roles, run_prompt, source_attribution
 from trainer.block_diag import BlockDiagSAE
 from trainer.model.lm import LanguageModel
@@ -35,16 +36,14 @@ def test_sources_and_constants_are_the_pre_activation(n_key_value_heads, dense):
     sae = BlockDiagSAE(1, 24, 40) if dense else BlockDiagSAE(6, 4, 10)
     sae.b_enc.data.normal_()
     tokens = torch.randint(50, (1, 20))
-    z, v, pattern = (each[0] for each in lm.layer(1).attention(tokens))
-    b_V = lm.layer(1).b_V
-    assert b_V.abs().min() > 0
-    W_enc = dfa.head_encoders(sae, 6, 4)
-    contributions = torch.einsum("hqs,hfs->hqf", pattern, dfa.reads_by_feature(v[None], b_V, W_enc)[0])
-    if dense:
-        total = contributions.sum(0)[:, None] + dfa.constants(b_V, W_enc, torch.zeros(6, 40)).sum(0) + sae.b_enc
-    else:
-        total = contributions.transpose(0, 1) + dfa.constants(b_V, W_enc, sae.b_enc)
-    assert torch.allclose(total, sae.pre_activations(z), atol=1e-5)
+    reader = dfa.Reader(sae, lm.layer(1))
+    assert reader.b_V.abs().min() > 0
+    (chunk,) = next(chunks(lm.layer(1), tokens, torch.tensor([0])))
+    everything = dfa.Firings.of(torch.ones(1, 20, sae.n_blocks, sae.features_per_block))
+    sources = reader.attribute(chunk, reader.reads(chunk), everything)
+    assert sources.shape == (20 * sae.d_sae, 6 if dense else 1, 20)
+    total = sources.sum((1, 2)).view(20, -1) + reader.constants()
+    assert torch.allclose(total, sae.pre_activations(chunk.z[0]).flatten(1), atol=1e-5)
 
 
 @pytest.mark.parametrize("model", ["gpt2", "llama"])
@@ -59,7 +58,7 @@ def test_the_table_of_one_feature_adds_up(model, request):
     for row in table.head(20).itertuples():
         index = row.feature - row.head * 12
         sources = source_attribution(run, row.head, index, row.position)
-        constant = dfa.constants(lm.layer(1).b_V, sae.W_enc, sae.b_enc)[row.head, index].item()
+        constant = dfa.Reader(sae, lm.layer(1)).constants()[row.feature].item()
         assert sources["dfa"].sum() + constant == pytest.approx(row.activation, abs=1e-4)
         assert sources.loc[sources["dfa"].idxmax(), "token"] == row._7  # "reads from"
         assert sources["attention"].sum() == pytest.approx(1, abs=1e-5)
@@ -74,13 +73,11 @@ def test_sources_of_a_prompt_leave_value_biases_out(dense, monkeypatch):
     tokens = torch.randint(50, (1, 20))
     monkeypatch.setattr(lm, "to_tokens", lambda prompt: tokens)
     monkeypatch.setattr(lm, "token_strings", lambda ids: [str(i) for i in ids])
-    run, W_enc = run_prompt(lm.layer(1), sae, "any"), dfa.head_encoders(sae, 6, 4)
-    constant = dfa.constants(lm.layer(1).b_V, W_enc, torch.zeros(6, W_enc.shape[2]))
-    constant = (constant.sum(0)[None] if dense else constant) + sae.b_enc
+    run, constants = run_prompt(lm.layer(1), sae, "any"), dfa.Reader(sae, lm.layer(1)).constants()
     for row in active_features(run, None, None).head(20).itertuples():
         block, index = divmod(row.feature, run.features_per_block)
         sources = source_attribution(run, block, index, row.position).groupby("source")["dfa"].sum()
-        assert sources.sum() + constant[block, index].item() == pytest.approx(row.activation, abs=1e-4)
+        assert sources.sum() + constants[row.feature].item() == pytest.approx(row.activation, abs=1e-4)
         assert row._7 == run.label(sources.idxmax())  # "reads from"
 
 

@@ -11,10 +11,9 @@ from analysis.prompt.ablate import ablate
 from analysis.prompt.run import active_features, role_table, roles, run_prompt
 from pages.shared.pick import EXAMPLES
 from tests.helpers import ROOT
-from trainer import checkpoint, embedded
+from trainer import embedded
 from trainer.block_diag import BlockDiagSAE
 from trainer.checkpoint import Checkpoint
-from trainer.data.text import Corpus
 from trainer.evaluate import evaluate_tokens, repeated_tokens
 from trainer.model.lm import LanguageModel
 
@@ -55,10 +54,10 @@ def test_layer_17_heads_3_4_5_are_induction_heads(lm):
 
 
 def test_the_shipped_features_of_those_heads_read_from_the_induction_slot(lm):
-    sae, config = checkpoint.load(SHIPPED)
-    assert config["model"]["hook_layer"] == LAYER
+    saved = Checkpoint(SHIPPED)
+    assert saved.layer == LAYER
     prompt = "The cat sat on the mat. The dog ran to the park. The cat sat on the"
-    table = role_table(roles(run_prompt(lm.layer(LAYER), sae, prompt))).set_index("head")
+    table = role_table(roles(run_prompt(lm.layer(LAYER), saved.sae, prompt))).set_index("head")
     assert table.loc[INDUCTION_HEADS, "by DFA"].tolist() == ["induction"] * 3
 
 
@@ -110,7 +109,7 @@ def test_heads_with_a_known_job(lm):
     known = {17: dict.fromkeys(INDUCTION_HEADS, "induction"), 11: {1: "previous"}, 16: {0: "previous"}}
     for layer, heads in known.items():
         sae = Checkpoint(SHIPPED).sae if layer == LAYER else _random_sae(lm, layer)
-        (sources,) = sources_on_repeats(lm, layer, [sae], 8, 81, seed=0)
+        (sources,) = sources_on_repeats(lm.layer(layer), [sae], 8, 81, seed=0)
         for head, role in heads.items():
             for mass in (sources.head_attention, sources.head_dfa):
                 assert dfa.SLOTS[int(mass[head].argmax())] == role, (layer, head)
@@ -126,14 +125,11 @@ def _random_sae(lm, layer) -> BlockDiagSAE:
 
 
 def test_the_shipped_checkpoint_is_what_its_eval_json_says(lm):
-    sae, config = checkpoint.load(SHIPPED)
-    stored = Checkpoint(SHIPPED).eval
-    text = config["text"]
-    corpus = Corpus(text["name"], lm.tokenizer, text["context_size"], text["held_out_fraction"])
-    assert corpus.fingerprint == text["fingerprint"]
-    per_context = text["context_size"] - 1
-    held_out = corpus.held_out(stored["n_tokens"] // per_context)
-    (found,) = evaluate_tokens(lm.layer(LAYER), [sae], held_out, 1, per_head=False)
+    saved = Checkpoint(SHIPPED)
+    stored, corpus = saved.eval, saved.open_text(lm.tokenizer)
+    assert corpus.fingerprint == saved.config.text.fingerprint
+    held_out = corpus.held_out(stored["n_tokens"] // (corpus.context_size - 1))
+    (found,) = evaluate_tokens(lm.layer(LAYER), [saved.sae], held_out, 1, per_head=False)
     assert found["n_tokens"] == stored["n_tokens"]
     for key in ("L0", "FVU", "KL_zero", "KL_score", "CE_clean"):
         assert found[key] == pytest.approx(stored[key], rel=1e-3), key

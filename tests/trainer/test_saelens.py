@@ -2,17 +2,18 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 
 from analysis.__main__ import main as analyse
 from analysis.runs import tables
-from tests.helpers import PAGES, open_page
+from tests.helpers import PAGES, config_of, open_page
 from trainer import checkpoint
 from trainer.block_diag import BlockDiagSAE
 from trainer.checkpoint import Checkpoint
-from trainer.model.lm import PROCESSING
+from trainer.model.loading import PROCESSING
 from trainer.saelens import from_saelens, main, to_saelens
 
 HOOK = "blocks.1.attn.hook_z"
@@ -42,20 +43,14 @@ def random_sae(kind: str) -> BlockDiagSAE:
 
 
 @pytest.fixture
-def config(gpt2_folder, text_file, gpt2):
-    """config.json of a checkpoint on layer 1 of the tiny GPT-2."""
-    return {
-        "recipe": "april", "preset": None, "block": "head", "seed": 0, "group": "gpt2", "status": "complete",
-        "training": {"recipe": "april", "l1_coefficient": 2.0, "k": 7, "eval_tokens": 60},
-        "model": {
-            "name": str(gpt2_folder), "fingerprint": gpt2.fingerprint(), "n_heads": N_HEADS, "d_head": D_HEAD,
-            "dtype": "float32", "processing": PROCESSING, "hook_name": HOOK, "hook_layer": 1,
-        },
-        "text": {
-            "name": str(text_file), "fingerprint": "0", "context_size": 16, "held_out_fraction": 0.1,
-            "text_column": "text",
-        },
-    }  # fmt: skip
+def save(gpt2, text_file):
+    """Writes an SAE as a checkpoint on layer 1 of the tiny GPT-2."""
+
+    def write(path, sae: BlockDiagSAE) -> Checkpoint:
+        checkpoint.save(path, sae, config_of(sae, gpt2, 1, str(text_file)))
+        return Checkpoint(path)
+
+    return write
 
 
 @pytest.fixture(scope="module")
@@ -113,9 +108,9 @@ def run(capsys):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_export_computes_the_same(kind, config, inputs):
+def test_an_export_computes_the_same(kind, save, inputs, tmp_path):
     sae = random_sae(kind)
-    theirs = to_saelens(sae, config)
+    theirs = to_saelens(save(tmp_path, sae))
     f = sae.encode(inputs).flatten(-2)
     assert 0.05 < (f > 0).float().mean() < 0.95
     assert_close(theirs.encode(inputs), f)
@@ -124,11 +119,11 @@ def test_an_export_computes_the_same(kind, config, inputs):
 
 
 @pytest.mark.parametrize("kind", ["april", "jumprelu", "topk", "dense-jumprelu"])
-def test_sae_lens_opens_an_exported_folder(kind, config, inputs, tmp_path, run):
+def test_sae_lens_opens_an_exported_folder(kind, save, inputs, tmp_path, run):
     import sae_lens
 
     sae = random_sae(kind)
-    checkpoint.save(tmp_path / "ours", sae, config)
+    config = save(tmp_path / "ours", sae).config
     assert run("export", tmp_path / "ours", tmp_path / "new" / "theirs") == (0, "")
     with pytest.warns(UserWarning, match="fold_value_biases|model_from_pretrained_kwargs"):
         theirs = sae_lens.SAE.load_from_disk(tmp_path / "new" / "theirs")
@@ -136,9 +131,9 @@ def test_sae_lens_opens_an_exported_folder(kind, config, inputs, tmp_path, run):
     assert_close(theirs(inputs), sae(inputs))
     assert theirs.cfg.reshape_activations == "hook_z"
     metadata = theirs.cfg.metadata
-    assert metadata.model_name == config["model"]["name"]
+    assert metadata.model_name == config.model.name
     assert (metadata.hook_name, metadata.hook_head_index, metadata.prepend_bos) == (HOOK, None, True)
-    assert (metadata.context_size, metadata.dataset_path) == (16, config["text"]["name"])
+    assert (metadata.context_size, metadata.dataset_path) == (16, config.text.name)
     assert (metadata.n_heads, metadata.d_head, metadata.recipe) == (N_HEADS, D_HEAD, "april")
     assert metadata.model_from_pretrained_kwargs == PROCESSING
     assert metadata.sae_lens_training_version is None
@@ -146,23 +141,24 @@ def test_sae_lens_opens_an_exported_folder(kind, config, inputs, tmp_path, run):
 
 
 @pytest.mark.parametrize("kind", ["april", "jumprelu", "topk", "dense-topk"])
-def test_export_and_import_is_a_round_trip(kind, config, inputs, tmp_path, run):
+def test_export_and_import_is_a_round_trip(kind, save, inputs, tmp_path, run):
     sae = random_sae(kind)
     sae.fold_scale(torch.ones_like(sae.b_dec))  # as every finished checkpoint is
-    checkpoint.save(tmp_path / "ours", sae, config)
+    config = save(tmp_path / "ours", sae).config
     assert run("export", tmp_path / "ours", tmp_path / "theirs")[0] == 0
     status, said = run("import", tmp_path / "theirs", tmp_path / "back", "--eval_tokens=60")
     assert status == 0, said
-    back, described = checkpoint.load(tmp_path / "back")
+    imported = Checkpoint(tmp_path / "back")
+    back, described = imported.sae, imported.config
     assert (back.n_blocks, back.width, back.features_per_block) == KINDS[kind][:3]
     assert_close(back.encode(inputs), sae.encode(inputs))
     assert_close(back(inputs), sae(inputs))
-    assert described["model"] == config["model"]
-    assert described["text"] | {"fingerprint": "0"} == config["text"]
-    assert described["block"] == ("dense" if "dense" in kind else "head")
-    assert (described["training"]["l1_coefficient"], described["training"]["k"]) == (2.0, 7)
-    assert described["recipe"] == "april"
-    figures = Checkpoint(tmp_path / "back").eval
+    assert described.model == config.model
+    assert replace(described.text, fingerprint="0") == config.text
+    assert imported.is_dense == ("dense" in kind)
+    assert (described.imported.l1_coefficient, described.imported.k) == (2.0, 7)
+    assert described.imported.recipe == "april"
+    figures = imported.eval
     assert figures["n_tokens"] == 60
     f = sae.encode(inputs).flatten(-2)
     assert abs(figures["L0"] - (f[3:, 1:] > 0).sum(-1).float().mean()) < 0.3 * figures["L0"]
@@ -226,8 +222,9 @@ def test_the_scale_of_an_sae_in_training_is_folded(architecture, inputs, tmp_pat
     if architecture == "batchtopk":
         theirs.save_inference_model(tmp_path / "finished")
         theirs = sae_lens.SAE.load_from_disk(tmp_path / "finished")
-    ours, config = checkpoint.load(tmp_path / "ours")
-    assert config["training"]["k"] == (4 if architecture == "topk" else None)
+    imported = Checkpoint(tmp_path / "ours")
+    ours = imported.sae
+    assert imported.config.imported.k == (4 if architecture == "topk" else None)
     assert_same(ours, theirs, inputs)
 
 
@@ -246,13 +243,12 @@ def test_an_imported_dense_sae_is_a_checkpoint_like_any_other(
     arguments = [f"--model={gpt2_folder}", f"--dataset={text}", "--text_column=body", "--eval_tokens=200"]
     status, said = run("import", tmp_path / "theirs", out, *arguments)
     assert status == 0, said
-    ours, config = checkpoint.load(out)
-    assert_same(ours, theirs, inputs)
-    assert (config["block"], config["status"], config["recipe"]) == ("dense", "complete", "gated")
-    assert (config["model"]["name"], config["model"]["hook_layer"]) == (str(gpt2_folder), 1)
-    assert (config["text"]["name"], config["text"]["context_size"]) == (str(text), 256)
-    (listed,) = checkpoint.list_checkpoints(out.parent)
-    assert listed.error is None
+    (listed,), errors = checkpoint.list_checkpoints(out.parent)
+    assert not errors
+    assert_same(listed.sae, theirs, inputs)
+    assert listed.is_dense and listed.is_complete and listed.config.imported.source == "SAELens gated"
+    assert (listed.config.model.name, listed.layer) == (str(gpt2_folder), 1)
+    assert (listed.config.text.name, listed.config.text.context_size) == (str(text), 256)
     row = tables.summary([listed]).iloc[0]
     assert (row["figures"], row["recipe"]) == ("held-out", "SAELens gated (dense)")
     assert row["d_sae"] == 20
@@ -279,7 +275,7 @@ def test_value_biases_in_their_z_move_into_our_biases(architecture, tmp_path, gp
     theirs.save_model(tmp_path / "in")
     status, said = run("import", tmp_path / "in", tmp_path / "out", "--eval_tokens=60")
     assert status == 0, said
-    ours, _ = checkpoint.load(tmp_path / "out")
+    ours = Checkpoint(tmp_path / "out").sae
 
     tokens = gpt2.to_tokens("the head reads a token and writes it back again")
     kept = []
@@ -288,7 +284,7 @@ def test_value_biases_in_their_z_move_into_our_biases(architecture, tmp_path, gp
     with torch.no_grad():
         model(tokens)
     their_z = kept[0].view(1, -1, N_HEADS, D_HEAD)
-    z, b_V = gpt2.layer(1).z(tokens), gpt2.folded_value_bias(1)
+    z, b_V = gpt2.layer(1).z(tokens), gpt2.layer(1).folded_b_V
     assert b_V.abs().min() > 0
     assert_close(z + b_V, their_z)
     f, expected = ours.encode(z).flatten(-2), theirs.encode(their_z)
@@ -356,23 +352,23 @@ def test_an_sae_that_does_not_fit_the_model_is_refused(tmp_path, gpt2_folder, te
     assert not (tmp_path / "new").exists()
 
 
-def test_weights_that_are_not_finite_are_refused(config):
+def test_weights_that_are_not_finite_are_refused():
     theirs = their_sae()
     theirs.W_dec[0, 0] = float("nan")
     with pytest.raises(ValueError, match="not finite"):
         from_saelens(theirs, N_HEADS)
 
 
-def test_topk_of_each_head_cannot_be_exported(config, tmp_path, run):
-    checkpoint.save(tmp_path / "ours", BlockDiagSAE(4, 8, 12, "topk", 2, "head"), config)
+def test_topk_of_each_head_cannot_be_exported(save, tmp_path, run):
+    save(tmp_path / "ours", BlockDiagSAE(4, 8, 12, "topk", 2, "head"))
     status, said = run("export", tmp_path / "ours", tmp_path / "theirs")
     assert (status, said.strip().count("\n")) == (2, 0)
     assert "k features of each head" in said
     assert {path.name for path in tmp_path.iterdir()} == {"ours"}
 
 
-def test_nothing_is_overwritten(config, tmp_path, run):
-    checkpoint.save(tmp_path / "ours", random_sae("april"), config)
+def test_nothing_is_overwritten(save, tmp_path, run):
+    save(tmp_path / "ours", random_sae("april"))
     assert run("export", tmp_path / "ours", tmp_path / "theirs") == (0, "")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     for arguments in (("export", tmp_path / "ours", tmp_path / "theirs"),

@@ -18,10 +18,9 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.helpers import ROOT, save_tiny_gpt2
-from trainer import checkpoint
+from trainer import checkpoint, cli, config
 from trainer.__main__ import main
 from trainer.checkpoint import Checkpoint
-from trainer.config import SAEConfig, SweepConfig
 from trainer.optimise.stack import Stack
 from trainer.run import Run
 
@@ -88,9 +87,9 @@ def test_every_recipe_trains_saves_loads_and_evaluates_and_a_sweep_is_its_points
     assert_same_weights(together, out / "alone")
     assert len(paths) == 2
     for path in (*paths, out / "alone"):
-        sae, config = checkpoint.load(path)
-        figures = Checkpoint(path).eval
-        assert config["status"] == "complete" and config["tokens_seen"] == 12 * 128
+        saved = Checkpoint(path)
+        sae, figures = saved.sae, saved.eval
+        assert saved.is_complete and saved.config.tokens_seen == 12 * 128
         assert (sae.n_blocks, sae.width) == ((4, 8) if block == "head" else (1, 32))
         assert sae.activation == {"topk": "topk", "april": "relu", "bricken": "relu"}.get(recipe, "jumprelu")
         assert len(figures["L0_per_head"]) == sae.n_blocks and len(figures["FVU_per_head"]) == 4
@@ -115,7 +114,7 @@ def test_layers_and_recipes_share_one_stream(command):
     names = {path.name for path in out.glob("all-*")}
     assert names == {f"all-L{layer}-{what}" for layer in (1, 3) for what in ("april-x4-l1_2", "topk-x4-k4")}
     assert_same_weights(out / "all-L3-topk-x4-k4", out / "alone")
-    assert checkpoint.load_config(out / "all-L3-april-x4-l1_2")["model"]["hook_name"] == "blocks.3.attn.hook_z"
+    assert Checkpoint(out / "all-L3-april-x4-l1_2").config.model.hook_name == "blocks.3.attn.hook_z"
     assert not torch.equal(weights(out / "all-L1-topk-x4-k4")["W_dec"], weights(out / "alone")["W_dec"])
 
 
@@ -135,8 +134,8 @@ def test_a_yaml_sweep_names_points_that_differ_in_anything(command, tmp_path):
         "s-L1-reference-x4-l1_3",
         "s-L1-batchtopk-global-x4-k4",
     }
-    settings = checkpoint.load_config(out / "s-L1-reference-x4-l1_3")["training"]
-    assert settings["lr"] == 0.002 and settings["init"] == "linear" and settings["normalize"] == "global"
+    settings = Checkpoint(out / "s-L1-reference-x4-l1_3").config.options.sae
+    assert settings.lr == 0.002 and settings.init == "linear" and settings.normalize == "global"
 
 
 @pytest.mark.parametrize("recipe", ["april", "jumprelu", "gated", "topk"])
@@ -174,7 +173,7 @@ def test_an_interrupted_run_resumes_to_the_same_weights(command, monkeypatch, op
         assert main([*arguments, "--name=halves"]) == 130
     names = [path.name.removeprefix("whole") for path in out.glob("whole*")]
     for name in names:
-        assert checkpoint.load_config(out / f"halves{name}")["status"] == "training"
+        assert not Checkpoint(out / f"halves{name}").is_complete
         assert Checkpoint(out / f"halves{name}").sae, "an interrupted run can be looked at"
     assert main([*arguments, "--name=halves", "--resume=true"]) == 0
     for name in names:
@@ -182,6 +181,24 @@ def test_an_interrupted_run_resumes_to_the_same_weights(command, monkeypatch, op
         lines = [checkpoint.read_metrics(out / f"{which}{name}") for which in ("whole", "halves")]
         assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]] == [4, 8, 12]
         assert lines[0][0]["held_out_FVU"] == lines[1][0]["held_out_FVU"] > 0
+
+
+def test_run_yaml_repeats_and_resumes_one_sae_of_a_sweep(command, monkeypatch):
+    """Whatever today's defaults are: everything that was decided is written down."""
+    arguments, out = command
+    both = [*arguments, "--preset=reference", "--l1_coefficients=[1,8]", "--expansion_factor=4", "--lr=2e-3"]
+    with interrupted_at(7, monkeypatch):
+        assert main([*both, "--name=halves"]) == 130
+    (heavy,) = out.glob("halves*l1_8")
+    options = yaml.safe_load((heavy / "run.yaml").read_text())
+    named = {each.name for group in cli.GROUPS for each in dataclasses.fields(group)}
+    assert set(options) == named and options["init"] == "linear" and options["max_grad_norm"] == 1.0
+    monkeypatch.setitem(config._COMMON, "normalize", "none")
+    assert main([f"--config={heavy / 'run.yaml'}", "--resume=true"]) == 0
+    assert main([f"--config={heavy / 'run.yaml'}", "--name=again"]) == 0
+    assert_same_weights(heavy, out / "again")
+    assert Checkpoint(heavy).recipe == Checkpoint(out / "again").recipe == "reference"
+    assert Checkpoint(heavy).eval == Checkpoint(out / "again").eval
 
 
 def test_saves_of_different_steps_resume_from_the_last_common_one(command, monkeypatch):
@@ -264,7 +281,7 @@ def test_a_point_that_is_complete_is_left_alone_when_the_others_resume(command, 
     before = (done / "config.json").read_bytes()
     assert main([*both, "--resume=true"]) == 0
     assert (done / "config.json").read_bytes() == before
-    assert all(checkpoint.load_config(path)["status"] == "complete" for path in out.iterdir())
+    assert all(Checkpoint(path).is_complete for path in out.iterdir())
 
 
 def test_the_address_of_an_online_run_is_kept(command, monkeypatch):
@@ -280,7 +297,7 @@ def test_the_address_of_an_online_run_is_kept(command, monkeypatch):
     monkeypatch.setattr(wandb, "init", lambda **settings: Online())
     arguments, out = command
     assert main([*arguments[:-4], "--wandb=online", "--name=logged"]) == 0
-    assert checkpoint.load_config(out / "logged")["wandb_url"] == Online.url
+    assert Checkpoint(out / "logged").config.wandb_url == Online.url
 
 
 def test_wandb_writes_an_offline_run(command):
@@ -351,7 +368,7 @@ def test_an_interrupted_harvest_says_that_it_is_kept(command, capsys, monkeypatc
     def stop(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("trainer.model.lm.LanguageModel.hook_z_of", stop)
+    monkeypatch.setattr("trainer.model.lm.LanguageModel.z_of", stop)
     assert main(command[0]) == 130
     assert "Activations harvested" in capsys.readouterr().err
 
@@ -414,11 +431,12 @@ def test_the_reference_command_on_a_tiny_gpt2_from_the_hub_cache(tmp_path, text_
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     (path,) = (tmp_path / "checkpoints").iterdir()
-    sae, config = checkpoint.load(path)
+    saved = Checkpoint(path)
+    sae, options = saved.sae, saved.config.options.sae
     assert path.name == "gpt2-small-L4-april-x32-l1_2"
-    assert config["model"]["hook_name"] == "blocks.4.attn.hook_z"
+    assert saved.config.model.hook_name == "blocks.4.attn.hook_z"
     assert (sae.n_blocks, sae.width, sae.features_per_block) == (4, 8, 32 * 8), "sizes come from the model"
-    assert config["recipe"] == "april" and config["l1_coefficient"] == 2
+    assert options.recipe == "april" and options.l1_coefficient == 2
     assert Checkpoint(path).eval["n_tokens"] >= 200
 
 
@@ -495,6 +513,5 @@ def test_the_frontier_sweep_names_at_least_ten_saes(capsys):
     with pytest.raises(SystemExit):
         main([f"--config={ROOT / 'sweeps' / 'frontier.yaml'}", "--print_config"])
     options = yaml.safe_load(capsys.readouterr().out)
-    sweep = SweepConfig(**{field.name: options[field.name] for field in dataclasses.fields(SweepConfig)})
-    saes = sweep.expand({field.name: options.get(field.name) for field in dataclasses.fields(SAEConfig)})
+    _, saes, _ = cli.build(options)
     assert len(saes) >= 10 and {sae.recipe for sae in saes} >= {"april", "batchtopk", "topk", "jumprelu"}

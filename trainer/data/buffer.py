@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ _LM_BATCH_TOKENS = 4096  # tokens of one forward: enough to fill the cores, smal
 Progress = Callable[[int, int], None]
 
 
+@runtime_checkable
 class Source(Protocol):
     """Where rows come from: `rows(g)` says how many the g-th group has, `groups` yields them.
 
@@ -64,7 +65,7 @@ def open_source(
     n_tokens = min(n_tokens, config.distinct_tokens or n_tokens)
     per_context = corpus.context_size - 1
     n_contexts = _SHARD_CONTEXTS * -(-n_tokens // (per_context * _SHARD_CONTEXTS))  # whole shards
-    if corpus.finite:
+    if corpus.n_train_contexts is not None:
         n_contexts = min(n_contexts, corpus.n_train_contexts)
     if n_contexts * per_context * len(layers) * lm.n_heads * lm.d_head * 2 > config.cache_gb * 1e9:
         return LiveActivations(lm, layers, corpus, n_contexts, buffer_rows)

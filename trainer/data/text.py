@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,12 @@ class Corpus:
     """
 
     def __init__(
-        self, dataset: str, tokenizer, context_size: int, held_out_fraction: float = 0.05, text_column: str = "text"
+        self,
+        dataset: str,
+        tokenizer: Any,
+        context_size: int,
+        held_out_fraction: float = 0.05,
+        text_column: str = "text",
     ) -> None:
         self.name = dataset
         self.context_size = context_size
@@ -41,17 +47,14 @@ class Corpus:
         self._fraction = held_out_fraction
         self._column = text_column
         self._eos = tokenizer.eos_token_id
-        self._train: Int[Tensor, "context pos"] | None = None
-        if _is_finite(dataset):
+        self._train: Int[Tensor, "context pos"]
+        self.finite = _is_finite(dataset)
+        """whether the number of contexts is known"""
+        if self.finite:
             self._train, self._held_out = self._load()
         described = self._train.numpy().tobytes() if self.finite else f"{dataset}/{text_column}".encode()
         key = f"{context_size} {held_out_fraction} {tokenizer.bos_token_id} {tokenizer.eos_token_id} "
         self.fingerprint = hashlib.sha256(key.encode() + described).hexdigest()[:16]
-
-    @property
-    def finite(self) -> bool:
-        """True where the number of contexts is known."""
-        return self._train is not None
 
     @property
     def n_train_contexts(self) -> int | None:
@@ -87,23 +90,23 @@ class Corpus:
             ValueError: there are fewer.
         """
         if self.finite:
-            found = self._held_out[:n_contexts]
+            contexts = list(self._held_out[:n_contexts])
         else:
             packed = self._pack(text for text in self._stream() if self._is_held_out(text))
-            found = list(islice(packed, n_contexts))
-        if len(found) < n_contexts:
+            contexts = list(islice(packed, n_contexts))
+        if len(contexts) < n_contexts:
             per_context = self.context_size - 1
             raise ValueError(
-                f"{self.name} has {len(found) * per_context:,} held-out tokens, but {n_contexts * per_context:,} are "
-                "asked for: ask for fewer (--eval_tokens, --tokens) or raise held_out_fraction"
+                f"{self.name} has {len(contexts) * per_context:,} held-out tokens, but "
+                f"{n_contexts * per_context:,} are asked for: ask for fewer (--eval_tokens, --tokens) or raise held_out_fraction"
             )
-        return torch.stack(list(found))
+        return torch.stack(contexts)
 
     def held_out_tokens(self, n_tokens: int) -> Int[Tensor, "context pos"]:
         """Held-out contexts of at least so many tokens; where a text has fewer all of them, and a line says so."""
         n_contexts = -(-n_tokens // (self.context_size - 1))
-        if self.finite and self.n_held_out_contexts < n_contexts:
-            n_contexts = self.n_held_out_contexts
+        if self.finite and len(self._held_out) < n_contexts:
+            n_contexts = len(self._held_out)
             print(f"{self.name} has {n_contexts * (self.context_size - 1):,} held-out tokens, all are taken")
         return self.held_out(n_contexts)
 
@@ -118,7 +121,7 @@ class Corpus:
         ordinal = first[:, None] + torch.nn.functional.pad(ends.cumsum(1), (1, 0))
         return self._held_out_ids[ordinal] if self.finite else ordinal
 
-    def _load(self) -> tuple[Int[Tensor, "context pos"], Int[Tensor, "context pos"]]:
+    def _load(self) -> tuple[Int[Tensor, "train pos"], Int[Tensor, "held_out pos"]]:
         texts = [text for text in _read(self.name, self._column) if text.strip()]
         if not texts:
             raise ValueError(f"{self.name} holds no text")

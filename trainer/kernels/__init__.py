@@ -1,0 +1,1 @@
+"""Gradients by hand: over every feature in tiles, or over the active ones only."""

@@ -2,12 +2,13 @@
 
 With L0 active features of thousands, decoding and all gradients are sums over (token, feature) pairs:
 weighted embedding bags over the rows of W_dec, of the error and of the input. Only the encoder is a
-dense matmul. The results equal those of `losses` to float rounding.
+dense matmul. The results equal dense gradients to float rounding.
 
-A bag is (block, token): `block * batch + token`; a feature is `block * features_per_head + index`.
+A bag is (block, token): `block * batch + token`; a feature is `block * features_per_block + index`.
 """
 
 import warnings
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -80,34 +81,17 @@ def gradients(
     return Outcome(grads, error, fired, {})
 
 
-def l1(
-    recipe: str, params: Params, x: Float[Tensor, "head batch width"], coefficient: Float[Tensor, " block"]
-) -> Outcome:
-    """`april` or `bricken`, as in `losses`, on the features that are active."""
-    W_enc, W_dec, b_enc = params["W_enc"], params["W_dec"], params["b_enc"]
-    centred = recipe == "bricken"
-    bias = b_enc - (params["b_dec"][:, None] @ W_enc)[:, 0] if centred else b_enc
-    active = above({**params, "b_enc": bias}, x, torch.zeros_like(coefficient))
-    norm = torch.ones_like(b_enc) if centred else W_dec.norm(dim=-1)
-    weight = (coefficient / x.shape[1])[:, None]
-    out = gradients(params, x, active, weight * norm, centred)
-    total = torch.zeros_like(b_enc).view(-1).index_add_(0, active.feature, active.value).view_as(b_enc)
-    if not centred:
-        out.grads["W_dec"].add_(W_dec * (weight * total / norm)[..., None])
-    out.terms["l1"] = (total * norm).sum(1) / x.shape[1]
-    return out
-
-
 def above(params: Params, x: Float[Tensor, "head batch width"], threshold: Float[Tensor, " block"]) -> Active:
     """Features whose pre-activation exceeds their block's threshold."""
-    found = []
+    tiles = []
     n_features = params["b_enc"].shape[1]
-    for block, start, pre in _pre_activations(params, x):
-        at = _true(pre > threshold[block : block + len(pre), None, None])
-        row = at // n_features  # a tile has one block, or all tokens of several
+    for block, start, pre in _pre_activations(params, x):  # [block, token, feature]
+        at = _true(pre > threshold[block : block + len(pre), None, None])  # in the tile, flat
+        row = at // n_features  # (block, token) in the tile, which has one block, or all tokens of several
         bag = row + (block * x.shape[1] + start)
-        found.append(Active(bag, at + (bag // x.shape[1] - row) * n_features, pre.view(-1)[at]))
-    return Active(*map(torch.cat, zip(*found, strict=True)))
+        feature = at + (bag // x.shape[1] - row) * n_features  # at - row * n_features + block * n_features
+        tiles.append(Active(bag, feature, pre.view(-1)[at]))
+    return Active(*map(torch.cat, zip(*tiles, strict=True)))
 
 
 def top_k(params: Params, x: Float[Tensor, "head batch width"], k: Int[Tensor, " point"], layer: bool) -> Active:
@@ -117,20 +101,20 @@ def top_k(params: Params, x: Float[Tensor, "head batch width"], k: Int[Tensor, "
     """
     n_heads, batch, _ = x.shape
     n_blocks, n_features = params["b_enc"].shape
-    largest, found = int(k.max()), []
-    for _, _, pre in _pre_activations(params, x, whole=layer):
-        if layer:  # a row is a token of a point, with the features of all its heads
+    largest, values, indices = int(k.max()), [], []
+    for _, _, pre in _pre_activations(params, x, whole=layer):  # [block, token, feature]
+        if layer:  # a row is a token of a point, with the features of all its heads: [point, token, head * feature]
             pre = pre.view(-1, n_heads, *pre.shape[1:]).transpose(1, 2).flatten(2)
-        found.append(_top_of_rows(pre, largest))
-    value, index = zip(*found, strict=True)
-    if layer:
-        value, index = torch.cat(value, dim=1), torch.cat(index, dim=1)
-    else:
-        value, index = torch.cat([v.flatten(0, 1) for v in value]), torch.cat([i.flatten(0, 1) for i in index])
+        value, index = _top_of_rows(pre, largest)
+        values.append(value)
+        indices.append(index)
     n_rows = len(k) if layer else n_blocks
-    value, index = value.view(n_rows, batch, largest), index.view(n_rows, batch, largest)
-    feature = index.add_(torch.arange(0, n_blocks, n_blocks // n_rows, device=x.device)[:, None, None] * n_features)
-    block = feature // n_features if layer else torch.arange(n_blocks, device=x.device)[:, None, None]
+    # A tile is some tokens of all points, or of one block: [point or block, token, largest].
+    join = (lambda tiles: torch.cat(tiles, 1)) if layer else (lambda tiles: torch.cat([t.flatten(0, 1) for t in tiles]))
+    value, index = (join(tiles).view(n_rows, batch, largest) for tiles in (values, indices))
+    first = torch.arange(0, n_blocks, n_blocks // n_rows, device=x.device)  # block of each row
+    feature = index.add_(first[:, None, None] * n_features)
+    block = feature // n_features if layer else first[:, None, None]
     bag = (block * batch + torch.arange(batch, device=x.device)[:, None]).expand_as(feature)
     active = Active(bag.flatten(), feature.flatten(), value.flatten())
     rank = torch.arange(largest, device=x.device)
@@ -188,7 +172,9 @@ def first_guess(params: Params, x: Float[Tensor, "head batch width"], counts: In
     return torch.stack([row.topk(max(1, int(n))).values[-1] for row, n in zip(rows, share.tolist(), strict=True)]) * 0.8
 
 
-def _pre_activations(params: Params, x: Tensor, whole: bool = False):
+def _pre_activations(
+    params: Params, x: Float[Tensor, "head batch width"], whole: bool = False
+) -> Iterator[tuple[int, int, Float[Tensor, "block token feature"]]]:
     """x W_enc + b_enc in tiles: first block, first token, and `[block, token, feature]`.
 
     On a CPU a tile fits in the cache: one block, or with `whole` few tokens of all blocks.
@@ -233,6 +219,6 @@ def _true(mask: Tensor) -> Int[Tensor, " hit"]:
     return hit[bit[:, 0]] * 8 + bit[:, 1]
 
 
-def _bounds(sorted_ids: Int[Tensor, " pair"], n: int) -> Int[Tensor, " n+1"]:
+def _bounds(sorted_ids: Int[Tensor, " pair"], n: int) -> Int[Tensor, " n_plus_1"]:
     """Where each of n ids begins in a sorted list."""
     return torch.cat([sorted_ids.new_zeros(1), torch.bincount(sorted_ids, minlength=n).cumsum(0)])

@@ -163,7 +163,7 @@ class LanguageModel:
 
         Linear: centred where the norm is a LayerNorm, times its weight unless loading folded that, times W_U.
         """
-        norm = getattr(self.model, "ln_final", None)
+        norm: Any = getattr(self.model, "ln_final", None)
         if (self.model.cfg.normalization_type or "").startswith("LN"):
             resid = resid - resid.mean(-1, keepdim=True)
         if hasattr(norm, "w"):
@@ -173,7 +173,7 @@ class LanguageModel:
     def logit_direction(self, token: int) -> Float[Tensor, " d_model"]:
         """The vector whose product with an addition to the final residual stream is `unembed` of it at `token`."""
         direction = self.model.W_U.detach()[:, token]
-        norm = getattr(self.model, "ln_final", None)
+        norm: Any = getattr(self.model, "ln_final", None)
         if hasattr(norm, "w"):
             direction = direction * norm.w.detach()
         if (self.model.cfg.normalization_type or "").startswith("LN"):

@@ -85,7 +85,8 @@ def _load_folder(path: Path, device: str, dtype: str) -> HookedTransformer:
         state = model.center_writing_weights(state)
     model.load_state_dict(model.center_unembed(state), strict=False)
     model.move_model_modules_to_device()
-    _check_same_model(model, hf_model.to(device), path)
+    hf_model.to(device)  # type: ignore[arg-type]
+    _check_same_model(model, hf_model, path)
     return model
 
 

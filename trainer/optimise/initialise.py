@@ -1,15 +1,12 @@
 """Parameters of SAEs before the first step, and the statistics of the data that they start from."""
 
-import math
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from trainer.config import CENTRED, TOP_K, SAEConfig
+from trainer.config import SAEConfig
 from trainer.kernels.dense import Params
-
-_JUMP_AT_START, _SHARE_ACTIVE_AT_START = 0.1, 0.1
+from trainer.recipes import RECIPES
 
 
 def input_scale(z: Float[Tensor, "row head d_head"], normalize: str) -> Float[Tensor, "head d_head"]:
@@ -39,7 +36,7 @@ def initial_params(
     Args:
         x: rows of scaled inputs, for decoder and threshold biases.
     """
-    _, n_blocks, width = x.shape
+    recipe, (_, n_blocks, width) = RECIPES[cfg.recipe], x.shape
 
     def uniform(bound: float, *shape: int) -> Tensor:
         return (torch.rand(shape, generator=generator) * 2 - 1) * bound
@@ -59,24 +56,16 @@ def initial_params(
             W_dec = torch.nn.functional.normalize(W_dec, dim=-1)
     else:
         rows = torch.nn.functional.normalize(torch.randn(n_blocks, n_features, width, generator=generator), dim=-1)
-        selects = cfg.recipe in TOP_K
+        selects = recipe.sparsity == "k"
         gain = 1.0 if selects else min(1.0, 2 * width / n_features)
         unit = selects or cfg.decoder_norm == "unit"
         W_dec = rows * (1.0 if unit else gain**0.5)
         W_enc = (rows * (gain if unit else gain**0.5)).mT.contiguous()
         b_enc = torch.zeros(n_blocks, n_features)
-        if cfg.recipe not in CENTRED:
+        if not recipe.centred:
             b_enc = -(b_dec[:, None] @ W_enc)[:, 0]
     params = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": W_dec, "b_dec": b_dec}
-    if cfg.recipe == "gated":
-        params |= {"r_mag": torch.zeros_like(b_enc), "b_mag": torch.zeros_like(b_enc)}
-    if cfg.recipe == "jumprelu":
-        params["log_threshold"] = torch.full_like(b_enc, math.log(_JUMP_AT_START))
-        if cfg.init == "transpose":  # each feature fires on the same share of the data
-            rank = max(1, int(_SHARE_ACTIVE_AT_START * len(x)))
-            limits = [(x[:, block] @ W_enc[block]).topk(rank, dim=0).values[-1] for block in range(n_blocks)]
-            params["b_enc"] = _JUMP_AT_START - torch.stack(limits)
-    return params
+    return recipe.start(params, x, cfg.init)
 
 
 def geometric_median(x: Float[Tensor, "row block width"], steps: int = 50) -> Float[Tensor, "block width"]:

@@ -59,6 +59,7 @@ def aux_k(
     grads = {}
     for name in ("W_enc", "b_enc", "W_dec"):
         of_dead = leaves[name].grad
+        assert of_dead is not None
         full = torch.zeros_like(params[name].mT if name == "W_enc" else params[name])
         full[block, columns] = of_dead * (real[..., None] if of_dead.dim() == 3 else real)
         grads[name] = full.mT.contiguous() if name == "W_enc" else full

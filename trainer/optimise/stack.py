@@ -7,14 +7,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from trainer.block_diag import BlockDiagSAE
-from trainer.config import CENTRED, TOP_K, SAEConfig, TrainingConfig
-from trainer.kernels import dense, sparse
+from trainer.config import SAEConfig, TrainingConfig
 from trainer.kernels.dense import Outcome, Params
 from trainer.optimise.revive import aux_k, resample
+from trainer.recipes import RECIPES
+from trainer.recipes.recipe import Step
 
-# Below this share of active features the sparse gradients are faster; at 0.05 both cost the same
-# (benchmarks/README.md).
-SPARSE_BELOW = 0.03
 _REWARM_FRACTION = 0.02  # share of the steps over which the learning rate recovers from a resampling
 
 
@@ -49,6 +47,7 @@ class Stack:
         together: bool | None = None,
     ) -> None:
         self.cfg, self.cfgs, self.training, self.scale = cfgs[0], cfgs, training, scale
+        self.recipe = RECIPES[self.cfg.recipe]
         self.n_points, self.n_heads = len(cfgs), len(scale)
         # In a fixed order: the gradient norm is a sum over it, and a resumed run has to round as the whole one did.
         self.params = {name: torch.cat([each[name] for each in params]).to(scale.device) for name in sorted(params[0])}
@@ -60,7 +59,7 @@ class Stack:
         self.unfired = torch.zeros_like(self.params["b_enc"], dtype=torch.int64)
         self.active_share = torch.ones(self.n_points)
         self.threshold = torch.zeros(self._n_groups, device=scale.device)
-        self._guess: Tensor | None = None
+        self._guess = torch.full_like(self.threshold, float("nan"))
         self._last: Batch
         together = scale.device.type != "cpu" if together is None else together
         self._passes = [slice(0, self.n_points)] if together else [slice(p, p + 1) for p in range(self.n_points)]
@@ -76,7 +75,7 @@ class Stack:
         x = (z.reshape(len(z), *self.scale.shape) * self.scale).transpose(0, 1).contiguous()
         out = _join([self._gradients(points, x) for points in self._passes])
         dead = self.unfired >= self.training.dead_after_tokens
-        if self.cfg.recipe in TOP_K and dead.any():
+        if self.recipe.sparsity == "k" and dead.any():
             extra, term = aux_k(self.params, x, out.error, dead, self.n_points)
             for name, grad in extra.items():
                 out.grads[name] += grad
@@ -89,35 +88,24 @@ class Stack:
         self._resample(x, out.error)
         self._last = Batch(z, out, grad_norm)
 
-    def _gradients(self, points: slice, x: Tensor) -> Outcome:
+    def _gradients(self, points: slice, x: Float[Tensor, "head batch width"]) -> Outcome:
         blocks = slice(points.start * self.n_heads, points.stop * self.n_heads)
-        params = {name: value[blocks] for name, value in self.params.items()}
-        if self.cfg.recipe in TOP_K:
-            return sparse.gradients(params, x, self._select(points, params, x))
-        coefficient = torch.tensor([cfg.l1_coefficient for cfg in self.cfgs[points]], device=x.device)
-        coefficient = (coefficient * self._sparsity_factor(self.step)).repeat_interleave(self.n_heads)
-        if self.cfg.recipe in ("april", "bricken") and self.active_share[points].max() < SPARSE_BELOW:
-            return sparse.l1(self.cfg.recipe, params, x, coefficient)
-        return dense.GRADIENTS[self.cfg.recipe](params, x, coefficient)
-
-    def _select(self, points: slice, params: Params, x: Tensor) -> sparse.Active:
-        k = torch.tensor([cfg.k for cfg in self.cfgs[points]], device=x.device)
-        layer = self.cfg.k_scope == "layer"
-        if self.cfg.recipe == "topk":
-            return sparse.top_k(params, x, k, layer)
         groups = slice(*(each * self._n_groups // self.n_points for each in (points.start, points.stop)))
-        counts = k.repeat_interleave((groups.stop - groups.start) // len(k)) * x.shape[1]
-        if self._guess is None:
-            self._guess = torch.full_like(self.threshold, float("nan"))
-        guess = self._guess[groups]
-        if guess.isnan().any():
-            guess = sparse.first_guess(params, x, counts)
-        active, smallest = sparse.batch_top_k(params, x, counts, guess)
-        self._guess[groups] = smallest * 0.9
-        # Long runs average over 1,000 steps (Bussmann et al.); a short one cannot look back that far.
+        cfgs = self.cfgs[points]
+        coefficient = torch.tensor([cfg.l1_coefficient or 0.0 for cfg in cfgs], device=x.device)
+        # Long runs average thresholds over 1,000 steps (Bussmann et al.); a short one cannot look back that far.
         rate = 1.0 if self.step == 0 else max(0.001, min(1.0, 20 / self.training.total_training_steps))
-        self.threshold[groups] += rate * (smallest - self.threshold[groups])
-        return active
+        step = Step(
+            coefficient=(coefficient * self._sparsity_factor(self.step)).repeat_interleave(self.n_heads),
+            k=torch.tensor([cfg.k or 0 for cfg in cfgs], device=x.device),
+            over_layer=self.cfg.k_scope == "layer",
+            active_share=self.active_share[points].max().item(),
+            threshold=self.threshold[groups],
+            guess=self._guess[groups],
+            rate=rate,
+            progress=self.step / self.training.total_training_steps,
+        )
+        return self.recipe.gradients({name: value[blocks] for name, value in self.params.items()}, x, step)
 
     def _clip(self, grads: Params) -> Float[Tensor, " point"]:
         """Scale the gradient of each point to at most max_grad_norm; returns the norms before.
@@ -213,37 +201,21 @@ class Stack:
     def _weighted(self, terms: dict[str, float], point: int) -> float:
         """The loss terms beside the squared error, with their coefficients (those of the step just taken)."""
         coefficient = (self.cfgs[point].l1_coefficient or 0.0) * self._sparsity_factor(self.step - 1)
-        weights = {"pre_activation": dense.PRE_ACTIVATION_COEFFICIENT, "aux_k": 1.0, "auxiliary": 1.0}
-        return sum(weights.get(name, coefficient) * term for name, term in terms.items())
+        return sum(self.recipe.weights.get(name, coefficient) * term for name, term in terms.items())
 
     @torch.no_grad()
     def finished(self, point: int) -> BlockDiagSAE:
         """A point as an SAE for raw hook_z."""
         blocks = slice(point * self.n_heads, (point + 1) * self.n_heads)
-        p = {name: value[blocks].detach().clone() for name, value in self.params.items()}
-        cfg, (_, width, n_features) = self.cfgs[point], p["W_enc"].shape
-        jump: Tensor | None = None
-        if cfg.recipe in CENTRED:
-            p["b_enc"] = p["b_enc"] - (p["b_dec"][:, None] @ p["W_enc"])[:, 0]
-        if cfg.recipe == "gated":  # gate > 0 exactly where e^r s + b_mag > b_mag - e^r b_gate
-            gain, offset = p["r_mag"].exp(), p["b_enc"] - self.params["b_enc"][blocks]
-            jump = (p["b_mag"] - gain * self.params["b_enc"][blocks]).clamp_min(0)
-            # The constant part of s, -b_dec W_enc, moves into the bias.
-            p["b_enc"] = p["b_mag"] + gain * offset
-            p["W_enc"] = p["W_enc"] * gain[:, None]
-        elif cfg.recipe == "jumprelu":
-            jump = p["log_threshold"].exp()
-        elif cfg.recipe == "batchtopk":
-            groups = self.threshold.view(self.n_points, -1)[point]
-            jump = groups[:, None].expand(self.n_heads, n_features)
-        activation = "topk" if cfg.recipe == "topk" else "relu" if jump is None else "jumprelu"
-        k = cfg.k if activation == "topk" else None
-        sae = BlockDiagSAE(self.n_heads, width, n_features, activation, k, cfg.k_scope)
+        trained = {name: value[blocks].detach().clone() for name, value in self.params.items()}
+        weights = self.recipe.for_use(trained, self.threshold.view(self.n_points, -1)[point])
+        cfg, activation, (_, width, n_features) = self.cfgs[point], self.recipe.activation, weights["W_enc"].shape
+        sae = BlockDiagSAE(
+            self.n_heads, width, n_features, activation, cfg.k if activation == "topk" else None, cfg.k_scope
+        )
         sae = sae.to(self.scale.device)
-        for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
-            getattr(sae, name).copy_(p[name])
-        if jump is not None:
-            sae.threshold.copy_(jump)
+        for name, parameter in sae.named_parameters():
+            parameter.copy_(weights[name])
         sae.fold_scale(self.scale)
         return sae.eval().requires_grad_(False)
 

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from analysis import attribution as dfa
+from analysis.attribution import Reader
 from analysis.corpus.heads import copying, feature_roles, head_table, monosemanticity, wilson
-from analysis.corpus.passes import chunks, first_pass, sources_on_repeats
+from analysis.corpus.passes import chunks, feed, sources_on_repeats
 from analysis.corpus.running import FeatureStatistics, Sources
 from analysis.logits import head_of_features, logit_effects, written
 from tests.analysis.test_attribution import previous_token_and_induction_model
@@ -50,8 +51,8 @@ def token_features(lm) -> BlockDiagSAE:
 @pytest.fixture(scope="module")
 def seen(lm):
     sae, contexts = token_features(lm), repeats()
-    statistics = FeatureStatistics(sae, lm.layer(1).b_V, VOCABULARY, n_top=5)
-    first_pass(lm.layer(1), contexts, 0, [statistics], lambda done: None)
+    statistics = FeatureStatistics(Reader(sae, lm.layer(1)), VOCABULARY, n_top=5)
+    list(feed(lm.layer(1), contexts, torch.arange(len(contexts)), [statistics]))
     return sae, contexts, statistics
 
 
@@ -94,7 +95,9 @@ def test_copying_and_copy_suppression(lm, seen):
 def test_repeats_judge_the_second_half_only(lm):
     lm.tokenizer = type("Tokens", (), {"bos_token_id": 0, "all_special_ids": [0]})()
     sae = token_features(lm)
-    (sources,) = sources_on_repeats(lm.layer(1), [sae], 16, 11, seed=0)  # five random tokens, twice
+    (sources,) = sources_on_repeats(
+        lm.layer(1), [Reader(sae, lm.layer(1))], 16, 11, seed=0
+    )  # five random tokens, twice
     attention = dfa.shares(sources.head_attention)[0]
     assert attention[dfa.SLOTS.index("induction")] > 0.95
     assert int(sources.head_tokens) == 16 * 5

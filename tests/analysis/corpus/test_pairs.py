@@ -5,8 +5,9 @@ import pandas as pd
 import pytest
 import torch
 
+from analysis.attribution import Firings
 from analysis.corpus import pairs
-from analysis.corpus.running import Cofiring, Firings
+from analysis.corpus.running import Cofiring
 
 HEAD = np.repeat([0, 1], 6)
 

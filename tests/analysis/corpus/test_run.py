@@ -13,7 +13,7 @@ from analysis import attribution as dfa
 from analysis.__main__ import main
 from analysis.corpus import run
 from analysis.store import Analysis
-from trainer.checkpoint import Checkpoint, CheckpointError
+from trainer.checkpoint import Checkpoint, CheckpointError, save
 
 TABLES = ["features", "examples", "contexts", "heads", "copying", "pairs", "merging", "tokens"]
 OPTIONS = ["--tokens=600", "--examples=5", "--quantile_examples=3", "--device=cpu"]
@@ -38,6 +38,29 @@ class Now:
 
     def __exit__(self, *error):
         return False
+
+
+class After(Now):
+    """Ctrl-C comes during the n-th forward."""
+
+    def __init__(self, n: int) -> None:
+        self.left = n
+
+    def __enter__(self):
+        return self
+
+    def __call__(self) -> bool:
+        self.left -= 1
+        return self.left == 0
+
+
+def silence(path, features: slice) -> None:
+    """Let only these features of each head of a checkpoint fire."""
+    checkpoint = Checkpoint(path)
+    kept = torch.zeros_like(checkpoint.sae.b_enc, dtype=torch.bool)
+    kept[:, features] = True
+    checkpoint.sae.b_enc[~kept] = -1000
+    save(path, checkpoint.sae, checkpoint.config)
 
 
 def tables(path) -> dict[str, pd.DataFrame]:
@@ -103,31 +126,15 @@ def test_interrupted_and_resumed_equals_uninterrupted(trained, tmp_path, monkeyp
     assert main([str(tmp_path / "a"), *OPTIONS]) == 0
     real = run.deferred_interrupts
     asked = 0
-
-    class After:
-        """Ctrl-C comes during the n-th forward after the last one."""
-
-        def __init__(self, n):
-            self.left = n
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            return False
-
-        def __call__(self):
-            self.left -= 1
-            return self.left == 0
-
-    stops = iter([After(2), After(1), After(9), After(3)])  # twice in the first pass, once in the second
+    # Thrice in the first pass, the last time at its end, so that nothing of it is left; once in the second.
+    stops = iter([After(2), After(1), After(2), After(9), After(3)])
     monkeypatch.setattr(run, "deferred_interrupts", lambda: next(stops, None) or real())
     arguments = [str(tmp_path / "b"), *OPTIONS]
     while main([*arguments, "--resume"]) == 130:
         asked += 1
         assert not (tmp_path / "b" / "analysis").exists(), "half an artefact"
         assert asked < 6
-    assert asked == 3
+    assert asked == 4
     one, two = tables(tmp_path / "a"), tables(tmp_path / "b")
     for name in TABLES:
         pd.testing.assert_frame_equal(one[name], two[name], check_exact=True)
@@ -146,6 +153,29 @@ def test_one_behind_the_other_catches_up(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "deferred_interrupts", real)
     assert main([str(tmp_path / "a"), str(tmp_path / "b"), *OPTIONS, "--resume"]) == 0
     assert {Analysis(Checkpoint(tmp_path / name)).meta["n_tokens"] for name in ("a", "b")} == {620}
+
+
+def test_one_of_two_interrupted_together_goes_on_alone(trained, tmp_path, monkeypatch):
+    """The second pass of both reads contexts that one alone does not need."""
+    monkeypatch.setattr("analysis.corpus.passes._LM_TOKENS", 32)  # a forward a context
+    few = ["--tokens=600", "--examples=1", "--quantile_examples=0", "--device=cpu"]
+    for name, features in (("a", slice(0, 1)), ("b", slice(9, 11)), ("whole", slice(0, 1))):
+        shutil.copytree(trained / "block-l1_1", tmp_path / name)
+        silence(tmp_path / name, features)
+    assert main([str(tmp_path / "whole"), *few]) == 0
+    real, stops = run.deferred_interrupts, iter([After(99), After(3)])
+    monkeypatch.setattr(run, "deferred_interrupts", lambda: next(stops, None) or real())
+    assert main([str(tmp_path / "a"), str(tmp_path / "b"), *few]) == 130
+    assert main([str(tmp_path / "a"), *few, "--resume"]) == 0
+    pd.testing.assert_frame_equal(*(tables(tmp_path / name)["examples"] for name in ("a", "whole")), check_exact=True)
+
+
+def test_an_sae_that_never_fires(trained, tmp_path):
+    shutil.copytree(trained / "block-l1_1", tmp_path / "a")
+    silence(tmp_path / "a", slice(0, 0))
+    assert main([str(tmp_path / "a"), *OPTIONS]) == 0
+    silent = Analysis(Checkpoint(tmp_path / "a"))
+    assert (silent.features["description"] == "never fires").all() and silent.examples(0).empty
 
 
 def test_search(analysed):
@@ -192,7 +222,7 @@ def test_another_text_is_read_whole(trained, tmp_path):
     assert meta["n_tokens"] == 620
 
 
-def test_refusals(analysed, tmp_path, capsys):
+def test_refusals(trained, analysed, tmp_path, capsys):
     def refused(*arguments: str) -> str:
         assert main([*arguments, "--device=cpu"]) == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]
@@ -208,7 +238,7 @@ def test_refusals(analysed, tmp_path, capsys):
     assert Analysis(Checkpoint(path)).meta["n_tokens"] == 620, "what was there is still there"
 
     with pytest.raises(CheckpointError, match="has no analysis yet: run"):
-        Analysis(Checkpoint(tmp_path))
+        Analysis(Checkpoint(trained / "dense"))
     with pytest.raises(ValueError, match="there is no feature 100000"):
         Analysis(Checkpoint(path)).feature(100_000)
     meta = json.loads((path / "analysis" / "meta.json").read_text())

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from analysis import attribution as dfa
-from analysis.corpus.passes import Strips, choose_examples, first_pass, second_pass
+from analysis.attribution import Reader
+from analysis.corpus.passes import Strips, choose_examples, feed
 from analysis.corpus.running import FeatureStatistics, Tally, load_state, state
 from trainer.block_diag import BlockDiagSAE
 
@@ -26,8 +27,8 @@ def seen(request, gpt2):
     sae.requires_grad_(False)
     contexts = torch.randint(1, 40, (CONTEXTS, LENGTH))
     contexts[:, 0] = 0
-    statistics = FeatureStatistics(sae, gpt2.layer(LAYER).b_V, gpt2.d_vocab, n_top=7)
-    first_pass(gpt2.layer(LAYER), contexts, 0, [statistics], lambda done: None)
+    statistics = FeatureStatistics(Reader(sae, gpt2.layer(LAYER)), gpt2.d_vocab, n_top=7)
+    list(feed(gpt2.layer(LAYER), contexts, torch.arange(CONTEXTS), [statistics]))
     z = gpt2.layer(LAYER).z(contexts)
     f = sae.encode(z)
     f[:, 0] = 0
@@ -104,7 +105,7 @@ def test_the_sample_is_of_real_firings_and_uniform(seen):
 def test_tokens_that_features_fire_on_and_read(seen):
     lm, sae, contexts, statistics, _, f = seen
     _, v, pattern = lm.layer(LAYER).attention(contexts)
-    W_enc = dfa.head_encoders(sae, lm.n_heads, lm.d_head)
+    W_enc = sae.W_enc.view(lm.n_heads, lm.d_head, -1)
     dense = sae.is_dense
     fires, reads = statistics.fires_on.top(sae.d_sae, 3), statistics.sources.reads.top(sae.d_sae, 3)
     mass = torch.zeros(sae.d_sae, len(dfa.SLOTS), dtype=torch.float64)
@@ -144,11 +145,11 @@ def test_the_strips_of_examples(seen):
     table = choose_examples(statistics, 4, LENGTH)
     assert set(table["kind"]) == {"top", "quantile"}
     assert table["feature"].is_monotonic_increasing
-    strips = Strips(len(table))
-    second_pass(lm.layer(LAYER), contexts, 0, [sae], [table], [strips], lambda done: None)
+    strips = Strips(Reader(sae, lm.layer(LAYER)), table)
+    list(feed(lm.layer(LAYER), contexts, strips.contexts, [strips]))
     parts = state(strips)
     _, v, pattern = lm.layer(LAYER).attention(contexts)
-    W_enc, b_V = dfa.head_encoders(sae, lm.n_heads, lm.d_head), lm.layer(LAYER).b_V
+    W_enc, b_V = sae.W_enc.view(lm.n_heads, lm.d_head, -1), lm.layer(LAYER).b_V
     pre = sae.pre_activations(z).flatten(2)
     for row in table.sample(60, random_state=0).itertuples():
         c, q, feature = row.context, row.position, row.feature
@@ -170,9 +171,7 @@ def test_the_strips_of_examples(seen):
         size = by_head.sum(0).abs().max()
         assert (found - by_head.sum(0)).abs().max() < 0.0101 * size
         assert float(strips.dfa_sum[row.Index]) == pytest.approx(float(by_head.sum()), abs=1e-4)
-        constant = (
-            dfa.constants(b_V, W_enc, torch.zeros_like(W_enc[:, 0]))[heads, index].sum() + sae.b_enc.flatten()[feature]
-        )
+        constant = sum(b_V[h] @ W_enc[h, :, index] for h in heads) + sae.b_enc.flatten()[feature]
         assert float(strips.dfa_sum[row.Index] + constant) == pytest.approx(float(pre[c, q, feature]), abs=1e-4)
         head = heads[int(by_head.sum(1).argmax())]
         assert int(strips.head[row.Index]) == head
@@ -196,11 +195,11 @@ def test_quantile_examples_lie_in_their_quantiles(seen):
 
 def test_an_interrupted_stream_goes_on_exactly(seen):
     lm, sae, contexts, statistics, _, _ = seen
-    first = FeatureStatistics(sae, lm.layer(LAYER).b_V, lm.d_vocab, n_top=7)
-    first_pass(lm.layer(LAYER), contexts[:21], 0, [first], lambda done: None)
-    second = FeatureStatistics(sae, lm.layer(LAYER).b_V, lm.d_vocab, n_top=7)
+    reader = Reader(sae, lm.layer(LAYER))
+    first, second = (FeatureStatistics(reader, lm.d_vocab, n_top=7) for _ in range(2))
+    list(feed(lm.layer(LAYER), contexts, torch.arange(21), [first]))
     load_state(second, {name: value.clone() for name, value in state(first).items()})
-    first_pass(lm.layer(LAYER), contexts, 21, [second], lambda done: None)
+    list(feed(lm.layer(LAYER), contexts, torch.arange(21, CONTEXTS), [second]))
     for each in (second, statistics):
         each.fires_on.top(sae.d_sae, 1)  # counts what is pending
         each.sources.reads.top(sae.d_sae, 1)

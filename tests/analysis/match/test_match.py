@@ -33,12 +33,12 @@ def random_firings(seed: int, n_features: int, tokens: int = 400) -> np.ndarray:
     return (generator.random((tokens, n_features)) * (generator.random((tokens, n_features)) < 0.1)).astype(np.float32)
 
 
-def side(sae: BlockDiagSAE, f: np.ndarray) -> scoring.Side:
-    return scoring.Side.of(sae, sp.csr_matrix(f), N_HEADS)
+def fired(sae: BlockDiagSAE, f: np.ndarray) -> scoring.Fired:
+    return scoring.Fired.of(sae, sp.csr_matrix(f), N_HEADS)
 
 
 @torch.no_grad()
-def planted() -> tuple[scoring.Side, scoring.Side, np.ndarray]:
+def planted() -> tuple[scoring.Fired, scoring.Fired, np.ndarray]:
     """B is A permuted within each head and scaled; of every head the last two features of A are not in B.
 
     Returns A, B and the feature of B that each feature of A became, -1 for none.
@@ -55,7 +55,7 @@ def planted() -> tuple[scoring.Side, scoring.Side, np.ndarray]:
             b.W_dec[head, places[i]] = a.W_dec[head, i] / scale
             g[:, head * N_FEATURES + places[i]] = f[:, head * N_FEATURES + i] * scale
             became[head * N_FEATURES + i] = head * N_FEATURES + places[i]
-    return side(a, f), side(b, g), became
+    return fired(a, f), fired(b, g), became
 
 
 def test_a_planted_permutation_is_recovered():
@@ -71,7 +71,7 @@ def test_a_planted_permutation_is_recovered():
     assert (features["firings"] == np.concatenate([a.firings, b.firings])).all()
 
 
-def brute_force(a: scoring.Side, b: scoring.Side, i: int, j: int) -> tuple[float, float]:
+def brute_force(a: scoring.Fired, b: scoring.Fired, i: int, j: int) -> tuple[float, float]:
     """Cosine and Jaccard index of two features."""
     fires_a, fires_b = (s.fires.toarray()[:, k] > 0 for s, k in ((a, i), (b, j)))
     jaccard = (fires_a & fires_b).sum() / max((fires_a | fires_b).sum(), 1)
@@ -80,13 +80,13 @@ def brute_force(a: scoring.Side, b: scoring.Side, i: int, j: int) -> tuple[float
 
 def test_figures_and_assignment_against_brute_force(monkeypatch):
     """On noisy copies: every figure, the nearest of every feature, and that no other assignment has a larger sum."""
-    monkeypatch.setattr("analysis.match.score._ROWS", 5)
+    monkeypatch.setattr("analysis.corpus.pairs._ROWS", 5)
     a, b, became = planted()
     noise = np.random.default_rng(5)
     fires = b.fires.toarray() * (noise.random(b.fires.shape) < 0.8)
     direction = b.direction + 0.1 * noise.standard_normal(b.direction.shape).astype(np.float32)
     direction /= np.linalg.norm(direction, axis=1, keepdims=True)
-    b = scoring.Side(sp.csr_matrix(fires), (fires > 0).sum(0), direction, b.head, b.n_blocks)
+    b = scoring.Fired(sp.csr_matrix(fires), (fires > 0).sum(0), direction, b.head, b.n_blocks)
     found = scoring.one_to_one(a, b)
     score = np.zeros((36, 36))
     for i in range(36):
@@ -111,7 +111,7 @@ def test_what_is_no_pair_takes_no_pairs_place():
     fires[0, :100, 0] = fires[0, 100:, 1] = 1
     fires[1, :80, 0] = fires[1, 100:121, 0] = fires[1, 40:100, 1] = 1
     same = np.array([[1.0, 0.0], [1.0, 0.0]], np.float32)
-    a, b = (scoring.Side(sp.csr_matrix(f), (f > 0).sum(0), same, np.zeros(2, int), 1) for f in fires)
+    a, b = (scoring.Fired(sp.csr_matrix(f), (f > 0).sum(0), same, np.zeros(2, int), 1) for f in fires)
     found = scoring.one_to_one(a, b)
     assert found.pairs[["a", "b"]].to_numpy().tolist() == [[0, 0]]
     assert found.pairs["score"].tolist() == pytest.approx([0.813], abs=1e-3)
@@ -137,7 +137,7 @@ def test_a_block_too_large_to_assign_is_paired_greedily(monkeypatch):
     a, b, _ = planted()
     exact = scoring.one_to_one(a, b)
     monkeypatch.setattr(scoring, "LARGEST_ASSIGNMENT", 4)
-    monkeypatch.setattr("analysis.match.score._ROWS", 5)
+    monkeypatch.setattr("analysis.corpus.pairs._ROWS", 5)
     greedy = scoring.one_to_one(a, b)
     order = ["a", "b"]
     assert greedy.pairs.sort_values(order, ignore_index=True).equals(exact.pairs.sort_values(order, ignore_index=True))
@@ -148,7 +148,7 @@ def test_a_block_too_large_to_assign_is_paired_greedily(monkeypatch):
 @torch.no_grad()
 def test_a_planted_split_comes_out(monkeypatch):
     """Dense feature i is the union of feature i of head 0 and of feature i of head 1; the last two are of neither."""
-    monkeypatch.setattr("analysis.match.score._ROWS", 5)
+    monkeypatch.setattr("analysis.corpus.pairs._ROWS", 5)
     block, dense = random_sae(0), random_sae(1, dense=True)
     f = random_firings(0, block.d_sae)
     g = random_firings(1, N_FEATURES)
@@ -157,7 +157,7 @@ def test_a_planted_split_comes_out(monkeypatch):
         dense.W_dec[0, i, :D_HEAD] = 2 * block.W_dec[0, i]
         dense.W_dec[0, i, D_HEAD : 2 * D_HEAD] = block.W_dec[1, i]
         g[:, i] = f[:, i] + f[:, N_FEATURES + i]
-    found = scoring.split(side(dense, g), side(block, f))
+    found = scoring.split(fired(dense, g), fired(block, f))
     for i, parts in found.pairs.groupby("a"):
         assert set(parts["b"]) == {i, N_FEATURES + i}
         parts = parts.set_index("head")
@@ -185,7 +185,7 @@ def test_coverage_is_a_share_of_activation():
         dense.W_dec[0, 0, :D_HEAD] = block.W_dec[0, 0] * 10
     f, g = np.zeros((100, block.d_sae), np.float32), np.zeros((100, N_FEATURES), np.float32)
     g[:20, 0], g[20:40, 0], f[:20, 0] = 3, 1, 1
-    found = scoring.split(side(dense, g), side(block, f))
+    found = scoring.split(fired(dense, g), fired(block, f))
     row = found.features.query("side == 'a'").iloc[0]
     assert (row["covered"], row["chance"]) == (pytest.approx(0.75), pytest.approx(0.2))
 
@@ -193,7 +193,7 @@ def test_coverage_is_a_share_of_activation():
 @pytest.mark.parametrize("dense", [False, True])
 def test_saes_that_never_fire(dense):
     a, b = random_sae(0, dense), random_sae(1)
-    nothing = [side(each, np.zeros((50, each.d_sae), np.float32)) for each in (a, b)]
+    nothing = [fired(each, np.zeros((50, each.d_sae), np.float32)) for each in (a, b)]
     found = scoring.split(*nothing) if dense else scoring.one_to_one(*nothing)
     assert found.pairs.empty and found.features.empty
 

@@ -62,7 +62,7 @@ def test_the_cache_holds_what_the_model_computes(gpt2, corpus, cache_root):
 
 def test_a_second_run_never_runs_the_model(gpt2, corpus, cache_root, monkeypatch):
     fill(cached(gpt2, corpus, 1000), gpt2, corpus)
-    monkeypatch.setattr(type(gpt2), "hook_z_of", lambda *a: pytest.fail("the language model ran"))
+    monkeypatch.setattr(type(gpt2), "z_of", lambda *a: pytest.fail("the language model ran"))
     again = cached(gpt2, corpus, 1000)
     assert again.missing() == {}
     assert fill(again, gpt2, corpus) == []
@@ -179,7 +179,7 @@ def test_too_little_text_for_a_batch_is_refused(gpt2, corpus, cache_root):
 
 
 def test_values_beyond_float16_are_refused(gpt2, corpus, monkeypatch):
-    monkeypatch.setattr(type(gpt2), "hook_z_of", lambda self, tokens, layers: [torch.full((*tokens.shape, 4, 8), 1e6)])
+    monkeypatch.setattr(type(gpt2), "z_of", lambda self, tokens, layers: [torch.full((*tokens.shape, 4, 8), 1e6)])
     with pytest.raises(ValueError, match="do not fit in float16"):
         next(harvest(gpt2, [LAYER], torch.stack(list(corpus.train()))[:2]))
 
@@ -189,10 +189,8 @@ def test_several_layers_share_one_forward_and_serve_the_same_rows(gpt2, corpus, 
     alone = cached(gpt2, corpus, 500)
     fill(alone, gpt2, corpus)
     asked = []
-    original = type(gpt2).hook_z_of
-    monkeypatch.setattr(
-        type(gpt2), "hook_z_of", lambda self, t, layers: asked.append(layers) or original(self, t, layers)
-    )
+    original = type(gpt2).z_of
+    monkeypatch.setattr(type(gpt2), "z_of", lambda self, t, layers: asked.append(layers) or original(self, t, layers))
     both = open_source(gpt2, ActivationsConfig(model=gpt2.name), [1, LAYER], corpus, 500, 480, seed=0)
     fill(both, gpt2, corpus)
     assert asked and all(layers == [1] for layers in asked)

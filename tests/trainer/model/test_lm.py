@@ -82,7 +82,7 @@ def test_a_folder_that_transformer_lens_gets_wrong_is_refused(llama_folder, tmp_
         model.config.rope_theta = 10.0
         return model
 
-    monkeypatch.setattr("trainer.model.lm.AutoModelForCausalLM.from_pretrained", other_base)
+    monkeypatch.setattr("trainer.model.loading.AutoModelForCausalLM.from_pretrained", other_base)
     with pytest.raises(ValueError, match="computes other logits than Hugging Face"):
         LanguageModel.load(str(copy))
 

@@ -7,6 +7,9 @@ from hypothesis import strategies as st
 
 from trainer.kernels import dense, sparse
 from trainer.optimise.revive import aux_k, resample
+from trainer.recipes import RECIPES as ALL
+from trainer.recipes import jumprelu
+from trainer.recipes.recipe import Step
 
 HEADS, WIDTH, FEATURES, BATCH = 3, 5, 12, 40
 RECIPES = ["april", "bricken", "gated", "jumprelu"]
@@ -46,8 +49,8 @@ class Jump(torch.autograd.Function):
     @staticmethod
     def backward(ctx, df):
         pre, t = ctx.saved_tensors
-        near = ((pre - t.exp()).abs() / dense.BANDWIDTH < 0.5).to(df.dtype)
-        return df * (pre > t.exp()), -(t.exp() / dense.BANDWIDTH * near * df).sum(0)
+        near = ((pre - t.exp()).abs() / jumprelu.BANDWIDTH < 0.5).to(df.dtype)
+        return df * (pre > t.exp()), -(t.exp() / jumprelu.BANDWIDTH * near * df).sum(0)
 
 
 def obvious_loss(recipe, params, x, coefficient, active=None):
@@ -68,14 +71,20 @@ def obvious_loss(recipe, params, x, coefficient, active=None):
         t = params["log_threshold"].flatten()
         pre = flat @ W_enc + b_enc
         f = Jump.apply(pre, t)
-        penalty = weight * torch.tanh(dense.TANH_SCALE * f * norm).sum(1).mean()
-        penalty += dense.PRE_ACTIVATION_COEFFICIENT * ((t.exp() - pre).relu() * norm).sum(1).mean()
+        penalty = weight * torch.tanh(jumprelu.TANH_SCALE * f * norm).sum(1).mean()
+        penalty += jumprelu.PRE_ACTIVATION_COEFFICIENT * ((t.exp() - pre).relu() * norm).sum(1).mean()
     else:
         f = (((flat - b_dec) if recipe == "bricken" else flat) @ W_enc + b_enc).relu()
         if active is not None:
             f = f * active
         penalty = weight * (f * (norm if recipe == "april" else 1.0)).sum(1).mean()
     return (f @ W_dec + b_dec - flat).pow(2).sum(1).mean() + penalty, f
+
+
+def step_of(coefficient, active_share=1.0, k=(0,), over_layer=True) -> Step:
+    """A step in the middle of a run."""
+    groups = torch.zeros(len(k) if over_layer else len(coefficient), dtype=torch.float64)
+    return Step(coefficient, torch.tensor(k), over_layer, active_share, groups, groups + torch.nan, 1.0, 0.5)
 
 
 def of_point(each, point):
@@ -92,7 +101,7 @@ def check(out, recipe, params, x, coefficient, points, active=None):
             assert torch.allclose(of_point(out.grads, point)[name], leaf.grad, atol=1e-12), (name, point)
         blocks = slice(point * HEADS, (point + 1) * HEADS)
         terms = {name: term[blocks].sum() for name, term in out.terms.items()}
-        weights = {"pre_activation": dense.PRE_ACTIVATION_COEFFICIENT, "auxiliary": 1.0}
+        weights = ALL[recipe].weights
         ours = out.error[blocks].pow(2).sum() / BATCH + sum(
             weights.get(name, lam[0]) * term for name, term in terms.items()
         )
@@ -108,10 +117,11 @@ def test_dense_gradients(recipe, points, tile, together, monkeypatch):
     """Tile by tile as on a CPU, and everything in one batched matmul as on a GPU."""
     monkeypatch.setattr(dense, "_TILE_ROWS", tile)
     if together:
-        whole = lambda x, n: iter([dense._Tile(slice(0, n), slice(0, BATCH), x.repeat(n // HEADS, 1, 1))])  # noqa: E731
-        monkeypatch.setattr(dense, "_tiles", whole)
+        whole = lambda x, n: iter([dense.Tile(slice(0, n), slice(0, BATCH), x.repeat(n // HEADS, 1, 1))])  # noqa: E731
+        for module in ("trainer.kernels.l1", "trainer.recipes.gated", "trainer.recipes.jumprelu"):
+            monkeypatch.setattr(f"{module}.tiles", whole)
     params, x, coefficient = problem(recipe, points)
-    check(dense.GRADIENTS[recipe](params, x, coefficient), recipe, params, x, coefficient, points)
+    check(ALL[recipe].gradients(params, x, step_of(coefficient)), recipe, params, x, coefficient, points)
 
 
 @settings(max_examples=25, deadline=None)
@@ -125,7 +135,7 @@ def test_sparse_gradients_are_the_dense_ones(recipe, points, seed, shift):
     """From no active feature at all to most of them."""
     params, x, coefficient = problem(recipe, points, seed)
     params["b_enc"] += shift
-    few, all_ = sparse.l1(recipe, params, x, coefficient), dense.GRADIENTS[recipe](params, x, coefficient)
+    few, all_ = (ALL[recipe].gradients(params, x, step_of(coefficient, share)) for share in (0.0, 1.0))
     assert torch.allclose(few.error, all_.error, atol=1e-12) and torch.equal(few.fired, all_.fired)
     assert torch.allclose(few.terms["l1"], all_.terms["l1"], atol=1e-12)
     for name, grad in all_.grads.items():
@@ -223,7 +233,7 @@ def test_aux_k_trains_only_dead_features():
     for point in range(2):
         blocks = slice(point * HEADS, (point + 1) * HEADS)
         variance = residual[blocks].var(1, correction=0).sum() / x.var(1, correction=0).sum()
-        dense.append((residual[blocks] - e_hat[blocks]).pow(2).sum() / BATCH / variance / 32)
+        losses.append((residual[blocks] - e_hat[blocks]).pow(2).sum() / BATCH / variance / 32)
     sum(losses).backward()
     assert torch.allclose(term, torch.stack(losses))
     for name, leaf in leaves.items():

@@ -1,0 +1,207 @@
+"""What replacing z does to a model's predictions, token by token; what no SAE changes is computed once for a layer."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from trainer.block_diag import BlockDiagSAE
+from trainer.files import write_atomically
+from trainer.model.lm import Layer
+
+_BATCH_TOKENS = 1024  # of one forward to the logits: 200 MB of them with 49,152 tokens in the vocabulary
+_HEAD_CONTEXTS = 2  # of one forward with a single head replaced
+# Heads are replaced alone on the first contexts until the KL of zeroing each is known to a tenth (one standard
+# error), on at least 256 and at most 2,048 tokens: the same ones for every SAE, because zeroing decides.
+_HEAD_ERROR, _HEAD_TOKENS = 0.1, (256, 2048)
+
+
+class Effect(NamedTuple):
+    """Per-token effect of replacing z: next-token loss, and KL from the clean distribution (nats)."""
+
+    ce: Float[Tensor, "*replacement token"]
+    kl: Float[Tensor, "*replacement token"]
+
+
+class Effects(NamedTuple):
+    """On one text: of nothing, of ablations, and of each SAE; with one head replaced, on fewer tokens."""
+
+    clean: Float[Tensor, " token"]
+    """next-token loss"""
+    zero: Effect
+    mean: Effect
+    saes: Effect
+    """[sae, token]"""
+    zero_heads: Effect
+    """[head, fewer tokens]"""
+    sae_heads: Effect
+    """[sae, head, fewer tokens]"""
+
+
+def effects(
+    layer: Layer,
+    tokens: Int[Tensor, "context pos"],
+    prefixes: list[tuple[Float[Tensor, "context pos d_model"], Float[Tensor, "context pos head d_head"]]],
+    mean: Float[Tensor, "head d_head"],
+    saes: list[BlockDiagSAE],
+    first_scored: int,
+    per_head: bool,
+    cache: Path | None,
+    progress: bool,
+) -> Effects:
+    """Run the model on from a layer, with z replaced at every position but BOS.
+
+    CE and KL are scored at positions from `first_scored` on where the next token is known.
+
+    Args:
+        prefixes: of `split(tokens)`, from `Layer.prefix`.
+        mean: of z, for mean ablation.
+        saes: for raw hook_z of the layer.
+        cache: folder in which what no SAE changes is kept; None keeps nothing.
+    """
+    file = cache and cache / f"{_key(layer, tokens, first_scored, per_head)}.safetensors"
+    kept = _load(file)
+    parts: dict[str, list[Effect]] = {}
+    head_tokens = 0
+    heads_done = not per_head
+    for index, chunk in enumerate(tqdm(split(tokens), "Evaluating", disable=not progress, dynamic_ncols=True)):
+        resid, z = prefixes[index]
+        scorer = _Scorer(layer, chunk, resid, first_scored)
+        parts.setdefault("clean", []).append(Effect(scorer.clean_ce, torch.zeros_like(scorer.clean_ce)))
+        reconstructions = [_but_bos(z, sae(z.float())) for sae in saes]
+        replacements = {f"sae {i}": z_hat for i, z_hat in enumerate(reconstructions)}
+        if kept is None:
+            replacements |= {"zero": _but_bos(z, torch.zeros_like(z)), "mean": _but_bos(z, mean.expand_as(z))}
+        for name, replacement in replacements.items():
+            parts.setdefault(name, []).append(scorer(replacement))
+        for few in torch.arange(len(chunk)).split(_HEAD_CONTEXTS):
+            if heads_done:
+                break
+            part = scorer.on(few)
+            replacements = {f"sae {i}": z_hat[few] for i, z_hat in enumerate(reconstructions)}
+            if kept is None:
+                replacements["zero"] = _but_bos(z[few], torch.zeros_like(z[few]))
+            for name, replacement in replacements.items():
+                of_heads = [part(each) for each in _one_head(z[few], replacement)]
+                parts.setdefault(f"{name} heads", []).append(Effect(*map(torch.stack, zip(*of_heads, strict=True))))
+            head_tokens += len(part.targets)
+            enough = kept.zero_heads.kl.shape[1] if kept else _enough(_joined(parts["zero heads"]).kl)
+            heads_done = head_tokens >= enough
+    if kept is None:
+        nothing = Effect(*(torch.zeros(layer.n_heads, 0, device=layer.device) for _ in range(2)))
+        zero_heads = _joined(parts["zero heads"]) if per_head else nothing
+        kept = _Kept(_joined(parts["zero"]), _joined(parts["mean"]), zero_heads)
+        _save(file, kept)
+    of_saes = [_joined(parts[f"sae {i}"]) for i in range(len(saes))]
+    sae_heads = [_joined(parts[f"sae {i} heads"]) for i in range(len(saes))] if per_head else []
+    return Effects(
+        _joined(parts["clean"]).ce, kept.zero, kept.mean, _stacked(of_saes), kept.zero_heads, _stacked(sae_heads)
+    )
+
+
+def split(tokens: Int[Tensor, "context pos"]) -> tuple[Int[Tensor, "context pos"], ...]:
+    """Contexts of one forward each."""
+    return tokens.split(max(1, _BATCH_TOKENS // tokens.shape[1]))
+
+
+class _Kept(NamedTuple):
+    zero: Effect
+    mean: Effect
+    zero_heads: Effect
+
+
+class _Scorer:
+    """Scores replacements of z on one batch against the clean run."""
+
+    def __init__(
+        self,
+        layer: Layer,
+        tokens: Int[Tensor, "context pos"],
+        resid: Float[Tensor, "context pos d_model"],
+        first_scored: int,
+        clean: Float[Tensor, "token d_vocab"] | None = None,
+    ) -> None:
+        self.layer, self.tokens, self.resid, self.first = layer, tokens, resid, first_scored
+        self.targets = tokens[:, first_scored + 1 :].flatten()
+        self.clean = self._log_probs(None) if clean is None else clean
+        self.clean_ce = F.nll_loss(self.clean, self.targets, reduction="none")
+
+    def on(self, contexts: Int[Tensor, " context"]) -> "_Scorer":
+        """Of some of the contexts, without running them again."""
+        clean = self.clean.view(len(self.tokens), -1, self.clean.shape[1])[contexts].flatten(0, 1)
+        return _Scorer(self.layer, self.tokens[contexts], self.resid[contexts], self.first, clean)
+
+    def __call__(self, z: Float[Tensor, "context pos head d_head"]) -> Effect:
+        log_probs = self._log_probs(z)
+        kl = F.kl_div(log_probs, self.clean, log_target=True, reduction="none").sum(-1)
+        return Effect(F.nll_loss(log_probs, self.targets, reduction="none"), kl)
+
+    def _log_probs(self, z: Float[Tensor, "context pos head d_head"] | None) -> Float[Tensor, "token d_vocab"]:
+        final = self.layer.final(self.resid, z)[:, self.first : -1]  # only what is scored is unembedded
+        return self.layer.lm.logits(final).flatten(0, 1).float().log_softmax(-1)
+
+
+def _but_bos(
+    z: Float[Tensor, "context pos head d_head"], replacement: Float[Tensor, "context pos head d_head"]
+) -> Float[Tensor, "context pos head d_head"]:
+    return torch.cat([z[:, :1], replacement[:, 1:].to(z.dtype)], dim=1)
+
+
+def _one_head(
+    z: Float[Tensor, "context pos head d_head"], replacement: Float[Tensor, "context pos head d_head"]
+) -> Iterator[Float[Tensor, "context pos head d_head"]]:
+    """z with one head after the other replaced."""
+    for head in range(z.shape[2]):
+        one = z.clone()
+        one[:, :, head] = replacement[:, :, head]
+        yield one
+
+
+def _enough(kl: Float[Tensor, "head token"]) -> int:
+    """Tokens that have to do, as far as these tell."""
+    least, most = _HEAD_TOKENS
+    known = kl.std(1) / kl.shape[1] ** 0.5 <= _HEAD_ERROR * kl.mean(1)
+    return least if known.all() else most
+
+
+def _joined(parts: list[Effect]) -> Effect:
+    return Effect(*(torch.cat(each, dim=-1) for each in zip(*parts, strict=True)))
+
+
+def _stacked(rows: list[Effect]) -> Effect:
+    return Effect(*map(torch.stack, zip(*rows, strict=True))) if rows else Effect(torch.empty(0), torch.empty(0))
+
+
+def _key(layer: Layer, tokens: Int[Tensor, "context pos"], first_scored: int, per_head: bool) -> str:
+    """A name for what is kept: everything that decides it."""
+    lm = layer.lm
+    heads = (_HEAD_ERROR, _HEAD_TOKENS) if per_head else None
+    what = f"{lm.fingerprint()} {layer.index} {lm.model.cfg.dtype} {first_scored} {heads}"
+    digest = hashlib.sha256(what.encode() + tokens.cpu().numpy().tobytes()).hexdigest()[:16]
+    return f"{Path(lm.name).name}-{layer.index}-{digest}"
+
+
+def _load(file: Path | None) -> _Kept | None:
+    try:
+        kept = load_file(file) if file else {}
+        return _Kept(*(Effect(kept[f"{name}.ce"], kept[f"{name}.kl"]) for name in _Kept._fields))
+    except (OSError, SafetensorError, KeyError):  # not there, or damaged: it is made again
+        return None
+
+
+def _save(file: Path | None, kept: _Kept) -> None:
+    if file is None:
+        return
+    tensors = {
+        f"{name}.{what}": value for name, effect in kept._asdict().items() for what, value in effect._asdict().items()
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, lambda p: save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, p))

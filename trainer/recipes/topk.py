@@ -1,0 +1,25 @@
+"""topk: |x - x_hat|^2 + AuxK, f the k largest pre-activations of a token where positive, decoder rows of norm 1.
+
+Gao et al. 2024 (arXiv:2406.04093). AuxK, which revives dead features, is in optimise/revive.py.
+"""
+
+from jaxtyping import Float
+from torch import Tensor
+
+from trainer.kernels import sparse
+from trainer.kernels.dense import Outcome, Params
+from trainer.recipes.recipe import Recipe, Step
+
+
+def gradients(params: Params, x: Float[Tensor, "head batch width"], step: Step) -> Outcome:
+    """Of the squared error."""
+    return sparse.gradients(params, x, sparse.top_k(params, x, step.k, step.over_layer))
+
+
+RECIPE = Recipe(
+    defaults={"k": 32, "decoder_norm": "unit", "lr": 2e-3},
+    gradients=gradients,
+    sparsity="k",
+    activation="topk",
+    weights={"aux_k": 1.0},
+)
