@@ -2,9 +2,9 @@
 # make bench: the tables of benchmarks/README.md (25 minutes on two cores; the app's want Chromium).
 .PHONY: app test lint format bench
 
-# The first Python on the PATH that the pinned packages support (3.10 to 3.12); PYTHON=... overrides.
-PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.10; do \
-	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
+# The first Python on the PATH that the pinned packages support (3.10 to 3.14); PYTHON=... overrides.
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
+	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -14,18 +14,21 @@ app: $(VENV)/app.stamp
 
 test: $(VENV)/test.stamp
 	$(BIN)/python -m trainer.embedded
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 $(PYTEST)
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 bench: $(VENV)/test.stamp
 	$(BIN)/python -m trainer.embedded
 	$(BIN)/python -m benchmarks.steps
 	$(BIN)/python -m benchmarks.data
 	$(BIN)/python -m benchmarks.analysis
+	$(BIN)/python -m benchmarks.first_run
 	$(BIN)/python -m benchmarks.quality checkpoints
+	$(BIN)/python -m benchmarks.results_table
 	$(BIN)/python -m benchmarks.app
 
 format: $(VENV)/test.stamp
@@ -33,7 +36,7 @@ format: $(VENV)/test.stamp
 	$(BIN)/ruff format .
 
 $(BIN)/python:
-	@test -n "$(PYTHON)" || { echo "error: Python 3.10, 3.11 or 3.12 is needed; none was found (set PYTHON=/path/to/python)"; exit 1; }
+	@test -n "$(PYTHON)" || { echo "error: Python 3.10 to 3.14 is needed; none was found (set PYTHON=/path/to/python)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/app.stamp: requirements.txt | $(BIN)/python

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import pandas as pd
 
 _COLUMNS = ("feature", "label", "note", "changed")
+_WAIT = 10  # seconds for which a write of another session is waited for
 
 
 class Label(NamedTuple):
@@ -96,7 +97,7 @@ class Labels:
     def _open(self) -> Iterator[sqlite3.Connection]:
         """A connection of its own for each use: threads of the app share none."""
         try:
-            connection = sqlite3.connect(self._file, timeout=10)
+            connection = sqlite3.connect(self._file, timeout=_WAIT)
             try:
                 with connection:
                     connection.execute(

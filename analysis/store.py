@@ -191,7 +191,7 @@ class Analysis(Artefacts):
         tokens that a feature fires on, reads or promotes most. `role` is the largest source slot on text.
         """
         table = self.features
-        keep = (table["firings"] > 0).to_numpy()
+        keep = (table["firings"] > 0).to_numpy(copy=True)  # pandas 3 lends it read-only
         for token, column in ((fires_on, "fires_on_ids"), (reads, "reads_ids"), (promotes, "top_logit_ids")):
             if token:
                 wanted = [i for i, text in self.strings.items() if text.strip().lower() == token.strip().lower()]

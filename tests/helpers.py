@@ -2,22 +2,42 @@
 
 import json
 import os
+import shutil
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from pathlib import Path
 
+import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from streamlit.testing.v1 import AppTest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).parents[1]
 PAGES = [f"pages/{name}.py" for name in ("tradeoffs", "heads", "prompt", "compare", "features", "runs")]
+PATIENCE = 600  # seconds that anything may take: a test fails where something hangs, not where the machine is busy
 OTHERS = {"bricken": "--l1_coefficients=0.3", "gated": "--l1_coefficients=2", "jumprelu": "--l1_coefficients=2",
           "topk": "--k=9", "batchtopk": "--k=9"}  # fmt: skip
+for _name in ("WANDB__SERVICE_WAIT", "WANDB_INIT_TIMEOUT"):
+    os.environ.setdefault(_name, str(PATIENCE))
+settings.register_profile(
+    "patient", parent=settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("patient")
 torch.set_num_threads(1)  # the models are tiny and pytest runs two workers: more threads only wait for each other
+
+
+def find_chromium() -> str:
+    """The browser on the PATH; without one the test that asks is skipped, but fails in CI."""
+    for name in ("chromium", "chromium-browser", "google-chrome"):
+        if path := shutil.which(name):
+            return path
+    if os.environ.get("CI"):
+        pytest.fail("CI must have a browser: install Debian's chromium", pytrace=False)
+    pytest.skip("no Chromium on this machine")
 
 
 def save_tokenizer(folder: Path) -> None:
@@ -78,7 +98,7 @@ def write_text(path: Path, documents: int = 60, words: int = 300) -> Path:
 
 
 def open_page(page: str, **query) -> AppTest:
-    app = AppTest.from_file(str(ROOT / "app.py"), default_timeout=60)
+    app = AppTest.from_file(str(ROOT / "app.py"), default_timeout=PATIENCE)
     app.run()
     app.switch_page(page)
     for key, value in query.items():

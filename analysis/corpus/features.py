@@ -84,7 +84,7 @@ def describe(table: pd.DataFrame, strings: dict[int, str]) -> list[str]:
             lines.append("never fires")
             continue
         fires = _tokens(row.fires_on_ids, row.fires_on_counts, row.firings, strings)
-        if row.role is None:
+        if pd.isna(row.role):  # pandas 3 makes NaN of None among strings
             lines.append(f"rare | on {fires}")
             continue
         reads = _tokens(row.reads_ids, row.reads_counts, row.dfa_firings, strings)

@@ -242,7 +242,7 @@ def _tables(
     ids = ids[ids >= 0]
     strings = dict(zip(ids.tolist(), lm.token_strings(ids.tolist()), strict=True))
     features["description"] = describe(features, strings)
-    of_example = documents[job.examples["context"].to_numpy(), job.examples["position"].to_numpy()]
+    of_example = documents[tuple(job.examples[name].to_numpy(copy=True) for name in ("context", "position"))]
     return {
         "features": features,
         "examples": _examples(job.examples.assign(document=of_example.int().numpy()), job.strips),

@@ -35,7 +35,7 @@ def cards(checkpoint: Checkpoint, analysis: Analysis) -> None:
         st.altair_chart(charts.role_card(row))
         for prefix, text in (("", "text"), ("repeated_", "repeated random tokens")):
             look, read = row[f"{prefix}role_attention_besides_bos"], row[f"{prefix}role_dfa"]
-            if read is None:
+            if pd.isna(read):
                 st.caption(f"On {text} no feature of it fires.")
             elif not row[f"{prefix}agree"]:
                 st.caption(

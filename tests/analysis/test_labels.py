@@ -5,6 +5,7 @@ import threading
 import pytest
 
 from analysis.labels import Label, Labels
+from tests.helpers import PATIENCE
 
 
 def test_write_read_and_remove(tmp_path):
@@ -31,7 +32,9 @@ def test_a_change_of_another_session_is_not_overwritten(tmp_path):
         two.put(1, "theirs", "", seen=seen)
 
 
-def test_many_sessions_at_once_lose_nothing(tmp_path):
+def test_many_sessions_at_once_lose_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(f"{Labels.__module__}._WAIT", PATIENCE)
+
     def write(session: int) -> None:
         for index in range(10):
             Labels(tmp_path).put(session * 100 + index, f"{session} {index}", "", seen=0.0)

@@ -176,6 +176,16 @@ def test_a_feature_that_never_fires_says_so(folder):
     assert "does not fire on the tokens analysed" in said(app)
 
 
+def test_a_head_without_a_feature_that_fires_says_so(folder):
+    file = folder / "block-l1_1" / "analysis" / "heads.parquet"
+    table = pd.read_parquet(file)
+    table.loc[0, "repeated_role_dfa"] = None
+    table.to_parquet(file)
+    app = open_page("pages/heads.py", checkpoint="block-l1_1", show="Roles", of_head="0")
+    assert not app.exception
+    assert "On repeated random tokens no feature of it fires." in said(app)
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("show", ["Roles", "Monosemanticity", "Redundancy across heads"])
 def test_heads_read_the_analysis(folder, name, show):

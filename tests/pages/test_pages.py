@@ -104,7 +104,7 @@ def test_the_prompt_page_shows_the_numbers_of_the_checkpoint(folder, gpt2):
     expected = active_features(run_prompt(gpt2.layer(1), sae, "the head reads"), None, None)
     shown = app.dataframe[0].value
     assert shown["feature"].tolist() == expected["feature"].tolist()
-    assert shown["activation"].tolist() == pytest.approx(expected["activation"].tolist(), rel=1e-4)
+    assert shown["activation"].tolist() == pytest.approx(expected["activation"].tolist(), rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.parametrize(("prompt", "message"), [("", "the prompt is empty"), ("x" * 500, "reads at most 256")])

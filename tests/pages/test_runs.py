@@ -14,7 +14,7 @@ from streamlit.testing.v1 import AppTest
 
 from analysis.runs import commands, progress
 from analysis.runs.background import Processes, tail
-from tests.helpers import OTHERS, ROOT, edit_config, open_page, said
+from tests.helpers import OTHERS, PATIENCE, ROOT, edit_config, open_page, said
 from trainer import cli
 from trainer.__main__ import main
 from trainer.checkpoint import Checkpoint, read_metrics
@@ -127,6 +127,7 @@ def test_states_from_the_last_line(folder):
 
 def test_progress_of_a_live_and_of_a_killed_run(folder):
     interrupt(folder / "topk")
+    os.utime(folder / "topk" / "metrics.jsonl", (time.time() + 7200,) * 2)  # live, however slowly the pages open
     interrupt(folder / "gated", step=None)
     os.utime(folder / "gated" / "metrics.jsonl", (time.time() - 7200,) * 2)
     table = open_page(PAGE).dataframe[0].value.set_index("name")
@@ -244,7 +245,7 @@ def test_a_name_with_markup_is_only_text(folder):
     assert "'--name=<b>x<∕b> **y** `z` $(touch a)-again'" in "".join(code.value for code in app.code)
 
 
-def wait_for(condition, seconds: float = 60):
+def wait_for(condition, seconds: float = PATIENCE):
     end = time.time() + seconds
     while not (result := condition()):
         assert time.time() < end, "it took too long"
@@ -257,7 +258,7 @@ def test_a_training_runs_in_the_background_and_is_cancelled(
 ):
     monkeypatch.setenv("ATTN_SAES_CACHE", str(tmp_path / "cache"))
     query = {"model": str(gpt2_folder), "dataset": str(text_file), "hook_layer": "1", "k": "9", "name": "behind",
-             "expansion_factor": "4", "total_training_steps": "100000", "batch_size": "128", "context_size": "32",
+             "expansion_factor": "4", "total_training_steps": "100000000", "batch_size": "128", "context_size": "32",
              "distinct_tokens": "4000", "eval_tokens": "200", "wandb": "disabled", "device": "cpu"}  # fmt: skip
     app = open_page(PAGE, **query)
     app.button(key="train").click().run()
@@ -266,7 +267,7 @@ def test_a_training_runs_in_the_background_and_is_cancelled(
     assert os.getpgid(pid(app)) == pid(app), "a session of its own"
     try:
         wait_for(lambda: (folder / "behind" / "metrics.jsonl").exists() and read_metrics(folder / "behind"))
-        again = AppTest.from_file(str(ROOT / "app.py"), default_timeout=60).run()  # another session, another page
+        again = AppTest.from_file(str(ROOT / "app.py"), default_timeout=PATIENCE).run()  # another session, another page
         again.switch_page(PAGE).run()
         assert "behind: running" in said(again)
         assert "Training:" in again.code[-1].value, "the progress bar is in the log's tail"
@@ -289,7 +290,7 @@ def pid(app) -> int:
 
 def test_nothing_is_trained_twice_at_once_and_failures_are_told(tmp_path):
     (tmp_path / "trainer").mkdir()
-    (tmp_path / "trainer" / "__main__.py").write_text("import sys, time; print(sys.argv[1:]); time.sleep(60)")
+    (tmp_path / "trainer" / "__main__.py").write_text(f"import sys, time; print(sys.argv[1:]); time.sleep({PATIENCE})")
     processes = Processes()
     first = processes.start(["--name=a b; touch x"], ["one", "two"], tmp_path, tmp_path)
     with pytest.raises(ValueError, match="two is being trained already"):

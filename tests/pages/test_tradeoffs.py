@@ -12,14 +12,14 @@ from streamlit.testing.v1 import AppTest
 
 from analysis.runs import tables
 from pages.charts import tradeoffs as tradeoff_charts
-from tests.helpers import OTHERS, ROOT, edit_config, said
+from tests.helpers import OTHERS, PATIENCE, ROOT, edit_config, said
 from trainer.checkpoint import list_checkpoints, read_metrics
 from trainer.files import write_json
 
 
 def open_page(**query) -> AppTest:
     """The first page of the app, at an address."""
-    app = AppTest.from_file(str(ROOT / "app.py"), default_timeout=60)
+    app = AppTest.from_file(str(ROOT / "app.py"), default_timeout=PATIENCE)
     for key, value in query.items():
         app.query_params[key] = value
     return app.run()

@@ -29,7 +29,8 @@ def test_round_trip(saved):
     saved = Checkpoint(path)
     loaded = saved.sae
     z = torch.randn(5, 2, 4)
-    assert torch.equal(loaded(z), sae(z))
+    assert all(torch.equal(*pair) for pair in zip(loaded.parameters(), sae.parameters(), strict=True))
+    assert torch.allclose(loaded(z), sae(z), atol=1e-6)
     assert (loaded.n_blocks, loaded.width, loaded.features_per_block, loaded.k) == (2, 4, 6, 3)
     assert replace(saved.config, versions={}) == config_of(sae)
     assert saved.config.versions["torch"] and saved.config.versions["attn-saes"] == trainer.__version__

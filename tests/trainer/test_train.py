@@ -17,7 +17,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from tests.helpers import ROOT, save_tiny_gpt2
+from tests.helpers import PATIENCE, ROOT, save_tiny_gpt2
 from trainer import checkpoint, cli, config
 from trainer.__main__ import main
 from trainer.checkpoint import Checkpoint
@@ -67,16 +67,18 @@ def weights(path):
     return load_file(path / "sae.safetensors")
 
 
-def assert_same_weights(one, other):
+def assert_same_weights(one, other, exactly=True):
+    """To the bit where the same steps were done twice; not where other shapes round differently."""
     one, other = weights(one), weights(other)
     assert one.keys() == other.keys()
-    assert all(torch.equal(one[key], other[key]) for key in one)
+    for key in one:
+        assert torch.equal(one[key], other[key]) if exactly else torch.allclose(one[key], other[key], 1e-3, 1e-4), key
 
 
 @pytest.mark.parametrize("recipe", list(SPARSITY))
 @pytest.mark.parametrize("block", ["head", "dense"])
 def test_every_recipe_trains_saves_loads_and_evaluates_and_a_sweep_is_its_points(command, recipe, block):
-    """On a CPU to the bit; test_stack has the batched matmul of a GPU."""
+    """As on a CPU; test_stack has the batched matmul of a GPU."""
     arguments, out = command
     arguments = [*arguments, f"--recipe={recipe}", f"--block={block}", "--dead_after_tokens=500", "--lr=3e-3"]
     flag, (_, heavy) = SPARSITY[recipe].split("=")[0], json.loads(SPARSITY[recipe].split("=")[1])
@@ -84,7 +86,7 @@ def test_every_recipe_trains_saves_loads_and_evaluates_and_a_sweep_is_its_points
     assert main([*arguments, f"{flag}={heavy}", "--name=alone"]) == 0
     paths = sorted(out.glob("both-*"))
     (together,) = (path for path in paths if path.name.endswith(("_8", "_0.8", "k9")))
-    assert_same_weights(together, out / "alone")
+    assert_same_weights(together, out / "alone", exactly=False)
     assert len(paths) == 2
     for path in (*paths, out / "alone"):
         saved = Checkpoint(path)
@@ -113,7 +115,7 @@ def test_layers_and_recipes_share_one_stream(command):
     assert main([*arguments, "--hook_layer=3", "--recipe=topk", "--k=4", "--name=alone"]) == 0
     names = {path.name for path in out.glob("all-*")}
     assert names == {f"all-L{layer}-{what}" for layer in (1, 3) for what in ("april-x4-l1_2", "topk-x4-k4")}
-    assert_same_weights(out / "all-L3-topk-x4-k4", out / "alone")
+    assert_same_weights(out / "all-L3-topk-x4-k4", out / "alone", exactly=False)
     assert Checkpoint(out / "all-L3-april-x4-l1_2").config.model.hook_name == "blocks.3.attn.hook_z"
     assert not torch.equal(weights(out / "all-L1-topk-x4-k4")["W_dec"], weights(out / "alone")["W_dec"])
 
@@ -428,7 +430,7 @@ def test_the_reference_command_on_a_tiny_gpt2_from_the_hub_cache(tmp_path, text_
     environment = hub_cache(tmp_path / "hf", text_file)
     small = ["--total_training_steps=8", "--batch_size=256", "--buffer_tokens=2048", "--eval_tokens=200"]
     command = [sys.executable, "-m", "trainer", *REFERENCE, "--model=gpt2-small", f"--dataset={text_file}", *small]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-2000:]
     (path,) = (tmp_path / "checkpoints").iterdir()
     saved = Checkpoint(path)
@@ -458,12 +460,12 @@ def test_a_terminated_process_saves_its_state(tmp_path, gpt2_folder, text_file):
     ]  # fmt: skip
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "checkpoints" / "long" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while not (metrics.exists() and metrics.stat().st_size > 1000):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130 and "--resume=true goes on" in error
     assert list((tmp_path / "checkpoints" / "long" / "training_state").glob("step-*.safetensors"))
     config = json.loads((tmp_path / "checkpoints" / "long" / "config.json").read_text())
@@ -471,24 +473,35 @@ def test_a_terminated_process_saves_its_state(tmp_path, gpt2_folder, text_file):
     shutil.rmtree(tmp_path / "checkpoints")
 
 
+# The trainer, which a signal that it does not catch ends up to 20 ms after the start of a step. A kill from outside
+# would come after the last step on a busy machine.
+DOOMED = """
+import random, signal, sys
+from trainer.__main__ import main
+from trainer.stack import Stack
+original = Stack.update
+def update(self, z):
+    if self.step == int(sys.argv[1]):
+        signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-6, 0.02))
+    return original(self, z)
+Stack.update = update
+main(sys.argv[2:])
+"""
+
+
 def test_killed_at_a_random_step_a_stacked_sweep_resumes_to_the_bit(command, tmp_path):
-    """SIGKILL, which nothing can catch."""
+    """As by SIGKILL, nothing is cleared up."""
     arguments, out = command
     arguments = [*arguments, "--recipe=[batchtopk,jumprelu]", "--k=[4,9]", "--total_training_steps=60", "--log_every=1"]
     assert main([*arguments, "--name=whole"]) == 0
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     halves = [sys.executable, "-m", "trainer", *arguments, "--name=halves"]
-    process = subprocess.Popen(halves, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    kill_at = random.randrange(12, 40)
-    deadline = time.monotonic() + 120
-    while not any(len(file.read_text().splitlines()) >= kill_at for file in out.glob("halves*/metrics.jsonl")):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
+    doomed = [sys.executable, "-c", DOOMED, str(random.randrange(12, 40)), *halves[3:]]
+    killed = subprocess.run(doomed, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    assert killed.returncode == -signal.SIGALRM, killed.stderr[-2000:]
     names = [path.name.removeprefix("whole") for path in out.glob("whole*")]
     assert len(names) == 3 and all((out / f"halves{name}").exists() for name in names)
-    done = subprocess.run([*halves, "--resume=true"], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*halves, "--resume=true"], env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-2000:]
     for name in names:
         assert_same_weights(out / f"whole{name}", out / f"halves{name}")

@@ -98,7 +98,8 @@ class Corpus:
             per_context = self.context_size - 1
             raise ValueError(
                 f"{self.name} has {len(contexts) * per_context:,} held-out tokens, but "
-                f"{n_contexts * per_context:,} are asked for: ask for fewer (--eval_tokens, --tokens) or raise held_out_fraction"
+                f"{n_contexts * per_context:,} are asked for: ask for fewer (--eval_tokens, --tokens) or raise "
+                "held_out_fraction"
             )
         return torch.stack(contexts)
 

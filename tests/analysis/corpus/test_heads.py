@@ -88,8 +88,8 @@ def test_copying_and_copy_suppression(lm, seen):
     assert (suppresses.examples["rank"] == VOCABULARY - 1).all()
     for row in copies.examples.itertuples():
         attention = lm.layer(1).attention(contexts[row.context][None]).pattern[0, 0, row.query]
-        assert row.source == int(attention[1:].argmax()) + 1
-        assert row.attention == pytest.approx(float(attention[row.source]))
+        assert row.source > 0
+        assert row.attention == pytest.approx(float(attention[1:].max())) == pytest.approx(float(attention[row.source]))
 
 
 def test_repeats_judge_the_second_half_only(lm):
@@ -153,11 +153,11 @@ def test_logit_effects_against_autograd(model, dense, request):
     jacobian = torch.autograd.functional.jacobian(logits, torch.zeros(sae.n_blocks, sae.features_per_block))
     expected = jacobian.flatten(1).T  # [feature, d_vocab]
     effects = logit_effects(lm, written(sae, attn.W_O), 1 / scale[0].item())
-    values, ids = expected.sort(dim=1, descending=True)
+    values = expected.sort(dim=1, descending=True).values
     assert torch.allclose(effects.top, values[:, :10], atol=1e-5)
     assert torch.allclose(effects.bottom, values.flip(1)[:, :10], atol=1e-5)
     assert torch.allclose(expected.gather(1, effects.top_ids), values[:, :10], atol=1e-5)
-    assert torch.equal(effects.bottom_ids[:, 0], ids[:, -1])
+    assert torch.allclose(expected.gather(1, effects.bottom_ids), values.flip(1)[:, :10], atol=1e-5)
     for row, histogram in zip(expected, effects.histogram, strict=True):
         counts, _ = np.histogram(row.numpy(), bins=40)
         assert abs(histogram.numpy() - counts).sum() <= 4, "but for rounding at the edges"

@@ -12,6 +12,7 @@ import torch
 from analysis import attribution as dfa
 from analysis.__main__ import main
 from analysis.corpus import run
+from analysis.corpus.features import describe
 from analysis.store import Analysis
 from trainer.checkpoint import Checkpoint, CheckpointError, save
 
@@ -210,6 +211,13 @@ def test_descriptions(analysed):
     for row in judged.itertuples():
         assert f" {row.role_share:.0%}: " in row.description
         assert " | on '" in row.description
+
+
+@pytest.mark.parametrize("nothing", [None, np.nan, pd.NA])
+def test_a_feature_without_a_role_is_rare(nothing):
+    """What a frame makes of None differs between the versions of pandas."""
+    row = {"firings": 2, "role": nothing, "fires_on_ids": [1, -1], "fires_on_counts": [2, 0]}
+    assert describe(pd.DataFrame([row]), {1: "a"}) == ["rare | on 'a' 100%"]
 
 
 def test_another_text_is_read_whole(trained, tmp_path):

@@ -124,12 +124,11 @@ def test_tokens_that_features_fire_on_and_read(seen):
                 read[int(contexts[c, total.argmax()])] += 1
             for s in range(q + 1):
                 mass[feature, slots[c][q, s]] += sum(max(0.0, float(row[s])) for row in by_head.values())
-        for counter, (ids, counts) in ((on, fires), (read, reads)):
+        for counter, (ids, counts), off in ((on, fires, 0), (read, reads, 1)):  # of two sources almost as large: either
             expected = sorted(counter.values(), reverse=True)[:3]
-            assert counts[feature][: len(expected)].tolist() == expected
-            assert all(
-                counter[i] == n for i, n in zip(ids[feature].tolist(), counts[feature].tolist(), strict=True) if n
-            )
+            assert counts[feature][: len(expected)].tolist() == pytest.approx(expected, abs=off)
+            found = dict(zip(ids[feature].tolist(), counts[feature].tolist(), strict=True))
+            assert all(abs(counter[i] - n) <= off for i, n in found.items() if n)
     assert torch.allclose(statistics.sources.mass, mass, rtol=1e-4, atol=1e-5)
     by_head = torch.zeros(lm.n_heads, len(dfa.SLOTS), dtype=torch.float64)
     if not dense:

@@ -124,8 +124,8 @@ def test_ten_sessions_share_one_model(lm, sae):
     alone = [answer(session) for session in range(10)]
     with ThreadPoolExecutor(10) as pool:
         together = list(pool.map(answer, list(range(10)) * 5))
-    for session, found in enumerate(together):
-        assert all(torch.equal(a, b) for a, b in zip(alone[session % 10], found, strict=True))
+    for session, found in enumerate(together):  # a thread may have another number of threads for a matmul
+        assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(alone[session % 10], found, strict=True))
 
 
 def test_what_is_not_there(lm, sae):

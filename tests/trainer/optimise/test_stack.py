@@ -45,10 +45,20 @@ def data(n=4096):
     return (mixed + torch.randn(HEADS, WIDTH, generator=generator)) * torch.tensor([1.0, 0.1, 5.0])[:, None]
 
 
+@pytest.fixture
+def float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("recipe", list(SPARSITIES))
 @pytest.mark.parametrize("scope", ["layer", "head"])
-def test_a_batched_stack_equals_each_point_alone(recipe, scope):
-    """All points in one matmul to float tolerance; taking turns, as on a CPU, to the bit."""
+def test_a_batched_stack_equals_each_point_alone(recipe, scope, float64):
+    """All points in one matmul, and taking turns as on a CPU.
+
+    Not to the bit: how a sum rounds depends on the shapes and on the processor.
+    """
     rows = data()
     options = {"dead_after_tokens": 300}
     revive = {"resample_fraction": 0.25} if recipe == "bricken" else {}
@@ -60,16 +70,18 @@ def test_a_batched_stack_equals_each_point_alone(recipe, scope):
             each.update(z)
     for point, single in enumerate(alone):
         expected = dict(single.finished(0).named_parameters())
-        for name, value in turns.finished(point).named_parameters():
-            assert torch.equal(value, expected[name]), name
-        for name, value in batched.finished(point).named_parameters():
-            assert torch.allclose(value, expected[name], rtol=1e-3, atol=1e-4), name
+        for stack in (turns, batched):
+            for name, value in stack.finished(point).named_parameters():
+                assert torch.allclose(value, expected[name], rtol=1e-7, atol=1e-9), name
 
 
 @pytest.mark.parametrize("recipe", list(SPARSITIES))
 @pytest.mark.parametrize("block", ["head", "dense"])
-def test_folded_weights_on_raw_z_are_the_training_forward_on_scaled_z(recipe, block):
-    """x_hat in raw units, and the same features active. batchtopk: where training's threshold was its average."""
+def test_folded_weights_on_raw_z_are_the_training_forward_on_scaled_z(recipe, block, float64):
+    """x_hat in raw units, and the same features active. batchtopk: where training's threshold was its average.
+
+    In float64, where no pre-activation is so near its threshold that rounding decides.
+    """
     rows = data()
     stack = build([config(recipe, SPARSITIES[recipe][1], block=block)], rows)
     for z in rows[: 29 * 64].split(64):
