@@ -18,10 +18,6 @@ from pathlib import Path
 
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from analysis.corpus.run import AnalysisConfig, analyse
-from benchmarks.analysis import DEFAULT, wide_sae
-from trainer.checkpoint import Checkpoint, Sizes, list_checkpoints, save
-
 ROOT = Path(__file__).parents[1]
 PORT, ROUNDS, SESSIONS = 8599, 5, 10
 WIDE = "wide"
@@ -109,6 +105,10 @@ def together(pages: list[Page], texts: list[str]) -> list[float]:
 
 def with_a_wide_one(folder: Path) -> None:
     """The shipped checkpoints, and one of 24,579 features that is analysed on 4,000 tokens."""
+    from analysis.corpus.run import AnalysisConfig, analyse  # what only waits for the app (docs/screenshots.py) needs
+    from benchmarks.analysis import DEFAULT, wide_sae  # none of them
+    from trainer.checkpoint import Checkpoint, Sizes, list_checkpoints, save
+
     for shipped in list_checkpoints(ROOT / "checkpoints").readable:
         (folder / shipped.name).symlink_to(shipped.path)
     default = Checkpoint(DEFAULT)

@@ -20,7 +20,7 @@ if view == FIGURES:
     compared.merging(shown)
 else:
     prompt = pick_prompt()
-    runs = [live.run_prompt(each.checkpoint, prompt) for each in shown]
+    runs = [live.run_prompt(one.checkpoint, prompt) for one in shown]
     head, position = compared.pick_place(runs)
     if view == PROMPT:
         compared.one_prompt(shown, runs, head, position)

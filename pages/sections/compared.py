@@ -91,8 +91,10 @@ def figures(shown: list[Shown]) -> None:
         evaluated = [(one, evaluation["induction"]) for one, evaluation in evaluated]
     counts = [evaluation["n_tokens"] for _, evaluation in evaluated]
     if len(set(counts)) > 1:
-        each = f"{', '.join(f'{n:,}' for n in counts[:-1])} and {counts[-1]:,}"
-        st.warning(f"Evaluated on {each} tokens: `python -m trainer.evaluate` with the same --tokens makes them equal.")
+        evaluated_on = f"{', '.join(f'{n:,}' for n in counts[:-1])} and {counts[-1]:,}"
+        st.warning(
+            f"Evaluated on {evaluated_on} tokens: `python -m trainer.evaluate` with the same --tokens makes them equal."
+        )
     _draw_figures(evaluated, len(shown))
     st.subheader("L0 per token", anchor=False)
     st.caption("The last bin of a panel holds all larger values too.")

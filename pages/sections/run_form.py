@@ -9,7 +9,8 @@ import streamlit as st
 from analysis.runs import commands, progress
 from analysis.runs.background import Processes, tail
 from pages.shared.page import ROOT, folder, typed
-from trainer.config import Preset, Recipe
+from trainer.config import Preset
+from trainer.recipes import RECIPES
 
 _DEFAULT = "default"
 
@@ -85,7 +86,7 @@ def _choices() -> dict[str, Any]:
     write(d, "name")
     a, b, c, d = st.columns(4)
     pick(a, "preset", *get_args(Preset))
-    pick(b, "recipe", *get_args(Recipe))
+    pick(b, "recipe", *RECIPES)
     write(c, "k", "32, or several: 16, 32, 64")
     write(d, "l1_coefficients", "2, or several: 1, 2, 4")
     a, b, c, d = st.columns(4)

@@ -117,9 +117,9 @@ class Visitor:
 
 @pytest.fixture
 def visitor(chromium, address):
-    found = Visitor(chromium, address)
-    yield found
-    found.leave()
+    fresh = Visitor(chromium, address)
+    yield fresh
+    fresh.leave()
 
 
 def test_from_a_token_to_the_reason_why(visitor, chromium, address):
@@ -162,18 +162,18 @@ def test_from_a_token_to_the_reason_why(visitor, chromium, address):
 def test_two_sessions_at_once_get_their_own_answers(chromium, address):
     prompts = {"one two three four. one two three": "four", "red green blue red green": "blue"}
     visitors = [Visitor(chromium, address) for _ in prompts]
-    for each in visitors:
-        each.open("prompt")
-    for each in visitors:
-        each.page.get_by_text("Where a feature reads from").wait_for()
-    for each, text in zip(visitors, prompts, strict=True):
-        each.prompt(text)
-    for each, text in zip(visitors, prompts, strict=True):
-        each.page.wait_for_url(f"**{text.split()[0]}*")
-        each.choose("Take away or replace", "the whole layer, by its reconstruction")
-    for each, following in zip(visitors, prompts.values(), strict=True):
-        each.page.get_by_text(re.compile(rf"After \d+: \S+: \u00b7{following} \d")).wait_for()
-        each.leave()
+    for visitor in visitors:
+        visitor.open("prompt")
+    for visitor in visitors:
+        visitor.page.get_by_text("Where a feature reads from").wait_for()
+    for visitor, text in zip(visitors, prompts, strict=True):
+        visitor.prompt(text)
+    for visitor, text in zip(visitors, prompts, strict=True):
+        visitor.page.wait_for_url(f"**{text.split()[0]}*")
+        visitor.choose("Take away or replace", "the whole layer, by its reconstruction")
+    for visitor, following in zip(visitors, prompts.values(), strict=True):
+        visitor.page.get_by_text(re.compile(rf"After \d+: \S+: \u00b7{following} \d")).wait_for()
+        visitor.leave()
 
 
 def test_a_deviant_feature_is_one_click_away(visitor):

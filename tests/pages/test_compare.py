@@ -51,12 +51,12 @@ def compare(*names: str, show: str = "Figures", **query):
 
 def frame(app, *columns: str):
     """The one table on the page that has these columns."""
-    (found,) = [each.value for each in app.dataframe if set(columns) <= set(each.value)]
-    return found
+    (table,) = [drawn.value for drawn in app.dataframe if set(columns) <= set(drawn.value)]
+    return table
 
 
 def commands(app) -> list[str]:
-    return [each.value for each in app.code]
+    return [code.value for code in app.code]
 
 
 def run(path, lm):
@@ -68,7 +68,7 @@ def test_figures_against_the_first(folder, n):
     app = compare(*NAMES[:n])
     figures = app.dataframe[0].value.set_index("figure")
     ordinals = ["first", "second", "third", "fourth"][:n]
-    assert list(figures) == [*ordinals, *(f"{each} - first" for each in ordinals[1:])]
+    assert list(figures) == [*ordinals, *(f"{ordinal} - first" for ordinal in ordinals[1:])]
     for ordinal, name in zip(ordinals, NAMES, strict=False):
         stored = Checkpoint(folder / name).eval
         assert figures.loc["FVU", ordinal] == pytest.approx(stored["FVU"])
@@ -87,7 +87,7 @@ def test_figures_on_repeated_tokens(folder):
 
 def test_the_same_prompt_in_each(folder, gpt2):
     app = compare(*NAMES, show="One prompt")
-    tables = [each.value for each in app.dataframe if "reads from" in each.value]
+    tables = [table.value for table in app.dataframe if "reads from" in table.value]
     assert len(tables) == 4
     role = frame(app, "by attention").set_index("head")
     for table, name, ordinal in zip(tables, NAMES, ("first", "second", "third", "fourth"), strict=True):
@@ -97,7 +97,7 @@ def test_the_same_prompt_in_each(folder, gpt2):
     assert sum(column.startswith("by attention") for column in role) == 1, "attention is the model's"
     token = app.selectbox(key="token").options[3]
     chosen = compare(*NAMES[:2], token=token, head="2", show="One prompt")
-    for table in (each.value for each in chosen.dataframe if "reads from" in each.value):
+    for table in (drawn.value for drawn in chosen.dataframe if "reads from" in drawn.value):
         assert set(table["token"]) <= {token} and set(table["head"]) <= {2}
 
 
@@ -113,8 +113,8 @@ def test_matched_features_head_by_head(folder, gpt2, swapped):
     assert shown["activation_a"].tolist() == pytest.approx(expected["activation_a"].tolist(), rel=1e-3, abs=1e-5)
     for side in "ab":
         assert f"of {len(match.of_side(side)):,} features" in said(app)
-    only = [each.value for each in app.dataframe if "nearest" in each.value]
-    sides = [read.only_in(match, side, each, None) for side, each in zip("ab", runs, strict=True)]
+    only = [table.value for table in app.dataframe if "nearest" in table.value]
+    sides = [read.only_in(match, side, one, None) for side, one in zip("ab", runs, strict=True)]
     assert [t["feature"].tolist() for t in only] == [t["feature"].tolist() for t in sides if len(t)]
 
 
@@ -128,7 +128,7 @@ def test_the_url_restores_head_token_and_pair(folder):
     restored = compare(*NAMES[:2], firing="false", head="1", token=token, pair=pair, show="Features")
     assert restored.selectbox(key="pair").value == pair
     assert set(frame(restored, "activation_a")["head"]) == {1}
-    links = [each.proto for each in restored.get("page_link")]
+    links = [link.proto for link in restored.get("page_link")]
     features = [row["a"], row["b"]]
     # Names without the words they share; labels are Markdown, so that marks are escaped.
     assert [link.label for link in links] == [
@@ -239,7 +239,7 @@ def test_names_are_only_text(copy):
     assert match_main([*(str(copy / name) for name in names), *OPTIONS]) == 0
     app = compare(*names, show="Features")
     assert not [m for m in app.markdown if m.allow_html]
-    labels = [each.proto.label for each in app.get("page_link")]
+    labels = [link.proto.label for link in app.get("page_link")]
     assert labels[0].endswith(r"of \<b\>one\<b\>") and labels[1].endswith(r"of \*\*two\*\* \[x\]\(y\)")
 
 

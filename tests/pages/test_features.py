@@ -131,10 +131,10 @@ def test_labels_are_written_found_and_harmless(folder):
     next(b for b in app.button if b.label == "Save").click().run()
     assert not app.exception
     assert Labels(folder / "block-l1_1").get(feature).label == "<script>alert(1)</script> *the*"
-    found = open_page("pages/features.py", checkpoint="block-l1_1", noted="ALERT(1)")
-    assert found.dataframe[0].value["feature"].tolist() == [feature]
-    assert not [m for m in found.markdown if m.allow_html]
-    assert not any("<script>" in element.proto.body for element in found.get("html"))
+    again = open_page("pages/features.py", checkpoint="block-l1_1", noted="ALERT(1)")
+    assert again.dataframe[0].value["feature"].tolist() == [feature]
+    assert not [m for m in again.markdown if m.allow_html]
+    assert not any("<script>" in element.proto.body for element in again.get("html"))
 
 
 def test_a_label_changed_elsewhere_is_not_overwritten(folder):
@@ -202,7 +202,7 @@ def test_heads_read_the_analysis(folder, name, show):
         if sheet["deviants"][head]:
             links = listed.dataframe[1].value["feature"]
             deviants = heads["mono_deviants"][head]
-            assert links.tolist() == [f"features?checkpoint={name}&feature={each}" for each in deviants]
+            assert links.tolist() == [f"features?checkpoint={name}&feature={deviant}" for deviant in deviants]
     if show == "Roles":
         assert app.dataframe[0].value["role_dfa"].tolist() == heads["role_dfa"].tolist()
 

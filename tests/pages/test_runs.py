@@ -45,7 +45,7 @@ def understood(command: str) -> tuple[ActivationsConfig, list[SAEConfig], Traini
 
 def shown(app, part: str) -> str:
     """The one command on the page that has this in it."""
-    (command,) = [each.value for each in app.code if part in each.value]
+    (command,) = [code.value for code in app.code if part in code.value]
     return command
 
 
@@ -77,7 +77,7 @@ def test_a_run_without_its_options_has_no_command(folder):
     for name, why in (("topk", "it has no run.yaml"), ("gated", "it was imported from SAELens topk")):
         app = open_page(PAGE, run=name)
         assert not app.exception and f"No command: {why}" in said(app)
-        assert not [each for each in app.code if "--config" in each.value]
+        assert not [code for code in app.code if "--config" in code.value]
 
 
 @pytest.mark.parametrize("name", ["topk", "dense"])
@@ -88,7 +88,7 @@ def test_the_command_to_repeat_trains_the_same_weights(folder, tmp_path, monkeyp
     assert main(words(command)) == 0
     for file in ("sae.safetensors", "eval.json"):
         assert (folder / f"{name}-again" / file).read_bytes() == (folder / name / file).read_bytes()
-    assert f"{name}-again-2" in "".join(each.value for each in open_page(PAGE, run=name).code)
+    assert f"{name}-again-2" in "".join(code.value for code in open_page(PAGE, run=name).code)
 
 
 def test_the_command_to_resume_ends_at_the_same_weights(folder, tmp_path, monkeypatch):
@@ -145,7 +145,7 @@ def test_progress_of_a_live_and_of_a_killed_run(folder):
         f"python -m trainer --config={path / 'run.yaml'} --out={folder} --name=topk --resume=true"
     )
     assert "from the beginning, because it has not saved yet" in said(open_page(PAGE, run="gated"))
-    assert not [each for each in open_page(PAGE, run="dense").code if "--resume" in each.value]
+    assert not [code for code in open_page(PAGE, run="dense").code if "--resume" in code.value]
 
 
 def test_odd_checkpoints_leave_the_page(folder):
@@ -175,7 +175,7 @@ def test_wandb_is_one_click_away(folder):
     for url, n in (("https://wandb.ai/someone/attn-saes/runs/abc12345", 1), ("javascript:alert(1)", 0)):
         edit_config(folder / "topk", wandb_url=url)
         links = open_page(PAGE, run="topk").get("link_button")
-        assert [each.proto.url for each in links] == [url] * n
+        assert [link.proto.url for link in links] == [url] * n
 
 
 def test_an_offline_run_of_wandb_is_found(folder):
@@ -190,7 +190,7 @@ def test_an_offline_run_of_wandb_is_found(folder):
     run.finish()
     assert len(progress.unsent(folder / "topk")) == 1
     app = open_page(PAGE, run="topk")
-    assert any(each.value.startswith("wandb sync ") for each in app.code)
+    assert any(code.value.startswith("wandb sync ") for code in app.code)
 
 
 def test_the_form_composes_what_the_trainer_understands(folder):
@@ -242,15 +242,15 @@ def test_a_name_with_markup_is_only_text(folder):
     app = open_page(PAGE, run=name.replace("/", "∕"))
     assert not app.exception
     assert not [m for m in app.markdown if m.allow_html or "**y**" in m.value]
-    assert "'--name=<b>x<∕b> **y** `z` $(touch a)-again'" in "".join(each.value for each in app.code)
+    assert "'--name=<b>x<∕b> **y** `z` $(touch a)-again'" in "".join(code.value for code in app.code)
 
 
 def wait_for(condition, seconds: float = PATIENCE):
     end = time.time() + seconds
-    while not (found := condition()):
+    while not (result := condition()):
         assert time.time() < end, "it took too long"
         time.sleep(0.2)
-    return found
+    return result
 
 
 def test_a_training_runs_in_the_background_and_is_cancelled(
@@ -303,7 +303,7 @@ def test_nothing_is_trained_twice_at_once_and_failures_are_told(tmp_path):
     (tmp_path / "trainer" / "__main__.py").write_text("raise SystemExit(2)")
     second = processes.start([], ["two"], tmp_path, tmp_path)
     wait_for(lambda: second.state == "failed with status 2")
-    assert [each.names for each in processes.all()] == [["two"], ["one", "two"]]
+    assert [process.names for process in processes.all()] == [["two"], ["one", "two"]]
 
 
 def test_the_tail_of_a_log_is_what_one_would_see(tmp_path):

@@ -122,7 +122,7 @@ def rows(app) -> list[dict]:
     from streamlit.dataframe_util import convert_arrow_bytes_to_pandas_df
 
     chart = app.get("vega_lite_chart")[0].proto
-    frames = [convert_arrow_bytes_to_pandas_df(each.data.data) for each in chart.datasets]
+    frames = [convert_arrow_bytes_to_pandas_df(data.data.data) for data in chart.datasets]
     return max(frames, key=len).to_dict("records")
 
 
@@ -233,5 +233,5 @@ def test_every_recipe_has_its_colour_and_dense_its_shape(folder):
     shape = points["encoding"]["shape"]["scale"]
     shapes = dict(zip(shape["domain"], shape["range"], strict=True))
     assert set(shapes) == {"april", "april (dense)", *OTHERS}
-    assert {recipe for recipe, each in shapes.items() if each == "square"} == {"april (dense)"}
+    assert {recipe for recipe, mark in shapes.items() if mark == "square"} == {"april (dense)"}
     assert len(set(points["encoding"]["color"]["scale"]["range"])) == len(shapes)
