@@ -199,7 +199,7 @@ def test_search(analysed):
     role = everything["role"].dropna().iloc[0]
     assert set(analysis.search(role=role)["role"]) == {role}
     middle = float(everything["density"].median())
-    assert (analysis.search(density=(0, middle))["density"] <= middle).all()
+    assert (analysis.search(density=(0.0, middle))["density"] <= middle).all()
     assert analysis.search(fires_on="no such token").empty
 
 
