@@ -11,7 +11,7 @@ from analysis.store import Artefacts
 from trainer.checkpoint import Checkpoint
 
 
-class Match(Artefacts):
+class Match:
     """The matched features of two checkpoints, whichever of them was named first when they were matched.
 
     `a` and `b` are theirs in the frames: `first` and `second`, but where one is dense it is `a`.
@@ -28,7 +28,8 @@ class Match(Artefacts):
         self.a, self.b = next((order for order in orders if (match_folder(*order) / "meta.json").exists()), orders[0])
         command = f"python -m analysis.match {first.path} {second.path}"
         absent = f"{first.name} and {second.name} have not been matched yet"
-        super().__init__(match_folder(self.a, self.b), [self.a, self.b], command, absent)
+        files = Artefacts(match_folder(self.a, self.b), [self.a, self.b], command, absent, ("kind", "min_firings"))
+        self.folder, self.meta, self.table = files.folder, files.meta, files.table
         self.kind: str = self.meta["kind"]
         self._swapped = self.kind == "one-to-one" and self.a is not first
         if self._swapped:
