@@ -8,7 +8,7 @@ import pytest
 from jaxtyping import install_import_hook
 
 # Every shape annotation of these packages is checked while the tests run: before anything of them is imported.
-install_import_hook(["trainer", "analysis"], "beartype.beartype")
+install_import_hook(["trainer", "analysis"], "tests.check")
 
 from tests.helpers import OTHERS, save_tiny_gpt2, save_tiny_llama, write_text
 
