@@ -9,7 +9,7 @@ import streamlit as st
 from analysis.runs import commands, progress
 from analysis.runs.background import Processes, tail
 from pages.shared.page import ROOT, folder, typed
-from trainer.config import Preset
+from trainer.config import Preset, TrainingConfig
 from trainer.recipes import RECIPES
 
 _DEFAULT = "default"
@@ -74,7 +74,8 @@ def _choices() -> dict[str, Any]:
         text = column.text_input(key, key=key, bind="query-params", help=helps[key], placeholder=example)
         choices[key] = text.strip() or None
 
-    def count(column: Any, key: str, default: int | float | None = None, **limits: Any) -> None:
+    def count(column: Any, key: str, default: int | None = None, **limits: Any) -> None:
+        default = getattr(TrainingConfig, key, default)
         choices[key] = column.number_input(
             key, value=default, key=key, bind="query-params", help=helps[key], placeholder=_DEFAULT, **limits
         )
@@ -95,13 +96,13 @@ def _choices() -> dict[str, Any]:
     pick(c, "normalize", "per_head", "global", "none")
     count(d, "lr", step=1e-4, format="%.6g")
     a, b, c, d = st.columns(4)
-    count(a, "total_training_steps", 2000, step=100)
-    count(b, "batch_size", 4096, step=256)
+    count(a, "total_training_steps", step=100)
+    count(b, "batch_size", step=256)
     count(c, "distinct_tokens", step=10_000)
-    count(d, "eval_tokens", 8192, step=1024)
+    count(d, "eval_tokens", step=1024)
     a, b, c, d = st.columns(4)
     count(a, "context_size", step=1)
-    count(b, "seed", 0, step=1)
+    count(b, "seed", step=1)
     write(c, "device", "auto")
     pick(d, "wandb", "online", "offline", "disabled")
     for key, kind in (("k", int), ("l1_coefficients", float)):
