@@ -201,7 +201,7 @@ class Stack:
     def _weighted(self, terms: dict[str, float], point: int) -> float:
         """The loss terms beside the squared error, with their coefficients (those of the step just taken)."""
         coefficient = (self.cfgs[point].l1_coefficient or 0.0) * self._sparsity_factor(self.step - 1)
-        return sum(self.recipe.weights.get(name, coefficient) * term for name, term in terms.items())
+        return sum((self.recipe.weights.get(name, coefficient) * term for name, term in terms.items()), 0.0)
 
     @torch.no_grad()
     def finished(self, point: int) -> BlockDiagSAE:

@@ -216,7 +216,7 @@ def test_descriptions(analysed):
 @pytest.mark.parametrize("nothing", [None, np.nan, pd.NA])
 def test_a_feature_without_a_role_is_rare(nothing):
     """What a frame makes of None differs between the versions of pandas."""
-    row = {"firings": 2, "role": nothing, "fires_on_ids": [1, -1], "fires_on_counts": [2, 0]}
+    row = {"firings": 2, "role": nothing, "fires_on_ids": np.array([1, -1]), "fires_on_counts": np.array([2, 0])}
     assert describe(pd.DataFrame([row]), {1: "a"}) == ["rare | on 'a' 100%"]
 
 
