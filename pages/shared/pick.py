@@ -13,9 +13,7 @@ from trainer.checkpoint import Checkpoint, list_checkpoints
 
 ALL = "all"
 HELD_OUT, REPEATED = "Held-out text", "Repeated random tokens"
-FIRST_COMMAND = (
-    "python -m trainer --distinct_tokens=130000 --total_training_steps=300 --batch_size=2048 --eval_tokens=1024"
-)
+FIRST_COMMAND = "python -m trainer --distinct_tokens=130000 --total_training_steps=300 --batch_size=2048"
 # A tour on the shipped checkpoint batchtopk-x8-k32: what one should see is tested in tests/trainer/test_embedded.py.
 EXAMPLES = {
     "Induction": (
