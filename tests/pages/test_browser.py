@@ -1,5 +1,6 @@
 """A newcomer in a real browser: types a prompt on the embedded model and sees its features."""
 
+import os
 import re
 import socket
 import subprocess
@@ -53,6 +54,16 @@ def chromium():
         )
         yield browser
         browser.close()
+
+
+def test_without_a_browser_these_tests_are_skipped_but_not_in_ci(tmp_path):
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-rs", "-p", "no:cacheprovider", __file__, "-k", "markup"]
+    environment = {key: value for key, value in os.environ.items() if key != "CI"} | {"PATH": str(tmp_path)}
+    for more, status, sentence in (({}, 0, "no Chromium on this machine"), ({"CI": "1"}, 1, "CI must have a browser")):
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment | more, capture_output=True, text=True, timeout=PATIENCE
+        )
+        assert (done.returncode, sentence in done.stdout) == (status, True), done.stdout[-2000:]
 
 
 class Visitor:
