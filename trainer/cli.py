@@ -57,12 +57,13 @@ def _checked(entry: dict[str, Any]) -> dict[str, Any]:
     require(not unknown, f"points: unknown option {', '.join(unknown)}")
     types = jsonargparse.ArgumentParser(exit_on_error=False)
     types.add_class_arguments(SAEOptions)
+    checked = {}
     for key, value in entry.items():
         try:
-            types.parse_object({key: value}, defaults=False)
+            checked[key] = types.parse_object({key: value}, defaults=False)[key]
         except jsonargparse.ArgumentError as error:
             raise ValueError(f"points: {key} cannot be {value!r}") from error
-    return entry
+    return checked
 
 
 def status(run: Callable[[], object], stopped: str = "Stopped; nothing was written.") -> int:

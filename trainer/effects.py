@@ -49,7 +49,7 @@ class Effects(NamedTuple):
 def effects(
     layer: Layer,
     tokens: Int[Tensor, "context pos"],
-    prefixes: list[tuple[Float[Tensor, "context pos d_model"], Float[Tensor, "context pos head d_head"]]],
+    prefixes: list[tuple[Float[Tensor, "_ pos d_model"], Float[Tensor, "_ pos head d_head"]]],
     mean: Float[Tensor, "head d_head"],
     saes: list[BlockDiagSAE],
     first_scored: int,
@@ -107,7 +107,7 @@ def effects(
     )
 
 
-def split(tokens: Int[Tensor, "context pos"]) -> tuple[Int[Tensor, "context pos"], ...]:
+def split(tokens: Int[Tensor, "context pos"]) -> tuple[Int[Tensor, "_ pos"], ...]:
     """Contexts of one forward each."""
     return tokens.split(max(1, _BATCH_TOKENS // tokens.shape[1]))
 

@@ -225,7 +225,7 @@ def _describe(
     )
 
 
-def _load_saelens(folder: Path) -> tuple["SAE", float]:
+def _load_saelens(folder: Path) -> tuple[Any, float]:
     """An SAE that SAELens saved, in float32, and the factor by which its inputs were scaled."""
     try:
         architecture = json.loads((folder / "cfg.json").read_text()).get("architecture", "standard")

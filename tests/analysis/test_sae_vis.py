@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from sae_vis import data_fetching_fns
+from sae_vis.data_storing_fns import SaeVisData
 
 from analysis import sae_vis
 from tests.helpers import PATIENCE, find_chromium
@@ -282,9 +283,8 @@ def test_wrong_places_are_one_sentence(saved, tmp_path, capsys, monkeypatch):
 
 
 def test_no_half_file(tmp_path):
-    other = SimpleNamespace(
-        save_feature_centric_vis=lambda file: Path(file).write_text("function defineData()</script>")
-    )
+    other = object.__new__(SaeVisData)
+    other.save_feature_centric_vis = lambda file: Path(file).write_text("function defineData()</script>")
     with pytest.raises(ValueError, match="another page"):
         sae_vis.save(tmp_path / "page.html", other, "a title", "a note")
     assert not list(tmp_path.iterdir())

@@ -478,7 +478,7 @@ def test_a_terminated_process_saves_its_state(tmp_path, gpt2_folder, text_file):
 DOOMED = """
 import random, signal, sys
 from trainer.__main__ import main
-from trainer.stack import Stack
+from trainer.optimise.stack import Stack
 original = Stack.update
 def update(self, z):
     if self.step == int(sys.argv[1]):
