@@ -18,7 +18,7 @@ import torch
 from analysis.attribution import Reader
 from analysis.corpus.passes import feed
 from analysis.corpus.run import AnalysisConfig, analyse
-from analysis.corpus.running import FeatureStatistics
+from analysis.corpus.running_statistics import FeatureStatistics
 from analysis.store import Analysis
 from benchmarks.data import report
 from benchmarks.timing import peak_mb, rounds

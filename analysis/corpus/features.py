@@ -10,7 +10,7 @@ from torch import Tensor
 
 from analysis import attribution as dfa
 from analysis.corpus.heads import MIN_ATTRIBUTED, feature_roles
-from analysis.corpus.running import FeatureStatistics, Sources
+from analysis.corpus.running_statistics import FeatureStatistics, Sources
 from analysis.logits import LogitEffects
 from analysis.tokens import visible
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from analysis import attribution as dfa
 from analysis.attribution import Chunk
-from analysis.corpus.running import FeatureStatistics, Sources
+from analysis.corpus.running_statistics import FeatureStatistics, Sources
 from trainer.model.lm import Layer
 
 MIN_ATTRIBUTED = 10  # attributed firings from which a feature's role is judged

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from scipy.sparse.csgraph import connected_components, minimum_spanning_tree
 from torch import Tensor
 
-from analysis.corpus.running import Cofiring
+from analysis.corpus.running_statistics import Cofiring
 
 N_NEIGHBOURS = 8  # kept of a feature by each measure, within its head and across heads
 MIN_FIRINGS = 10  # in the co-firing sample: two features that fire once, on the same token, say nothing

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from analysis import attribution as dfa
 from analysis.attribution import Chunk, Firings, Reader
-from analysis.corpus.running import FeatureStatistics, Sources
+from analysis.corpus.running_statistics import FeatureStatistics, Sources
 from trainer.evaluate import repeated_tokens
 from trainer.model.lm import Layer
 

@@ -24,7 +24,7 @@ from analysis.corpus.features import describe, feature_table
 from analysis.corpus.heads import Copying, copying, head_table
 from analysis.corpus.pairs import Redundancy, compare_features
 from analysis.corpus.passes import Strips, choose_examples, chunks, feed, sources_on_repeats
-from analysis.corpus.running import FeatureStatistics, Sources, load_state, state
+from analysis.corpus.running_statistics import FeatureStatistics, Sources, load_state, state
 from analysis.logits import head_of_features, inverse_final_scale, logit_effects, written
 from trainer import checkpoint
 from trainer.checkpoint import Checkpoint, by_origin

@@ -30,10 +30,10 @@ from tqdm import tqdm
 
 from analysis import store
 from analysis.attribution import Firings, Reader
-from analysis.corpus import running
+from analysis.corpus import running_statistics
 from analysis.corpus.pairs import MIN_FIRINGS, best_of_rows, cofirings, firing
 from analysis.corpus.passes import chunks
-from analysis.corpus.running import Cofiring
+from analysis.corpus.running_statistics import Cofiring
 from analysis.logits import head_of_features
 from analysis.match.read import match_folder
 from trainer import checkpoint
@@ -188,7 +188,7 @@ def firings(layer: Layer, contexts: Int[Tensor, "context pos"], saes: list[Block
                 for reader, cofiring in fired:
                     cofiring.add(Firings.of(reader.encode(chunk)), chunk.tokens.shape)
                 bar.update(chunk.tokens[:, 1:].numel())
-            if any(cofiring.pairs >= running.COFIRING_PAIRS for _, cofiring in fired):
+            if any(cofiring.pairs >= running_statistics.COFIRING_PAIRS for _, cofiring in fired):
                 break
     return [cofiring for _, cofiring in fired]
 

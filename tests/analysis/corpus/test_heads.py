@@ -8,7 +8,7 @@ from analysis import attribution as dfa
 from analysis.attribution import Reader
 from analysis.corpus.heads import copying, feature_roles, head_table, monosemanticity, wilson
 from analysis.corpus.passes import chunks, feed, sources_on_repeats
-from analysis.corpus.running import FeatureStatistics, Sources
+from analysis.corpus.running_statistics import FeatureStatistics, Sources
 from analysis.logits import head_of_features, logit_effects, written
 from tests.analysis.test_attribution import previous_token_and_induction_model
 from trainer.block_diag import BlockDiagSAE

@@ -7,7 +7,7 @@ import torch
 
 from analysis.attribution import Firings
 from analysis.corpus import pairs
-from analysis.corpus.running import Cofiring
+from analysis.corpus.running_statistics import Cofiring
 
 HEAD = np.repeat([0, 1], 6)
 

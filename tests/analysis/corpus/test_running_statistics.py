@@ -9,7 +9,7 @@ import torch
 from analysis import attribution as dfa
 from analysis.attribution import Reader
 from analysis.corpus.passes import Strips, choose_examples, feed
-from analysis.corpus.running import FeatureStatistics, Tally, load_state, state
+from analysis.corpus.running_statistics import FeatureStatistics, Tally, load_state, state
 from trainer.block_diag import BlockDiagSAE
 
 LAYER, CONTEXTS, LENGTH = 1, 40, 24
