@@ -19,9 +19,9 @@ from trainer.model.lm import Layer
 
 _BATCH_TOKENS = 1024  # of one forward to the logits: 200 MB of them with 49,152 tokens in the vocabulary
 _HEAD_CONTEXTS = 2  # of one forward with a single head replaced
-# Heads are replaced alone on the first contexts until the KL of zeroing each is known to a tenth (one standard
-# error), on at least 256 and at most 2,048 tokens: the same ones for every SAE, because zeroing decides.
-_HEAD_ERROR, _HEAD_TOKENS = 0.1, (256, 2048)
+# Heads are replaced alone on the first contexts until the KL of zeroing each is known to a fifth (one standard
+# error), on at least 250 and at most 1,000 tokens: the same ones for every SAE, because zeroing decides.
+_HEAD_ERROR, _HEAD_TOKENS = 0.2, (250, 1000)
 
 
 class Effect(NamedTuple):
