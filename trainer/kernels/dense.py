@@ -1,8 +1,8 @@
 """What gradients over every feature share: tiles of a batch that stay in the cache, and what a batch leaves behind.
 
 Gradients are written by hand instead of by autograd, because then a tile of activations is made, used and
-overwritten while it is in the cache: no `[batch, feature]` tensor is ever stored (benchmarks/README.md has the
-gain, in time and memory). Each block (a head of one sweep point) is the same matmul, so any number of them is one
+overwritten while it is in the cache: no `[batch, feature]` tensor is ever stored (`python -m benchmarks.steps` has the
+same step with autograd). Each block (a head of one sweep point) is the same matmul, so any number of them is one
 batched matmul; a CPU, which gains nothing from that, takes them one at a time.
 
 Shapes: `block` is (point, head), blocks of one point together; x is shared by all points. Losses are
