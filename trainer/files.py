@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 
 def cache_dir() -> Path:
     """Folder for the converted embedded model and for activations; ATTN_SAES_CACHE moves it."""
@@ -14,11 +16,17 @@ def cache_dir() -> Path:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write` on a name beside `path`, then move the result into place."""
+    """Call `write` on a name beside `path`, then move the result into place.
+
+    Raises:
+        OSError: it cannot be written, also where safetensors says so by an error of its own.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         write(partial)
         partial.replace(path)
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written: {error}") from error
     finally:
         partial.unlink(missing_ok=True)
 
