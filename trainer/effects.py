@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,7 +69,7 @@ def effects(
         cache: folder in which what no SAE changes is kept; None keeps nothing.
     """
     file = cache and cache / f"{_key(layer, tokens, first_scored, per_head)}.safetensors"
-    kept = _load(file)
+    kept = _load(file, layer.device)
     parts: dict[str, list[Effect]] = {}
     head_tokens = 0
     heads_done = not per_head
@@ -79,7 +80,8 @@ def effects(
         reconstructions = [_but_bos(z, sae(z.float())) for sae in saes]
         replacements = {f"sae {i}": z_hat for i, z_hat in enumerate(reconstructions)}
         if kept is None:
-            replacements |= {"zero": _but_bos(z, torch.zeros_like(z)), "mean": _but_bos(z, mean.expand_as(z))}
+            zeroed = _but_bos(z, torch.zeros_like(z))
+            replacements |= {"zero": zeroed, "mean": _but_bos(z, mean.expand_as(z))}
         for name, replacement in replacements.items():
             parts.setdefault(name, []).append(scorer(replacement))
         for few in torch.arange(len(chunk)).split(_HEAD_CONTEXTS):
@@ -88,7 +90,7 @@ def effects(
             part = scorer.on(few)
             replacements = {f"sae {i}": z_hat[few] for i, z_hat in enumerate(reconstructions)}
             if kept is None:
-                replacements["zero"] = _but_bos(z[few], torch.zeros_like(z[few]))
+                replacements["zero"] = zeroed[few]
             for name, replacement in replacements.items():
                 of_heads = [part(each) for each in _one_head(z[few], replacement)]
                 parts.setdefault(f"{name} heads", []).append(Effect(*map(torch.stack, zip(*of_heads, strict=True))))
@@ -184,14 +186,14 @@ def _key(layer: Layer, tokens: Int[Tensor, "context pos"], first_scored: int, pe
     """A name for what is kept: everything that decides it."""
     lm = layer.lm
     heads = (_HEAD_ERROR, _HEAD_TOKENS) if per_head else None
-    what = f"{lm.fingerprint()} {layer.index} {lm.model.cfg.dtype} {first_scored} {heads}"
+    what = f"{lm.fingerprint()} {layer.index} {lm.dtype} {first_scored} {heads}"
     digest = hashlib.sha256(what.encode() + tokens.cpu().numpy().tobytes()).hexdigest()[:16]
     return f"{Path(lm.name).name}-{layer.index}-{digest}"
 
 
-def _load(file: Path | None) -> _Kept | None:
+def _load(file: Path | None, device: torch.device) -> _Kept | None:
     try:
-        kept = load_file(file) if file else {}
+        kept = {name: value.to(device) for name, value in load_file(file).items()} if file else {}
         return _Kept(*(Effect(kept[f"{name}.ce"], kept[f"{name}.kl"]) for name in _Kept._fields))
     except (OSError, SafetensorError, KeyError):  # not there, or damaged: it is made again
         return None
@@ -203,5 +205,7 @@ def _save(file: Path | None, kept: _Kept) -> None:
     tensors = {
         f"{name}.{what}": value for name, effect in kept._asdict().items() for what, value in effect._asdict().items()
     }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, lambda p: save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, p))
+    with suppress(OSError):  # a folder that cannot be written costs the next evaluation time, not this one its result
+        file.parent.mkdir(parents=True, exist_ok=True)
+        kept_on_cpu = {name: value.cpu().contiguous() for name, value in tensors.items()}
+        write_atomically(file, lambda p: save_file(kept_on_cpu, p))

@@ -1,7 +1,10 @@
 """The identities that every evaluation satisfies, on a grouped-query and on an ordinary model."""
 
+import os
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from trainer.block_diag import BlockDiagSAE
 from trainer.evaluate import evaluate, evaluate_tokens, repeated_tokens
@@ -109,6 +112,28 @@ def test_one_call_for_several_saes_equals_one_call_each(lm):
     for one, other in zip(together, apart, strict=True):
         assert_same_figures(one, other)
     assert set(together[0]["induction"]) == set(together[0]) - {"induction"}
+
+
+def test_what_no_sae_changes_is_kept_for_the_next_one(lm, tmp_path):
+    layer, tokens = lm.layer(1), contexts(lm)
+
+    def figures(sae, cache, first=1):
+        return evaluate_tokens(layer, [sae], tokens, first, cache=cache)[0]
+
+    alone = [figures(sae(lm), None) for sae in (identity, zero)]
+    assert_same_figures(figures(identity(lm), tmp_path), alone[0])
+    (file,) = tmp_path.iterdir()
+    assert_same_figures(figures(zero(lm), tmp_path), alone[1])
+    assert list(tmp_path.iterdir()) == [file]
+    kept = load_file(file)
+    save_file(kept | {"zero.kl": kept["zero.kl"] + 1}, file)
+    assert figures(zero(lm), tmp_path)["KL_zero"] == pytest.approx(alone[1]["KL_zero"] + 1)
+
+    assert_same_figures(figures(zero(lm), tmp_path, first=3), figures(zero(lm), None, first=3))
+    assert len(list(tmp_path.iterdir())) == 2, "what is scored is part of the name"
+    os.truncate(file, 100)
+    assert_same_figures(figures(zero(lm), tmp_path), alone[1])
+    assert_same_figures(figures(zero(lm), file / "no folder"), alone[1])
 
 
 def test_a_score_without_a_measurable_effect_is_not_a_number(gpt2):

@@ -109,6 +109,11 @@ class LanguageModel:
     def device(self) -> torch.device:
         return self.model.W_E.device
 
+    @property
+    def dtype(self) -> str:
+        """Of the weights, as `load` takes it."""
+        return str(self.model.cfg.dtype).removeprefix("torch.")
+
     def fingerprint(self) -> str:
         """A hash of the architecture and a sample of the weights that z depends on: another z, another hash."""
         cfg = self.model.cfg
