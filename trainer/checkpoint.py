@@ -31,7 +31,7 @@ from trainer.files import write_atomically, write_json
 
 if TYPE_CHECKING:  # it imports transformer_lens, for which pages that run no prompt should not wait
     from trainer.data.text import Corpus
-    from trainer.model.lm import LanguageModel
+    from trainer.model.lm import LanguageModel, Layer
 
 SCHEMA_VERSION = 3
 _PACKAGES = ("torch", "transformer-lens", "transformers", "safetensors", "numpy")
@@ -94,6 +94,15 @@ class Model:
     hook_name: str
     hook_layer: int
 
+    @classmethod
+    def of(cls, layer: "Layer") -> "Model":
+        """Of an SAE that reads this layer."""
+        from trainer.model.loading import PROCESSING
+
+        lm = layer.lm
+        sizes = (lm.n_heads, lm.d_head)
+        return cls(lm.name, lm.fingerprint(), *sizes, lm.dtype, PROCESSING, layer.hook_name, layer.index)
+
 
 @dataclass(frozen=True)
 class Text:
@@ -104,6 +113,10 @@ class Text:
     context_size: int
     held_out_fraction: float
     text_column: str
+
+    @classmethod
+    def of(cls, corpus: "Corpus") -> "Text":
+        return cls(*(getattr(corpus, each.name) for each in fields(cls)))
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import fields
+from functools import lru_cache
 from typing import Any
 
 import jsonargparse
@@ -55,15 +56,21 @@ def _checked(entry: dict[str, Any]) -> dict[str, Any]:
     """One of `points`, with its types checked as those of flags are."""
     unknown = sorted(set(entry) - {each.name for each in fields(SAEOptions)})
     require(not unknown, f"points: unknown option {', '.join(unknown)}")
-    types = jsonargparse.ArgumentParser(exit_on_error=False)
-    types.add_class_arguments(SAEOptions)
     checked = {}
     for key, value in entry.items():
         try:
-            checked[key] = types.parse_object({key: value}, defaults=False)[key]
+            checked[key] = _types().parse_object({key: value}, defaults=False)[key]
         except jsonargparse.ArgumentError as error:
             raise ValueError(f"points: {key} cannot be {value!r}") from error
     return checked
+
+
+@lru_cache(maxsize=1)
+def _types() -> jsonargparse.ArgumentParser:
+    """What a field of `SAEOptions` may be."""
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(SAEOptions)
+    return parser
 
 
 def status(run: Callable[[], object], stopped: str = "Stopped; nothing was written.") -> int:

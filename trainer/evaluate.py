@@ -24,7 +24,6 @@ from trainer.files import cache_dir, write_json
 from trainer.model.lm import LanguageModel, Layer, pick_device
 
 _ENCODED_TOKENS = 1024  # at a time
-_TOKENS = {"cpu": 2048}  # held out, where nobody says how many; elsewhere 8,192
 
 
 def evaluate(
@@ -66,7 +65,7 @@ def evaluate_checkpoints(paths: list[Path], tokens: int | None = None, device: s
         corpus = group[0].open_text(lm.tokenizer)
         before = [each.eval["n_tokens"] for each in group if each.eval]
         n_tokens = tokens or min(before, default=default_tokens(str(lm.device)))
-        held_out = corpus.held_out(-(-n_tokens // (corpus.context_size - 1)))
+        held_out = corpus.held_out(corpus.n_contexts(n_tokens))
         options = group[0].config.options
         seed = options.training.seed if options else 0
         results = evaluate(lm.layer(group[0].layer), saes, held_out, seed, kept_effects(), progress=True)
@@ -76,7 +75,7 @@ def evaluate_checkpoints(paths: list[Path], tokens: int | None = None, device: s
 
 def default_tokens(device: str) -> int:
     """Held-out tokens of an evaluation where nobody says how many: fewer on a CPU, where they take longest."""
-    return _TOKENS.get(device, 8192)
+    return 2048 if device == "cpu" else 8192
 
 
 def kept_effects() -> Path:

@@ -207,7 +207,6 @@ def _describe(
 ) -> checkpoint.Config:
     """config.json, as far as it is known how the SAE was trained."""
     from trainer.data.text import Corpus
-    from trainer.model.loading import PROCESSING
 
     architecture, metadata, lm = theirs.cfg.architecture(), theirs.cfg.metadata, layer.lm
     fraction, column = metadata.held_out_fraction or 0.05, text_column or metadata.text_column or "text"
@@ -215,13 +214,10 @@ def _describe(
     source = f"SAELens {architecture}"  # tells it from what was trained here
     return checkpoint.Config(
         sae=checkpoint.Sizes.of(sae),
-        model=checkpoint.Model(
-            lm.name, lm.fingerprint(), lm.n_heads, lm.d_head, "float32", PROCESSING, layer.hook_name, layer.index
-        ),
-        text=checkpoint.Text(dataset, corpus.fingerprint, corpus.context_size, fraction, column),
+        model=checkpoint.Model.of(layer),
+        text=checkpoint.Text.of(corpus),
         group=Path(lm.name).name,
         imported=checkpoint.Imported(source, metadata.recipe or source, metadata.l1_coefficient, metadata.k or sae.k),
-        versions=checkpoint.versions(),
     )
 
 

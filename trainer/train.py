@@ -21,7 +21,6 @@ from trainer.evaluate import default_tokens, evaluate, evaluate_tokens, kept_eff
 from trainer.files import write_json
 from trainer.interrupts import Interrupted, deferred_interrupts
 from trainer.model.lm import LanguageModel, pick_device
-from trainer.model.loading import PROCESSING
 from trainer.optimise.initialise import initial_params, input_scale
 from trainer.optimise.stack import Stack
 from trainer.run import Run, plan
@@ -58,14 +57,16 @@ def train(activations: ActivationsConfig, saes: list[SAEConfig], cfg: TrainingCo
     corpus = _open_text(activations, lm)
     print(f"Text: {corpus.describe()}", flush=True)
     n_held_out = cfg.eval_tokens or default_tokens(device)
-    held_out = corpus.held_out(-(-n_held_out // (corpus.context_size - 1)))
+    held_out = corpus.held_out(corpus.n_contexts(n_held_out))
     for run in runs:
         _check(run.sae, lm)
     n_tokens = cfg.total_training_steps * cfg.batch_size
     source = open_source(lm, activations, layers, corpus, n_tokens, cfg.buffer_tokens, cfg.seed)
     batches_in(source, 0, cfg.batch_size)
+    kind = "cached" if isinstance(source, CachedActivations) else "live"
+    models, text = {index: Model.of(lm.layer(index)) for index in layers}, Text.of(corpus)
     for run in runs:
-        _describe(run, lm, corpus, "cached" if isinstance(source, CachedActivations) else "live")
+        run.describe(models[run.sae.hook_layer], text, kind)
 
     # The stream: harvested to disk first, where it fits there, and begun at the last step that all runs have saved.
     step = max(set.intersection(*(run.saved_steps() for run in runs)), default=0)
@@ -235,16 +236,6 @@ def _check(sae: SAEConfig, lm: LanguageModel) -> None:
     available = per_head * (1 if sae.block == "head" and sae.k_scope == "head" else lm.n_heads)
     if sae.k and sae.k > available:
         raise ValueError(f"k must lie between 1 and {available:,}, the features to choose from; got {sae.k}")
-
-
-def _describe(run: Run, lm: LanguageModel, corpus: Corpus, source: str) -> None:
-    """Tell a run what it reads, for its config.json."""
-    read, layer = run.options.activations, lm.layer(run.sae.hook_layer)
-    model = Model(
-        lm.name, lm.fingerprint(), lm.n_heads, lm.d_head, read.model_dtype, PROCESSING, layer.hook_name, layer.index
-    )
-    text = Text(corpus.name, corpus.fingerprint, corpus.context_size, read.held_out_fraction, read.text_column)
-    run.describe(model, text, source)
 
 
 def _fill(source: CachedActivations, lm: LanguageModel, corpus: Corpus) -> None:

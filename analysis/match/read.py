@@ -37,13 +37,13 @@ class Match:
 
     @cached_property
     def pairs(self) -> pd.DataFrame:
-        """Pairs, or the parts of dense features: columns of `analysis.match.Tables.pairs`."""
+        """Pairs, or the parts of dense features: columns of `analysis.match.score.Tables.pairs`."""
         table = self.table("pairs")
         return table.rename(columns={"a": "b", "b": "a"}) if self._swapped else table
 
     @cached_property
     def features(self) -> pd.DataFrame:
-        """Every feature that fires, of either side: columns of `analysis.match.Tables.features`."""
+        """Every feature that fires, of either side: columns of `analysis.match.score.Tables.features`."""
         table = self.table("features")
         return table.assign(side=table["side"].map({"a": "b", "b": "a"})) if self._swapped else table
 
@@ -67,6 +67,15 @@ class Match:
                 only = int((alone == head).sum())
                 rows += [(head, side, "both", total - only), (head, side, "one", only)]
         return pd.DataFrame(rows, columns=["head", "side", "found", "features"])
+
+
+def difference(first: Checkpoint, second: Checkpoint) -> str | None:
+    """In what two checkpoints differ so that their features cannot be matched; None where they can."""
+    for key, what in (("fingerprint", "model"), ("hook_layer", "layer"), ("processing", "processing of the model")):
+        ours, theirs = (getattr(one.config.model, key) for one in (first, second))
+        if ours != theirs:
+            return f"{what} ({ours} and {theirs})"
+    return None
 
 
 def match_folder(first: Checkpoint, second: Checkpoint) -> Path:

@@ -35,7 +35,7 @@ from analysis.corpus.pairs import MIN_FIRINGS, best_of_rows, cofirings, firing
 from analysis.corpus.passes import chunks
 from analysis.corpus.running_statistics import Cofiring
 from analysis.logits import head_of_features
-from analysis.match.read import match_folder
+from analysis.match.read import difference, match_folder
 from trainer import checkpoint
 from trainer.block_diag import BlockDiagSAE
 from trainer.checkpoint import Checkpoint
@@ -244,13 +244,11 @@ def _load(paths: list[Path]) -> list[Checkpoint]:
     require(len(distinct) == len(paths), "a checkpoint cannot be matched with itself: name different ones")
     first, *others = saved = [Checkpoint(path) for path in paths]
     for other in others:
-        for key, what in (("fingerprint", "model"), ("hook_layer", "layer"), ("processing", "processing of the model")):
-            ours, theirs = (getattr(one.config.model, key) for one in (first, other))
-            require(
-                ours == theirs,
-                f"{first.path} and {other.path} are not of the same {what} ({ours} and {theirs}), so their features "
-                "cannot be matched",
-            )
+        what = difference(first, other)
+        require(
+            what is None,
+            f"{first.path} and {other.path} are not of the same {what}, so their features cannot be matched",
+        )
     return saved
 
 

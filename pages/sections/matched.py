@@ -46,16 +46,16 @@ def show(shown: list[Shown], runs: list[PromptRun], head: int | None, position: 
         other = choose("Match the first with the", ORDINALS[1 : len(shown)], "against")
     pair = [0, ORDINALS.index(other)]
     sides, runs = [shown[i] for i in pair], [runs[i] for i in pair]
-    ours, theirs = (side.checkpoint.config.model for side in sides)
-    if any(getattr(ours, key) != getattr(theirs, key) for key in ("fingerprint", "hook_layer", "processing")):
+    first, second = (side.checkpoint for side in sides)
+    if read.difference(first, second):
         st.info("Features of different models or layers cannot be matched.")
         return
     try:
-        match = live.read_match(*(side.checkpoint for side in sides))
+        match = live.read_match(first, second)
     except CheckpointError as error:
         hint(error, "This command matches their features")
         return
-    if match.a.path != sides[0].checkpoint.path:  # the dense one comes first
+    if match.a.path != first.path:  # the dense one comes first
         sides, runs = sides[::-1], runs[::-1]
     firing = st.toggle(
         "Only features that fire on the prompt", value=True, key="firing", bind="query-params",

@@ -44,8 +44,8 @@ class Corpus:
         self.name = dataset
         self.context_size = context_size
         self._tokenizer = tokenizer
-        self._fraction = held_out_fraction
-        self._column = text_column
+        self.held_out_fraction = held_out_fraction
+        self.text_column = text_column
         self._eos = tokenizer.eos_token_id
         self._train: Int[Tensor, "context pos"]
         self.finite = _is_finite(dataset)
@@ -69,7 +69,7 @@ class Corpus:
     def describe(self) -> str:
         """One sentence: how many tokens there are to train on and to evaluate on."""
         if not self.finite:
-            return f"{self.name}: streamed, {self._fraction:.0%} of the documents held out"
+            return f"{self.name}: streamed, {self.held_out_fraction:.0%} of the documents held out"
         per_context = self.context_size - 1
         return (
             f"{self.name}: {len(self._train) * per_context:,} training tokens and "
@@ -103,9 +103,13 @@ class Corpus:
             )
         return torch.stack(contexts)
 
+    def n_contexts(self, n_tokens: int) -> int:
+        """Contexts that hold so many tokens; BOS is none."""
+        return -(-n_tokens // (self.context_size - 1))
+
     def held_out_tokens(self, n_tokens: int) -> Int[Tensor, "context pos"]:
         """Held-out contexts of at least so many tokens; where a text has fewer all of them, and a line says so."""
-        n_contexts = -(-n_tokens // (self.context_size - 1))
+        n_contexts = self.n_contexts(n_tokens)
         if self.finite and len(self._held_out) < n_contexts:
             n_contexts = len(self._held_out)
             print(f"{self.name} has {n_contexts * (self.context_size - 1):,} held-out tokens, all are taken")
@@ -123,16 +127,16 @@ class Corpus:
         return self._held_out_ids[ordinal] if self.finite else ordinal
 
     def _load(self) -> tuple[Int[Tensor, "train pos"], Int[Tensor, "held_out pos"]]:
-        texts = [text for text in _read(self.name, self._column) if text.strip()]
+        texts = [text for text in _read(self.name, self.text_column) if text.strip()]
         if not texts:
             raise ValueError(f"{self.name} holds no text")
         # A text of few documents may have none below the fraction: the lowest one stands in.
-        bound = max(self._fraction, min(map(_hash_fraction, texts)) + 2**-53)
+        bound = max(self.held_out_fraction, min(map(_hash_fraction, texts)) + 2**-53)
         parts = ([t for t in texts if _hash_fraction(t) >= bound], [t for t in texts if _hash_fraction(t) < bound])
         self._held_out_ids = torch.tensor([i for i, text in enumerate(texts) if _hash_fraction(text) < bound])
         packed = []
         for texts, what in zip(parts, ("training", "held-out"), strict=True):
-            if what == "training" and self._fraction == 1:  # a text that is only to be read
+            if what == "training" and self.held_out_fraction == 1:  # a text that is only to be read
                 packed.append(torch.empty(0, self.context_size, dtype=torch.int64))
                 continue
             contexts = list(self._pack(texts))
@@ -148,7 +152,7 @@ class Corpus:
         return packed[0], packed[1]
 
     def _is_held_out(self, text: str) -> bool:
-        return _hash_fraction(text) < self._fraction
+        return _hash_fraction(text) < self.held_out_fraction
 
     def _pack(self, texts: Iterable[str]) -> Iterator[Int[Tensor, " pos"]]:
         bos, eos = self._tokenizer.bos_token_id, self._eos
@@ -168,9 +172,9 @@ class Corpus:
         try:
             records = load_dataset(self.name, split="train", streaming=True)
             for record in records.shuffle(seed=0, buffer_size=_STREAM_SHUFFLE):
-                if self._column not in record:
-                    raise ValueError(f"{self.name} has no column {self._column!r}; it has {', '.join(record)}")
-                yield record[self._column]
+                if self.text_column not in record:
+                    raise ValueError(f"{self.name} has no column {self.text_column!r}; it has {', '.join(record)}")
+                yield record[self.text_column]
         except (OSError, ConnectionError) as error:
             raise ValueError(f"data set {self.name!r} could not be read: {str(error).splitlines()[0]}") from error
 

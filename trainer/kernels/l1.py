@@ -1,4 +1,4 @@
-"""ReLU features with a penalty that is linear in them: the gradients of april, bricken and p_anneal's relatives.
+"""ReLU features with a penalty that is linear in them: the gradients of april and bricken.
 
 Two ways to the same result, to float rounding: over every feature in tiles (`dense`), or over the active ones
 only (`sparse`), which is faster once few are.

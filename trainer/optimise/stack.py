@@ -103,7 +103,6 @@ class Stack:
             threshold=self.threshold[groups],
             guess=self._guess[groups],
             rate=rate,
-            progress=self.step / self.training.total_training_steps,
         )
         return self.recipe.gradients({name: value[blocks] for name, value in self.params.items()}, x, step)
 

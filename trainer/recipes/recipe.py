@@ -26,8 +26,6 @@ class Step(NamedTuple):
     """where to look for the next one; NaN at first; updated in place"""
     rate: float
     """of the running mean"""
-    progress: float
-    """share of the run that is done"""
 
 
 def _unchanged(params: Params, *context: Any) -> Params:

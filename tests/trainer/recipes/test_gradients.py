@@ -82,9 +82,8 @@ def obvious_loss(recipe, params, x, coefficient, active=None):
 
 
 def step_of(coefficient, active_share=1.0, k=(0,), over_layer=True) -> Step:
-    """A step in the middle of a run."""
     groups = torch.zeros(len(k) if over_layer else len(coefficient), dtype=torch.float64)
-    return Step(coefficient, torch.tensor(k), over_layer, active_share, groups, groups + torch.nan, 1.0, 0.5)
+    return Step(coefficient, torch.tensor(k), over_layer, active_share, groups, groups + torch.nan, 1.0)
 
 
 def of_point(each, point):
