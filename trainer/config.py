@@ -103,7 +103,7 @@ class TrainingConfig:
     buffer_tokens: int = 262_144
     """Tokens shuffled together; twice as many are held in memory, of every layer."""
     eval_tokens: int | None = None
-    """Held-out tokens for eval.json, and as many of repeated random tokens; default 2,048 on a CPU, 8,192 elsewhere."""
+    """Held-out tokens for eval.json, and as many of repeated random tokens; default 1,500 on a CPU, 8,192 elsewhere."""
     eval_every: int = 1000
     """Steps between two short evaluations on 2,048 held-out tokens, logged with the training figures; 0 never."""
     seed: int = 0

@@ -20,9 +20,10 @@ from trainer.model.lm import Layer
 
 _BATCH_TOKENS = 1024  # of one forward to the logits: 200 MB of them with 49,152 tokens in the vocabulary
 _HEAD_CONTEXTS = 2  # of one forward with a single head replaced
-# Heads are replaced alone on the first contexts until the KL of zeroing each is known to a fifth (one standard
-# error), on at least 250 and at most 1,000 tokens: the same ones for every SAE, because zeroing decides.
-_HEAD_ERROR, _HEAD_TOKENS = 0.2, (250, 1000)
+MEASURABLE = 3  # standard errors from which zeroing has an effect, so that a score has a denominator
+# Heads are replaced alone on the first contexts until the KL of zeroing each is measurable, on at least and at most
+# these shares of the scored tokens: the same ones for every SAE, because zeroing decides.
+_HEAD_SHARES = (1 / 8, 1 / 2)
 
 
 class Effect(NamedTuple):
@@ -71,6 +72,7 @@ def effects(
     file = cache and cache / f"{_key(layer, tokens, first_scored, per_head)}.safetensors"
     kept = _load(file, layer.device)
     parts: dict[str, list[Effect]] = {}
+    n_scored = len(tokens) * (tokens.shape[1] - 1 - first_scored)
     head_tokens = 0
     heads_done = not per_head
     for index, chunk in enumerate(tqdm(split(tokens), "Evaluating", disable=not progress, dynamic_ncols=True)):
@@ -95,7 +97,7 @@ def effects(
                 of_heads = [part(each) for each in _one_head(z[few], replacement)]
                 parts.setdefault(f"{name} heads", []).append(Effect(*map(torch.stack, zip(*of_heads, strict=True))))
             head_tokens += len(part.targets)
-            enough = kept.zero_heads.kl.shape[1] if kept else _enough(_joined(parts["zero heads"]).kl)
+            enough = kept.zero_heads.kl.shape[1] if kept else _enough(_joined(parts["zero heads"]).kl, n_scored)
             heads_done = head_tokens >= enough
     if kept is None:
         nothing = Effect(*(torch.zeros(layer.n_heads, 0, device=layer.device) for _ in range(2)))
@@ -167,11 +169,11 @@ def _one_head(
         yield one
 
 
-def _enough(kl: Float[Tensor, "head token"]) -> int:
-    """Tokens that have to do, as far as these tell."""
-    least, most = _HEAD_TOKENS
-    known = kl.std(1) / kl.shape[1] ** 0.5 <= _HEAD_ERROR * kl.mean(1)
-    return least if known.all() else most
+def _enough(kl: Float[Tensor, "head token"], n_scored: int) -> float:
+    """Tokens of all that are scored on which heads have to be replaced alone, as far as these tell."""
+    least, most = (share * n_scored for share in _HEAD_SHARES)
+    measurable = kl.mean(1) > MEASURABLE * kl.std(1) / kl.shape[1] ** 0.5
+    return least if measurable.all() else most
 
 
 def _joined(parts: list[Effect]) -> Effect:
@@ -185,7 +187,7 @@ def _stacked(rows: list[Effect]) -> Effect:
 def _key(layer: Layer, tokens: Int[Tensor, "context pos"], first_scored: int, per_head: bool) -> str:
     """A name for what is kept: everything that decides it."""
     lm = layer.lm
-    heads = (_HEAD_ERROR, _HEAD_TOKENS) if per_head else None
+    heads = (MEASURABLE, _HEAD_SHARES) if per_head else None
     what = f"{lm.fingerprint()} {layer.index} {lm.dtype} {first_scored} {heads}"
     digest = hashlib.sha256(what.encode() + tokens.cpu().numpy().tobytes()).hexdigest()[:16]
     return f"{Path(lm.name).name}-{layer.index}-{digest}"

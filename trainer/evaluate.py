@@ -19,7 +19,7 @@ from torch import Tensor
 from trainer import cli
 from trainer.block_diag import BlockDiagSAE
 from trainer.checkpoint import Checkpoint, by_origin
-from trainer.effects import Effects, effects, split
+from trainer.effects import MEASURABLE, Effects, effects, split
 from trainer.files import cache_dir, write_json
 from trainer.model.lm import LanguageModel, Layer, pick_device
 
@@ -75,7 +75,7 @@ def evaluate_checkpoints(paths: list[Path], tokens: int | None = None, device: s
 
 def default_tokens(device: str) -> int:
     """Held-out tokens of an evaluation where nobody says how many: fewer on a CPU, where they take longest."""
-    return 2048 if device == "cpu" else 8192
+    return 1500 if device == "cpu" else 8192
 
 
 def kept_effects() -> Path:
@@ -186,11 +186,11 @@ def _prediction(of_text: Effects, index: int) -> dict[str, Any]:
 def _score(damage: Float[Tensor, " token"], ablation: Float[Tensor, " token"]) -> tuple[float | None, float | None]:
     """1 - mean(damage) / mean(ablation) and its standard error by the delta method, paired per token.
 
-    (None, None), "not measurable on this text", where ablation is within 3 standard errors of 0.
+    (None, None), "not measurable on this text", where ablation is within MEASURABLE standard errors of 0.
     """
     damage, ablation = damage.double(), ablation.double()
     denominator = ablation.mean().item()
-    if not abs(denominator) > 3 * _standard_error(ablation):
+    if not abs(denominator) > MEASURABLE * _standard_error(ablation):
         return None, None
     ratio = damage.mean().item() / denominator
     return 1 - ratio, _standard_error(damage - ratio * ablation) / abs(denominator)

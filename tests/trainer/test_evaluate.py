@@ -137,16 +137,20 @@ def test_what_no_sae_changes_is_kept_for_the_next_one(lm, tmp_path):
 
 
 def test_a_score_without_a_measurable_effect_is_not_a_number(gpt2):
-    """With z of the last layer's only use cut off, zero ablation changes nothing."""
+    """With the last layer's output cut off, zeroing changes nothing: no score, and heads are tried on more tokens."""
     layer = gpt2.n_layers - 1
     W_O = gpt2.model.blocks[layer].attn.W_O
     before = W_O.data.clone()
+    (measurable,) = evaluate_tokens(gpt2.layer(layer), [zero(gpt2)], contexts(gpt2), 1)
     try:
         W_O.data.zero_()
-        (result,) = evaluate_tokens(gpt2.layer(layer), [zero(gpt2)], contexts(gpt2, n=4), 1)
+        (result,) = evaluate_tokens(gpt2.layer(layer), [zero(gpt2)], contexts(gpt2), 1)
     finally:
         W_O.data.copy_(before)
     assert result["CE_score"] is None and result["KL_score_per_head"] == [None] * gpt2.n_heads
+    assert None not in measurable["KL_score_per_head"]
+    # Of 24 contexts with 22 scored tokens an eighth is 3, taken by twos, and half is 12.
+    assert measurable["n_tokens_per_head"] == 4 * 22 and result["n_tokens_per_head"] == 12 * 22
 
 
 def test_a_model_in_bfloat16_is_evaluated_with_a_float32_sae(gpt2, gpt2_folder):
