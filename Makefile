@@ -1,6 +1,7 @@
 # make app: set up, fetch the embedded model once, open the app.   make test, make lint: what CI runs.
+# make faults: the table of docs/reliability.md (15 minutes on two cores).
 # make bench: the tables of benchmarks/README.md (25 minutes on two cores; the app's want Chromium).
-.PHONY: app test lint format bench
+.PHONY: app test lint format bench faults
 
 # The first Python on the PATH that the pinned packages support (3.10 to 3.14); PYTHON=... overrides.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
@@ -20,6 +21,10 @@ lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+faults: $(VENV)/test.stamp
+	$(BIN)/python -m trainer.embedded
+	$(BIN)/python -m pytest -n 2 tests/faults --reliability=docs/reliability.md
 
 bench: $(VENV)/test.stamp
 	$(BIN)/python -m trainer.embedded

@@ -13,6 +13,10 @@ install_import_hook(["trainer", "analysis"], "tests.check")
 from tests.helpers import OTHERS, save_tiny_gpt2, save_tiny_llama, write_text
 
 
+def pytest_addoption(parser) -> None:
+    parser.addoption("--reliability", help="run the fault trials in full and write their table into this page")
+
+
 @pytest.fixture(scope="session")
 def gpt2_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("gpt2")
