@@ -156,7 +156,7 @@ def vis_data(layer: Layer, sae: BlockDiagSAE, harvested: Harvest) -> SaeVisData:
     W_dec = W_dec.flatten(1)
     to_resid = W_dec.to(lm.device) @ layer.W_O.flatten(0, 1).float()
     hook_name, last = layer.hook_name, f"blocks.{lm.n_layers - 1}.hook_resid_post"
-    texts = lm.token_strings(list(range(min(lm.d_vocab, len(lm.tokenizer)))))
+    texts = lm.token_strings(list(range(lm.d_vocab)))
     strings = dict(enumerate(text if text.isprintable() else visible(text) for text in texts))
     with _own_unembedding(lm), tqdm(desc="Features", total=len(features), disable=None) as bar:
         data, _ = data_fetching_fns.parse_feature_data(

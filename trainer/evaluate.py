@@ -86,7 +86,7 @@ def kept_effects() -> Path:
 def repeated_tokens(lm: LanguageModel, n: int, half: int, seed: int) -> Int[Tensor, "n pos"]:
     """BOS, then `half` random tokens, then the same again: text on which induction heads matter."""
     special = torch.tensor(lm.tokenizer.all_special_ids)
-    ordinary = torch.arange(lm.d_vocab)
+    ordinary = torch.arange(min(lm.d_vocab, len(lm.tokenizer)))  # an unembedding may have rows that are no token
     ordinary = ordinary[~torch.isin(ordinary, special)]
     generator = torch.Generator().manual_seed(seed)
     first = ordinary[torch.randint(len(ordinary), (n, half), generator=generator)]

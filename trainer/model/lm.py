@@ -16,7 +16,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from trainer.model import loading
+from trainer.model import loading, positions
 
 _BYTES = {character: byte for byte, character in bytes_to_unicode().items()}  # of a byte-level BPE
 
@@ -152,10 +152,11 @@ class LanguageModel:
         return tokens
 
     def token_strings(self, ids: list[int]) -> list[str]:
-        """One readable string per token id; bytes that are no character alone show as `<D7>`."""
+        """One readable string per token id: `<D7>` for bytes that are no character alone, `<50300>` for no token."""
         texts = self.tokenizer.batch_decode([[i] for i in ids], clean_up_tokenization_spaces=False)
         raw = self.tokenizer.convert_ids_to_tokens(ids)
-        return [_bytes_of(r) if "\ufffd" in t or not t else t for t, r in zip(texts, raw, strict=True)]
+        readable = [_bytes_of(r) if r and ("\ufffd" in t or not t) else t for t, r in zip(texts, raw, strict=True)]
+        return [text or f"<{i}>" for text, i in zip(readable, ids, strict=True)]
 
     def z_of(self, tokens: Int[Tensor, "batch pos"], layers: list[int]) -> list[Float[Tensor, "batch pos head d_head"]]:
         """Head outputs of several layers in one forward, in the order of `layers`; what comes after is not computed."""
@@ -200,6 +201,7 @@ class LanguageModel:
     ) -> Float[Tensor, "batch pos d_vocab"]:
         """Logits, run from the residual stream that enters a layer; `edits` are TransformerLens hooks."""
         with self._hooked(edits):
+            positions.reach(self.model, resid_pre.shape[1])
             return self.model(resid_pre, start_at_layer=layer, return_type="logits")
 
     def capture(
@@ -218,6 +220,7 @@ class LanguageModel:
                 raise _StopForward
 
         with self._hooked([*edits, *((name, keep) for name in names)]), suppress(_StopForward):
+            positions.reach(self.model, inputs.shape[1])
             self.model(inputs.to(self.device), return_type=None, start_at_layer=start_at_layer)
         return got
 

@@ -78,12 +78,12 @@ def test_a_folder_that_transformer_lens_gets_wrong_is_refused(llama_folder, tmp_
     original = AutoModelForCausalLM.from_pretrained
 
     def other_base(*args, **kwargs):
-        model = original(*args, **kwargs)
+        model, info = original(*args, **kwargs)
         model.config.rope_theta = 10.0
-        return model
+        return model, info
 
     monkeypatch.setattr("trainer.model.loading.AutoModelForCausalLM.from_pretrained", other_base)
-    with pytest.raises(ValueError, match="computes other logits than Hugging Face"):
+    with pytest.raises(ValueError, match="computes other head outputs than Hugging Face"):
         LanguageModel.load(str(copy))
 
 
