@@ -76,6 +76,8 @@ def _missing(name: str, config: str | None, split: str) -> str | None:
     """Which configurations or splits there are, where the one asked for is none of them."""
     import datasets
 
+    if is_saved(Path(name).expanduser()):
+        return None
     with suppress(Exception):  # what is wrong is then something else, and was said already
         configs = datasets.get_dataset_config_names(name)
         if config not in configs and (config is not None or len(configs) > 1):
