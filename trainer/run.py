@@ -20,7 +20,8 @@ from trainer.log import MetricsLog
 
 # What may differ between a run and its continuation; model and text are compared by what they are (`Run.describe`).
 _NOT_COMPARED = {"resume", "name", "label", "out", "device", "wandb", "wandb_project", "keep_training_state", "dataset"}
-_NOT_COMPARED |= {"context_size", "text_column", *(f"{what}_every" for what in ("log", "save", "eval"))}
+_NOT_COMPARED |= {"context_size", "text_column", "dataset_config", "dataset_split"}
+_NOT_COMPARED |= {f"{what}_every" for what in ("log", "save", "eval")}
 
 
 class Run:

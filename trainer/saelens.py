@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 
 _ARCHITECTURES = ("standard", "jumprelu", "topk", "batchtopk", "gated")
 # Kept in the metadata for the way back.
-_OF_TRAINING, _OF_TEXT = ("recipe", "k", "l1_coefficient"), ("context_size", "held_out_fraction", "text_column")
+_OF_TRAINING = ("recipe", "k", "l1_coefficient")
+_OF_TEXT = ("context_size", "held_out_fraction", "text_column", "dataset_config", "dataset_split")
 
 
 @torch.no_grad()
@@ -210,7 +211,10 @@ def _describe(
 
     architecture, metadata, lm = theirs.cfg.architecture(), theirs.cfg.metadata, layer.lm
     fraction, column = metadata.held_out_fraction or 0.05, text_column or metadata.text_column or "text"
-    corpus = Corpus(dataset, lm.tokenizer, min(metadata.context_size or 128, lm.n_ctx), fraction, column)
+    is_theirs = dataset == metadata.dataset_path
+    config, split = (metadata.dataset_config, metadata.dataset_split or "train") if is_theirs else (None, "train")
+    size = min(metadata.context_size or 128, lm.n_ctx)
+    corpus = Corpus(dataset, lm.tokenizer, size, fraction, column, config, split)
     source = f"SAELens {architecture}"  # tells it from what was trained here
     return checkpoint.Config(
         sae=checkpoint.Sizes.of(sae),

@@ -226,7 +226,10 @@ def _open_text(activations: ActivationsConfig, lm: LanguageModel) -> Corpus:
     size = activations.context_size or (128 if dataset == EMBEDDED else min(1024, lm.n_ctx))
     if size > lm.n_ctx:
         raise ValueError(f"context_size {size} exceeds the {lm.n_ctx} positions of {lm.name}")
-    return Corpus(dataset, lm.tokenizer, size, activations.held_out_fraction, activations.text_column)
+    return Corpus(
+        dataset, lm.tokenizer, size, activations.held_out_fraction, activations.text_column,
+        activations.dataset_config, activations.dataset_split,
+    )  # fmt: skip
 
 
 def _check(sae: SAEConfig, lm: LanguageModel) -> None:

@@ -47,7 +47,13 @@ class AnalysisConfig:
     tokens: int = 100_000
     """Tokens of text; fewer where the text has fewer."""
     dataset: str | None = None
-    """Another text than the held-out documents of the one trained on: all of a file or data set."""
+    """Another text than the held-out documents of the one trained on: all of it, named as for training."""
+    dataset_config: str | None = None
+    """Configuration of that data set, where it has several."""
+    dataset_split: str = "train"
+    """Split of that data set."""
+    text_column: str | None = None
+    """Column of that text; default the one trained on."""
     examples: int = 20
     """Contexts kept of each feature in which it fires most."""
     quantile_examples: int = 10
@@ -58,6 +64,11 @@ class AnalysisConfig:
     def __post_init__(self) -> None:
         for key in ("tokens", "examples"):
             require(getattr(self, key) >= 1, f"{key} must be at least 1, got {getattr(self, key)}")
+        named = (self.dataset_config, self.dataset_split, self.text_column) != (None, "train", None)
+        require(
+            self.dataset is not None or not named,
+            "dataset_config, dataset_split and text_column are of another text: name it with --dataset",
+        )
         n = self.quantile_examples
         require(0 <= n <= 50, f"quantile_examples must lie between 0 and 50, got {n}")
 
@@ -142,7 +153,10 @@ def analyse(
         layer, text = lm.layer(group[0].layer), group[0].config.text
         corpus = group[0].open_text(lm.tokenizer)
         if cfg.dataset:  # another one, of which everything is read
-            corpus = Corpus(cfg.dataset, lm.tokenizer, text.context_size, 1.0, text.text_column)
+            column = cfg.text_column or text.text_column
+            corpus = Corpus(
+                cfg.dataset, lm.tokenizer, text.context_size, 1.0, column, cfg.dataset_config, cfg.dataset_split
+            )
         contexts = corpus.held_out_tokens(cfg.tokens)
         key = {**asdict(cfg), "text": corpus.fingerprint, "n_contexts": len(contexts)}
         jobs = [Job(trained, layer, key, cfg, corpus.context_size) for trained in group]

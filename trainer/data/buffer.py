@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from trainer.config import ActivationsConfig
@@ -48,11 +48,10 @@ def open_source(
     several passes. The cache still has to be filled. Order and grouping do not depend on the layers.
     """
     n_tokens = min(n_tokens, config.distinct_tokens or n_tokens)
-    per_context = corpus.context_size - 1
-    n_contexts = _SHARD_CONTEXTS * -(-n_tokens // (per_context * _SHARD_CONTEXTS))  # whole shards
+    n_contexts = corpus.n_contexts(n_tokens)
     if corpus.n_train_contexts is not None:
         n_contexts = min(n_contexts, corpus.n_train_contexts)
-    if n_contexts * per_context * len(layers) * lm.n_heads * lm.d_head * 2 > config.cache_gb * 1e9:
+    if n_contexts * (corpus.context_size - 1) * len(layers) * lm.n_heads * lm.d_head * 2 > config.cache_gb * 1e9:
         return LiveActivations(lm, layers, corpus, n_contexts, buffer_rows)
     keys = [
         CacheKey(
@@ -118,7 +117,7 @@ def batches_in(source: "Source", group: int, batch_size: int) -> int:
     if rows < batch_size:
         raise ValueError(
             f"the text gives {rows:,} activations at a time, fewer than one batch of {batch_size:,}: "
-            "give more text or lower batch_size"
+            "give more text, more distinct_tokens or a lower batch_size"
         )
     return rows // batch_size
 
@@ -142,7 +141,8 @@ class CachedActivations:
     """Activations on disk, in shards of 256 contexts: `<root>/<model>-<layer>-<hash>/shard-00000.safetensors`.
 
     `fill` harvests the shards that are missing, one at a time and for all layers in one forward, so an
-    interrupted harvest goes on where it stopped and a longer run extends a shorter one's cache.
+    interrupted harvest goes on where it stopped and a longer run extends a shorter one's cache. The last shard has
+    as many contexts as the run needs: a longer run harvests it again, a shorter one reads its first rows.
     """
 
     def __init__(
@@ -156,7 +156,10 @@ class CachedActivations:
         sizes = [min(_SHARD_CONTEXTS, n_contexts - first) for first in range(0, n_contexts, _SHARD_CONTEXTS)]
         self._shard_rows = [contexts * per_context for contexts in sizes]
         self.distinct_tokens = sum(self._shard_rows)
-        self._per_group = max(1, buffer_rows // (_SHARD_CONTEXTS * per_context))
+        # A last shard that fills neither a shard nor the buffer joins a group: alone it might not hold one batch.
+        joins = len(sizes) > 1 and self._shard_rows[-1] < min(self._shard_rows[0], buffer_rows)
+        self._n_dealt = len(sizes) - joins
+        self._n_groups = -(-self._n_dealt // max(1, buffer_rows // (_SHARD_CONTEXTS * per_context)))
 
     @staticmethod
     def _folder(root: Path, key: CacheKey) -> Path:
@@ -224,28 +227,35 @@ class CachedActivations:
     def _read(self, group: int) -> Float[Tensor, "row layer head d_head"]:
         shards = self._shards_of(group)
         try:
-            layers = [torch.cat([load_file(_shard(folder, index))["z"] for index in shards]) for folder in self.keys]
+            layers = [torch.cat([self._rows_of(folder, index) for index in shards]) for folder in self.keys]
         except (SafetensorError, OSError) as error:
             raise ValueError(f"activations could not be read from the cache: {error}") from error
         return layers[0][:, None] if len(layers) == 1 else torch.stack(layers, dim=1)
 
     def _shards_of(self, group: int) -> list[int]:
         """Shards are regrouped in a new order on every pass over the cache."""
-        n_groups = -(-len(self._shard_rows) // self._per_group)
-        order = np.random.default_rng([self.seed, group // n_groups]).permutation(len(self._shard_rows))
-        # array_split: groups of nearly equal size, so that the last one is never a sliver.
-        return np.array_split(order, n_groups)[group % n_groups].tolist()
+        turn, place = divmod(group, self._n_groups)
+        order = np.random.default_rng([self.seed, turn]).permutation(self._n_dealt)
+        # array_split: groups of nearly equal size, the last one never the largest.
+        shards = np.array_split(order, self._n_groups)[place].tolist()
+        joining = range(self._n_dealt, len(self._shard_rows)) if place == self._n_groups - 1 else ()
+        return [*shards, *joining]
+
+    def _rows_of(self, folder: Path, index: int) -> Float[Tensor, "row head d_head"]:
+        with safe_open(_shard(folder, index), framework="pt") as file:
+            return file.get_slice("z")[: self._shard_rows[index]]
 
     def _is_whole(self, folder: Path, index: int) -> bool:
         path = _shard(folder, index)
         if not path.exists():
             return False
         key = self.keys[folder]
-        shape = [self._shard_rows[index], key.n_heads, key.d_head]
         try:
             with safe_open(path, framework="pt") as file:
                 found = file.get_slice("z")
-                return found.get_shape() == shape and found.get_dtype() == "F16"
+                n_rows, *shape = found.get_shape()
+                fits = n_rows >= self._shard_rows[index] and shape == [key.n_heads, key.d_head]
+                return fits and found.get_dtype() == "F16"
         except (SafetensorError, OSError) as error:
             raise ValueError(f"activation shard {path} is damaged ({error}): delete it to harvest it again") from error
 

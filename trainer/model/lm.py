@@ -17,6 +17,7 @@ from transformer_lens import HookedTransformer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from trainer.model import loading, positions
+from trainer.model.tokens import token_ids
 
 _BYTES = {character: byte for byte, character in bytes_to_unicode().items()}  # of a byte-level BPE
 
@@ -136,12 +137,12 @@ class LanguageModel:
         return Layer(self, index)
 
     def to_tokens(self, prompt: str) -> Int[Tensor, "1 pos"]:
-        """Token ids of a prompt, BOS first.
+        """Token ids of a prompt, BOS first; special tokens that it spells are text.
 
         Raises:
             ValueError: the prompt is empty, or longer than the model's context.
         """
-        ids = self.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = token_ids(self.tokenizer, prompt)
         if not ids:
             raise ValueError("the prompt is empty: type at least one token")
         tokens = torch.tensor([[self.tokenizer.bos_token_id, *ids]], device=self.device)

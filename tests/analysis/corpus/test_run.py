@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,7 @@ from analysis.corpus import run
 from analysis.corpus.features import describe
 from analysis.store import Analysis
 from trainer.checkpoint import Checkpoint, CheckpointError, save
+from trainer.data.documents import hash_fraction
 
 TABLES = ["features", "examples", "contexts", "heads", "copying", "pairs", "merging", "tokens"]
 OPTIONS = ["--tokens=600", "--examples=5", "--quantile_examples=3", "--device=cpu"]
@@ -286,13 +288,11 @@ def test_documents_of_held_out_tokens(trained):
     checkpoint = Checkpoint(trained / "dense")
     lm = checkpoint.open_model()
     corpus = checkpoint.open_text(lm.tokenizer)
-    from trainer.data.text import _hash_fraction, _read
-
-    texts = list(_read(checkpoint.config.text.name, "text"))
+    texts = [json.loads(line)["text"] for line in Path(checkpoint.config.text.name).read_text().splitlines()]
     n = corpus.n_held_out_contexts
     contexts = corpus.held_out(n)
     documents = corpus.documents(contexts)
-    assert len(documents.unique()) == sum(_hash_fraction(text) < 0.05 for text in texts) > 1
+    assert len(documents.unique()) == sum(hash_fraction(text) < 0.05 for text in texts) > 1
     for document in documents.unique().tolist():
         inside = (documents == document)[:, 1:]
         found = {tuple(row[1:][mask].tolist()) for row, mask in zip(contexts, inside, strict=True) if mask.any()}

@@ -1,6 +1,6 @@
 """Rows reach the trainer complete, shuffled and at the right step, from the disk as from the model."""
 
-from itertools import islice
+from itertools import chain, islice
 
 import pytest
 import torch
@@ -55,7 +55,7 @@ def test_the_cache_holds_what_the_model_computes(gpt2, corpus, cache_root):
     expected = gpt2.layer(LAYER).z(contexts)[:, 1:].flatten(0, 1)
     assert shard.dtype == torch.float16
     assert torch.allclose(shard.float(), expected, atol=2e-3)
-    groups = torch.cat([next(source.groups(g)) for g in range(-(-len(source._shard_rows) // source._per_group))])
+    groups = torch.cat([next(source.groups(g)) for g in range(source._n_groups)])
     every = torch.cat(list(harvest(gpt2, [LAYER], torch.stack(list(corpus.train()))[: len(groups) // 15])))
     assert same_rows(groups, every), "one pass serves every row once"
 
@@ -90,11 +90,36 @@ def test_an_interrupted_harvest_goes_on_and_a_longer_run_extends(gpt2, corpus, c
         assert torch.allclose(
             load_file(buffer._shard(only_folder(source), index))["z"].float(), expected[:, 0].float(), atol=4e-3
         )
-    before = {path: path.stat().st_mtime_ns for path in only_folder(source).glob("shard-*")}
+    *whole, last = sorted(only_folder(source).glob("shard-*"))
+    before = {path: path.stat().st_mtime_ns for path in whole}
+    assert len(load_file(last)["z"]) == 3 * 15, "no more is harvested than is asked for"
     longer = cached(gpt2, corpus, 2000)
     assert only_folder(longer) == only_folder(source) and longer.missing()
     fill(longer, gpt2, corpus)
     assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert len(load_file(last)["z"]) == 8 * 15
+    expected = torch.cat(list(harvest(gpt2, [LAYER], contexts[64:72])))
+    assert torch.allclose(load_file(last)["z"].float(), expected[:, 0].float(), atol=4e-3)
+    assert source.missing() == {}, "what a longer run completed is whole for a shorter one"
+
+
+@pytest.mark.parametrize("n_tokens", [1, 239, 240, 241, 480, 960, 961, 1001])
+def test_as_many_tokens_as_asked_for_rounded_up_to_contexts(gpt2, corpus, cache_root, n_tokens):
+    """However short the last shard is, every group holds a batch of what was asked for, at most of a buffer."""
+    source = cached(gpt2, corpus, n_tokens, buffer_rows=200)
+    assert source.distinct_tokens == -(-n_tokens // 15) * 15
+    groups = [source._shards_of(group) for group in range(source._n_groups)]
+    assert sorted(chain.from_iterable(groups)) == list(range(len(source._shard_rows)))
+    sizes = [source.rows(group) for group in range(3 * source._n_groups)]
+    assert min(sizes) >= min(n_tokens, 120) and max(sizes) < 120 + 200
+
+
+def test_a_shorter_run_reads_the_first_rows_of_a_longer_cache(gpt2, corpus, cache_root):
+    fill(cached(gpt2, corpus, 1000), gpt2, corpus)
+    shorter = cached(gpt2, corpus, 150)
+    assert shorter.missing() == {} and shorter.rows(0) == 150
+    expected = torch.cat(list(harvest(gpt2, [LAYER], torch.stack(list(corpus.train()))[:10])))
+    assert same_rows(next(shorter.groups(0)), expected)
 
 
 def test_other_weights_under_the_same_name_have_another_cache(gpt2, corpus, cache_root, monkeypatch):

@@ -43,6 +43,7 @@ def test_a_streamed_data_set_gives_the_same_documents_as_the_file(gpt2, text_fil
     folder = tmp_path / "dataset"
     folder.mkdir()
     (folder / "train.jsonl").write_text(text_file.read_text())
+    (folder / "README.md").write_text("---\nconfigs:\n- config_name: all\n  data_files: train.jsonl\n---\n")
     streamed = Corpus(str(folder), gpt2.tokenizer, 32, held_out_fraction=0.1)
     assert not streamed.finite
     finite = Corpus(str(text_file), gpt2.tokenizer, 32, held_out_fraction=0.1)
@@ -73,7 +74,7 @@ def test_other_files(gpt2, tmp_path, suffix):
     [
         ("", "holds no text"),
         ('{"text": "short"}\n{"text": "brief"}\n', "too short"),
-        ('{"body": "x"}\n', "has no field 'text'"),
+        ('{"body": "x"}\n', "has no column 'text'; it has body.*--text_column"),
         ("not json\n", "could not be read"),
     ],
 )
