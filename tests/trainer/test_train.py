@@ -285,7 +285,7 @@ def test_a_point_that_is_complete_is_left_alone_when_the_others_resume(command, 
     before = (done / "config.json").read_bytes()
     assert main([*both, "--resume=true"]) == 0
     assert (done / "config.json").read_bytes() == before
-    assert all(Checkpoint(path).is_complete for path in out.iterdir())
+    assert all(Checkpoint(path).is_complete for path in out.glob("[!.]*"))
 
 
 def test_the_address_of_an_online_run_is_kept(command, monkeypatch):
@@ -433,7 +433,7 @@ def test_the_reference_command_on_a_tiny_gpt2_from_the_hub_cache(tmp_path, text_
     command = [sys.executable, "-m", "trainer", *REFERENCE, "--model=gpt2-small", f"--dataset={text_file}", *small]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-2000:]
-    (path,) = (tmp_path / "checkpoints").iterdir()
+    (path,) = (tmp_path / "checkpoints").glob("[!.]*")
     saved = Checkpoint(path)
     sae, options = saved.sae, saved.config.options.sae
     assert path.name == "gpt2-small-L4-april-x32-l1_2"

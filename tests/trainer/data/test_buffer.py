@@ -216,7 +216,7 @@ def test_a_shard_that_breaks_while_training_is_one_sentence(gpt2, corpus, cache_
     next(stream)
     for path in only_folder(source).glob("shard-*"):
         path.write_bytes(b"broken")
-    with pytest.raises(ValueError, match="is damaged .* harvests it again"):
+    with pytest.raises(ValueError, match=r"is damaged .* harvests it again"):
         list(islice(stream, 20))
 
 
