@@ -57,7 +57,9 @@ def flip(path, draw):
 def test_kills_at_any_moment(command, tries, fault):
     arguments, out = command
     assert main(arguments("whole")) == 0
-    draw, n = random.Random(0), tries(1, 8)
+    draw, n = random.Random(0), tries(0, 4)
+    if not n:
+        pytest.skip("test_train.py kills a run too; this one takes a minute")
     for trial in range(n):
         name, spent = f"killed{trial}", 0
         shutil.rmtree(out.parent / "cache", ignore_errors=True)
@@ -106,7 +108,7 @@ def test_flipped_bits(command, tries, fault, capsys):
 def test_full_disks(command, tries, fault):
     arguments, out = command
     assert main(arguments("whole")) == 0
-    draw, n, refused = random.Random(2), tries(1, 8), 0
+    draw, n, refused = random.Random(2), tries(1, 4), 0
     for trial in range(n):
         name, size = f"full{trial}", round(10 ** draw.uniform(2, 5))
         shutil.rmtree(out.parent / "cache", ignore_errors=True)
