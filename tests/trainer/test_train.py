@@ -23,6 +23,7 @@ from trainer import checkpoint, cli, config
 from trainer.__main__ import main
 from trainer.checkpoint import Checkpoint
 from trainer.files import is_locked, locked
+from trainer.model.lm import LanguageModel
 from trainer.optimise.stack import Stack
 from trainer.run import Run
 
@@ -587,3 +588,11 @@ def test_a_changed_training_state_is_not_resumed(command, capsys, monkeypatch):
     state.write_bytes(content)
     assert main([*arguments, "--resume=true"]) == 2
     assert "does not match its checksum" in capsys.readouterr().err
+
+
+def test_constant_activations_are_refused(command, capsys, monkeypatch):
+    arguments, out = command
+    z_of = LanguageModel.z_of
+    monkeypatch.setattr(LanguageModel, "z_of", lambda self, *given: [z * 0 + 1 for z in z_of(self, *given)])
+    assert main(arguments) == 2
+    assert "layer 1 are constant" in capsys.readouterr().err and not (out / "run").exists()

@@ -236,7 +236,7 @@ class CachedActivations:
             raise ValueError(
                 f"{error}: delete it, and the same command with --resume=true harvests it again"
             ) from error
-        if not z.isfinite().all():
+        if not torch.stack(z.aminmax()).isfinite().all():
             raise ValueError(f"{_shard(folder, index)} holds activations that are not finite: delete it")
         return z
 
