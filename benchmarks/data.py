@@ -36,7 +36,7 @@ def a_stack(rows: torch.Tensor, recipe: str, sparsities: list[float], expansion_
 
 def harvesting(lm: LanguageModel, corpus: Corpus, folder: Path) -> None:
     contexts = torch.stack([context for context, _ in zip(corpus.train(), range(64), strict=False)])
-    key = CacheKey("m", "f", "float32", f"blocks.{LAYER}.attn.hook_z", "t", "f", 128, lm.n_heads, lm.d_head)
+    key = CacheKey("m", "f", "float32", f"blocks.{LAYER}.attn.hook_z", "t", "f", 128, lm.n_heads, lm.d_head, "v")
 
     def bare() -> None:
         for chunk in contexts.split(32):
@@ -55,7 +55,7 @@ def harvesting(lm: LanguageModel, corpus: Corpus, folder: Path) -> None:
 
 def reading(folder: Path) -> None:
     """A synthetic cache of 16 shards, read in groups of two while a batchtopk SAE trains on it."""
-    key = CacheKey("m", "g", "float32", f"blocks.{LAYER}.attn.hook_z", "t", "f", 128, 9, 64)
+    key = CacheKey("m", "g", "float32", f"blocks.{LAYER}.attn.hook_z", "t", "f", 128, 9, 64, "v")
     source = CachedActivations(folder, [key], [LAYER], 16 * 256, 65_536, 0)
     (path,) = source.keys
     path.mkdir(parents=True)

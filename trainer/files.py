@@ -2,11 +2,21 @@
 
 import json
 import os
-from collections.abc import Callable
+import re
+import socket
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, uint8
+
+_PARTIAL = re.compile(r"\..+\.(\d+)\.partial")
 
 
 def cache_dir() -> Path:
@@ -19,18 +29,130 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Call `write` on a name beside `path`, then move the result into place.
 
     Raises:
-        OSError: it cannot be written, also where safetensors says so by an error of its own.
+        OSError: it cannot be written, also where safetensors says so by an error of its own; the file is named.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         write(partial)
         partial.replace(path)
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise OSError(f"{path} could not be written: {error}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON in one step; NaN and infinity are refused, so every reader can parse it."""
     write_atomically(path, lambda p: p.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n"))
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], what: str = "") -> None:
+    """Write a safetensors file with a checksum of its tensors.
+
+    Args:
+        what: what the tensors are, so that a file under another's name is noticed.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, lambda p: save_file(tensors, p, {"checksum": _checksum(tensors), "what": what}))
+
+
+def load_tensors(path: Path, what: str = "") -> dict[str, Tensor]:
+    """What `save_tensors` wrote.
+
+    Raises:
+        ValueError: the file cannot be read, its content has changed, or it is another file than its name says.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error})") from error
+    if meta.get("checksum") != _checksum(tensors):
+        raise ValueError(f"{path} is damaged (its content does not match its checksum)")
+    if meta.get("what") != what:
+        raise ValueError(f"{path} is another file than its name says")
+    return tensors
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    """CRC-32 of names, types, shapes and values: it finds accidents, at the speed of reading."""
+    found = 0
+    for name, tensor in sorted(tensors.items()):
+        found = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), found)
+        found = zlib.crc32(tensor.reshape(-1).view(uint8).numpy().data, found)
+    return f"{found:08x}"
+
+
+@contextmanager
+def locked(paths: list[Path]) -> Iterator[None]:
+    """Keep other processes from writing these checkpoint directories.
+
+    The operating system holds the lock, so it ends with its process however that ends. Where the file system has no
+    locks the run goes on without.
+
+    Raises:
+        ValueError: another process writes one of them; it is named.
+    """
+    with ExitStack() as held:
+        for path in paths:
+            file = _lock_file(path)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                held.enter_context(FileLock(file, blocking=False, fallback_to_soft=False))
+            except Timeout as error:
+                raise ValueError(f"{path} is being trained {_holder(file)}: wait for it, or stop it first") from error
+            except (NotImplementedError, OSError) as error:
+                print(f"{path} cannot be locked ({error}): do not train it twice at once")
+                continue
+            since = time.strftime("%Y-%m-%d %H:%M:%S")
+            file.write_text(f"by process {os.getpid()} on {socket.gethostname()} since {since}")
+        yield
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process writes this checkpoint directory now."""
+    file = _lock_file(path)
+    if not file.exists():
+        return False
+    try:
+        with FileLock(file, blocking=False, fallback_to_soft=False):
+            return False
+    except Timeout:
+        return True
+    except (NotImplementedError, OSError):
+        return False
+
+
+def _lock_file(path: Path) -> Path:
+    return path.parent / ".runs" / f"{path.name}.lock"
+
+
+def _holder(file: Path) -> str:
+    try:
+        return file.read_text() or "by another process"
+    except OSError:
+        return "by another process"
+
+
+def sweep(folder: Path) -> None:
+    """Delete what `write_atomically` of processes that are no more left in a folder."""
+    for path in folder.glob(".*.partial"):
+        found = _PARTIAL.fullmatch(path.name)
+        if found and not _is_alive(int(found[1])):
+            with suppress(OSError):
+                path.unlink()
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True

@@ -2,21 +2,21 @@
 
 import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trainer import checkpoint
 from trainer.block_diag import BlockDiagSAE
 from trainer.checkpoint import Checkpoint, CheckpointError, Config, Model, Options, Sizes, Text
 from trainer.config import ActivationsConfig, SAEConfig, TrainingConfig
-from trainer.files import write_atomically
-from trainer.log import MetricsLog
+from trainer.files import load_tensors, locked, save_tensors, sweep, write_atomically
+from trainer.log import MetricsLog, Mode
 
 # What may differ between a run and its continuation; model and text are compared by what they are (`Run.describe`).
 _NOT_COMPARED = {"resume", "name", "label", "out", "device", "wandb", "wandb_project", "keep_training_state", "dataset"}
@@ -55,8 +55,10 @@ class Run:
         if not (self.path / "config.json").exists() and not (self.path / "sae.safetensors").exists():
             return True
         if not resume:
-            raise ValueError(
-                f"{self.path} exists already: choose another --name or --out, or continue it with --resume=true"
+            again = f"python -m trainer --config {self.path / 'run.yaml'} --resume=true"
+            raise CheckpointError(
+                f"{self.path} exists already: choose another --name or --out, or continue it with --resume=true",
+                again if (self.path / "run.yaml").exists() else None,
             )
         begun = Checkpoint(self.path).config
         if begun.options is None:
@@ -90,9 +92,11 @@ class Run:
                     raise ValueError(f"{self.path} was begun on another {what} than it would go on with: train anew")
         self._model, self._text, self._source = model, text, source
 
-    def begin(self, step: int, sae: BlockDiagSAE) -> None:
-        """Open the log at `step`; the app shows the run from now on."""
+    def begin(self, step: int, sae: BlockDiagSAE, mode: Mode) -> None:
+        """Open the log at `step`, with W&B as `trainer.log.reachable` says; the app shows the run from now on."""
         self.path.mkdir(parents=True, exist_ok=True)
+        for folder in (self.path, self._folder):
+            sweep(folder)
         wandb_id = (self._begun and self._begun.wandb_id) or uuid.uuid4().hex[:8]
         self._config = Config(
             sae=Sizes.of(sae), group=self.group, options=self.options, wandb_id=wandb_id, status="training", steps=step,
@@ -103,7 +107,7 @@ class Run:
         decided = {"name": self.path.name, "dataset": self._text.name, "context_size": self._text.context_size}
         options = to_flags(self.options) | decided | {"resume": False}
         write_atomically(self.path / "run.yaml", lambda p: p.write_text(yaml.safe_dump(options, sort_keys=False)))
-        self.log = MetricsLog(self.path, step, self.training.wandb, self.training.wandb_project, self._config)
+        self.log = MetricsLog(self.path, step, mode, self.training.wandb_project, self._config)
         if self.log.url:
             self._config = replace(self._config, wandb_url=self.log.url)
             checkpoint.save_config(self.path, self._config)
@@ -122,8 +126,7 @@ class Run:
     def save_state(self, step: int, state: dict[str, Tensor]) -> None:
         """Write what resuming at `step` needs, beside what is there."""
         self._folder.mkdir(exist_ok=True)
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-        write_atomically(self._state(step), lambda p: save_file(state, p))
+        save_tensors(self._state(step), state, f"step {step}")
 
     def saved_steps(self) -> set[int]:
         """Steps from which this run can go on."""
@@ -135,11 +138,10 @@ class Run:
         Raises:
             CheckpointError: the file is damaged.
         """
-        file = self._state(step)
         try:
-            return load_file(file)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file} is damaged: {error}") from error
+            return load_tensors(self._state(step), f"step {step}")
+        except ValueError as error:
+            raise CheckpointError(f"{error}: delete {self.path} and train it again") from error
 
     def drop_states(self, keep: int | None) -> None:
         """Delete saved states but that of step `keep`."""
@@ -168,11 +170,14 @@ def to_flags(options: Options) -> dict[str, Any]:
     return {"l1_coefficients" if key == "l1_coefficient" else key: value for key, value in flags.items()}
 
 
-def plan(activations: ActivationsConfig, saes: list[SAEConfig], training: TrainingConfig) -> list[Run]:
+@contextmanager
+def plan(activations: ActivationsConfig, saes: list[SAEConfig], training: TrainingConfig) -> Iterator[list[Run]]:
     """Decide every checkpoint directory before anything is computed; those that are complete are left out.
 
+    Inside, no other process trains them.
+
     Raises:
-        ValueError: two SAEs would share a directory, one exists, or nothing can be written there.
+        ValueError: two SAEs would share a directory, one exists or is being trained, or nothing can be written there.
     """
     base = training.name or Path(activations.model).name
     runs = []
@@ -188,12 +193,6 @@ def plan(activations: ActivationsConfig, saes: list[SAEConfig], training: Traini
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"two SAEs would both be called {twice[0]}: tell them apart with a label")
-    left = [run for run in runs if run.check(training.resume)]
-    if not left:
-        raise ValueError(f"{runs[0].path} is complete: there is nothing to resume")
-    new = [run for run in left if run.is_new]
-    if new and any(run.saved_steps() for run in left):
-        raise ValueError(f"{new[0].path} is not part of the interrupted run: resume that one, then train the new one")
     try:
         Path(training.out).mkdir(parents=True, exist_ok=True)
         probe = Path(training.out) / ".write-probe"
@@ -201,7 +200,16 @@ def plan(activations: ActivationsConfig, saes: list[SAEConfig], training: Traini
         probe.unlink()
     except OSError as error:
         raise ValueError(f"checkpoints cannot be written to {training.out}: {error.strerror}") from error
-    return left
+    with locked([run.path for run in runs]):
+        left = [run for run in runs if run.check(training.resume)]
+        if not left:
+            raise ValueError(f"{runs[0].path} is complete: there is nothing to resume")
+        new = [run for run in left if run.is_new]
+        if new and any(run.saved_steps() for run in left):
+            raise ValueError(
+                f"{new[0].path} is not part of the interrupted run: resume that one, then train the new one"
+            )
+        yield left
 
 
 def _flat(options: Options) -> dict[str, Any]:

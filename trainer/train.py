@@ -20,6 +20,7 @@ from trainer.data.text import EMBEDDED, Corpus
 from trainer.evaluate import default_tokens, evaluate, evaluate_tokens, kept_effects
 from trainer.files import write_json
 from trainer.interrupts import Interrupted, deferred_interrupts
+from trainer.log import reachable
 from trainer.model.lm import LanguageModel, pick_device
 from trainer.optimise.initialise import initial_params, input_scale
 from trainer.optimise.stack import Stack
@@ -27,6 +28,7 @@ from trainer.run import Run, plan
 
 _STATISTICS_ROWS = 32_768  # rows from which the input scale and the biases are estimated
 _SHORT_EVAL_TOKENS = 2048
+_EXPLODED = 100.0  # relative error of an SAE that has left the data
 
 
 class Member(NamedTuple):
@@ -48,9 +50,15 @@ def train(activations: ActivationsConfig, saes: list[SAEConfig], cfg: TrainingCo
         ValueError: the model, layer, text or an existing directory does not allow the run.
         Interrupted: Ctrl-C or SIGTERM; the state is saved.
     """
-    # Open: directories, model, text. Everything that can be refused is refused before hours of work.
+    with plan(activations, saes, cfg) as runs:
+        _train(activations, runs, cfg)
+    return [run.path for run in runs]
+
+
+def _train(activations: ActivationsConfig, runs: list[Run], cfg: TrainingConfig) -> None:
+    # Open: model, text. Everything that can be refused is refused before hours of work.
     device = pick_device(cfg.device)
-    runs = plan(activations, saes, cfg)
+    mode = reachable(cfg.wandb)
     layers = sorted({run.sae.hook_layer for run in runs})
     print(f"Loading {activations.model} on {device}", flush=True)
     lm = LanguageModel.load(activations.model, device, activations.model_dtype)
@@ -90,7 +98,7 @@ def train(activations: ActivationsConfig, saes: list[SAEConfig], cfg: TrainingCo
         stream = chain(first, stream)
         del first, rows
     for member in members:
-        member.run.begin(step, member.stack.finished(member.point))
+        member.run.begin(step, member.stack.finished(member.point), mode)
 
     _loop(members, layers, stream, step, cfg, lm, held_out)
     del stream
@@ -109,7 +117,6 @@ def train(activations: ActivationsConfig, saes: list[SAEConfig], cfg: TrainingCo
             run.log.finish(result)
             score = "not measurable" if result["KL_score"] is None else f"{result['KL_score']:.3f}"
             print(f"{run.path}: L0 {result['L0']:.1f}, FVU {result['FVU']:.3f}, KL score {score}")
-    return [run.path for run in runs]
 
 
 def _groups(runs: list[Run]) -> list[list[Run]]:
@@ -126,6 +133,11 @@ def _start(runs: list[Run], z: Float[Tensor, "row head d_head"], cfg: TrainingCo
     scale = input_scale(z, sae.normalize)
     if sae.block == "dense":
         scale = scale.view(1, -1)
+    if not (z.amax(0) > z.amin(0)).any():
+        raise ValueError(
+            f"the activations of layer {sae.hook_layer} are constant over {len(z):,} rows: "
+            "there is nothing to explain, train another layer"
+        )
     n_features = scale.shape[1] * sae.expansion_factor
     x = z.reshape(len(z), *scale.shape) * scale
     # The points start equal: their sparsity is no part of the initialisation.
@@ -174,8 +186,7 @@ def _loop(
                 held = _short_evaluation(lm, members, held_out) if evaluates else {}
                 for run, stack, point in members:
                     figures, histograms = stack.figures(point)
-                    if not all(torch.isfinite(torch.tensor(figures[key])) for key in ("loss", "grad_norm")):
-                        raise ValueError(f"the loss of {run.path.name} is not finite at step {step}: lower lr")
+                    _check_sane(run, stack, point, step)
                     run.record(step, figures | speed | held.get(run.path, {}), histograms)
                 bar.set_postfix_str(_progress([member.run.latest for member in members]), refresh=False)
                 since, waited, logged = time.perf_counter(), 0.0, step
@@ -187,8 +198,25 @@ def _loop(
                 raise Interrupted(f"stopped at step {step:,}; the same command with --resume=true goes on")
 
 
+def _check_sane(run: Run, stack: Stack, point: int, step: int) -> None:
+    """Refuse to go on from, to log or to save an SAE that has exploded.
+
+    Writing nothing at all has a relative error of 1, and the worst start seen has less than 10. At 100 the output is
+    ten times as long as the input: no step of ordinary training comes near, and what explodes passes it at once.
+    """
+    error = stack.relative_error(point)
+    if not error < _EXPLODED:  # also where it is not a number
+        kept = max(run.saved_steps(), default=0)
+        raise ValueError(
+            f"{run.path.name} exploded at step {step:,}: its error is {error:.2g} times the size of the activations; "
+            f"lower lr. The last saved step is {kept:,}"
+        )
+
+
 def _save(members: list[Member], step: int) -> None:
     """All states first, then the old ones are dropped: whenever this is killed, every run has a state of one step."""
+    for member in members:
+        _check_sane(*member, step)
     for member in members:
         member.run.save_state(step, member.stack.state(member.point))
         member.run.save(member.for_use(), step, "training")

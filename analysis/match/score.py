@@ -109,7 +109,10 @@ def one_to_one(a: Fired, b: Fired) -> Tables:
     say nothing.
     """
     rows, columns = (a.rows, b.rows), b.columns
-    blocks = [_match_block(a, b, rows[0], columns, a.live(block), b.live(block)) for block in range(a.n_blocks)]
+    blocks = [
+        _match_block(a, b, rows[0], columns, a.live(block), b.live(block))
+        for block in tqdm(range(a.n_blocks), "Pairing heads", unit="head")
+    ]
     of_a, of_b = np.concatenate([block.pairs for block in blocks]).T
     together = _together(rows, of_a, of_b)
     cosine = np.einsum("id,id->i", a.direction[of_a], b.direction[of_b])

@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from trainer.files import is_locked
+
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
@@ -55,6 +57,9 @@ class Processes:
                 same = sorted(set(other.names) & set(names))
                 if same and other.state == "running":
                     raise ValueError(f"{same[0]} is being trained already")
+            for name in names:  # by a command that was typed, or that this server started before it was restarted
+                if is_locked(folder / name):
+                    raise ValueError(f"{name} is being trained already")
             log = folder / ".runs" / f"{names[0]}.log"
             command = [sys.executable, "-m", "trainer", *arguments]
             try:

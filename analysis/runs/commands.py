@@ -58,8 +58,8 @@ def compose(choices: dict[str, Any], folder: Path, out: str) -> tuple[list[str],
     options = {key: value for key, value in choices.items() if value is not None and value != defaults[key]}
     activations, saes, training = cli.build(options)
     # Elsewhere, where nothing exists: a form that is looked at writes nothing into the folder.
-    with TemporaryDirectory() as empty:
-        names = [run.path.name for run in plan(activations, saes, replace(training, out=empty))]
+    with TemporaryDirectory() as empty, plan(activations, saes, replace(training, out=empty)) as runs:
+        names = [run.path.name for run in runs]
     for name in names:
         require(not (folder / name).exists(), f"{name} exists already: choose another name")
     return _write({**options, "out": out} if out != defaults["out"] else options), names

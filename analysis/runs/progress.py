@@ -7,6 +7,7 @@ import pandas as pd
 
 from trainer.checkpoint import Checkpoint, CheckpointError
 from trainer.config import TrainingConfig
+from trainer.files import is_locked
 from trainer.run import saved_steps
 
 _PATIENCE = 5  # a run that logs nothing for so many times its usual interval is stopped or stalled
@@ -18,7 +19,8 @@ def progress(checkpoints: list[Checkpoint], now: float) -> pd.DataFrame:
     """One row per checkpoint: its state, steps, speed, last logged figures, and until it is complete the age in seconds
     of its last line.
 
-    States: complete, imported, training, evaluating, or stopped, which is concluded from the age of the last line.
+    States: complete, imported, training, evaluating, or stopped: no process holds its lock and its last line is old
+    (a lock on another machine may not be seen).
     """
     rows = []
     for checkpoint in checkpoints:
@@ -62,11 +64,12 @@ def _state(checkpoint: Checkpoint, last: dict[str, Any], age: float) -> str:
         return "imported"
     if checkpoint.is_complete:
         return "complete"
+    lives = is_locked(checkpoint.path)
     if last and last["step"] >= training.total_training_steps:
-        return "evaluating" if age < _EVALUATION else "stopped"
+        return "evaluating" if lives or age < _EVALUATION else "stopped"
     speed = last.get("tokens_per_second")
     usual = training.log_every * training.batch_size / speed if speed else 0
-    return "training" if age < (max(60, _PATIENCE * usual) if speed else _FIRST_LINE) else "stopped"
+    return "training" if lives or age < (max(60, _PATIENCE * usual) if speed else _FIRST_LINE) else "stopped"
 
 
 def _left(checkpoint: Checkpoint, last: dict[str, Any]) -> float | None:

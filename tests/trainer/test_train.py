@@ -22,6 +22,8 @@ from tests.helpers import PATIENCE, ROOT, save_tiny_gpt2
 from trainer import checkpoint, cli, config
 from trainer.__main__ import main
 from trainer.checkpoint import Checkpoint
+from trainer.files import is_locked, locked
+from trainer.model.lm import LanguageModel
 from trainer.optimise.stack import Stack
 from trainer.run import Run
 
@@ -130,7 +132,7 @@ def test_a_yaml_sweep_names_points_that_differ_in_anything(command, tmp_path):
         "- {recipe: batchtopk, k: 4, normalize: global, label: batchtopk-global}\n"
     )
     assert main([*arguments[:-2], f"--config={sweep}", "--save_every=5", "--name=s"]) == 0
-    names = {path.name for path in out.iterdir()}
+    names = {path.name for path in out.iterdir() if not path.name.startswith(".")}
     assert names == {
         "s-L1-batchtopk-x4-k4",
         "s-L1-batchtopk-x4-k8",
@@ -284,7 +286,7 @@ def test_a_point_that_is_complete_is_left_alone_when_the_others_resume(command, 
     before = (done / "config.json").read_bytes()
     assert main([*both, "--resume=true"]) == 0
     assert (done / "config.json").read_bytes() == before
-    assert all(Checkpoint(path).is_complete for path in out.iterdir())
+    assert all(Checkpoint(path).is_complete for path in out.glob("[!.]*"))
 
 
 def test_the_address_of_an_online_run_is_kept(command, monkeypatch):
@@ -432,7 +434,7 @@ def test_the_reference_command_on_a_tiny_gpt2_from_the_hub_cache(tmp_path, text_
     command = [sys.executable, "-m", "trainer", *REFERENCE, "--model=gpt2-small", f"--dataset={text_file}", *small]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-2000:]
-    (path,) = (tmp_path / "checkpoints").iterdir()
+    (path,) = (tmp_path / "checkpoints").glob("[!.]*")
     saved = Checkpoint(path)
     sae, options = saved.sae, saved.config.options.sae
     assert path.name == "gpt2-small-L4-april-x32-l1_2"
@@ -478,6 +480,7 @@ def test_a_terminated_process_saves_its_state(tmp_path, gpt2_folder, text_file):
 DOOMED = """
 import random, signal, sys
 from trainer.__main__ import main
+from trainer.files import is_locked, locked
 from trainer.optimise.stack import Stack
 original = Stack.update
 def update(self, z):
@@ -528,3 +531,68 @@ def test_the_frontier_sweep_names_at_least_ten_saes(capsys):
     options = yaml.safe_load(capsys.readouterr().out)
     _, saes, _ = cli.build(options)
     assert len(saes) >= 10 and {sae.recipe for sae in saes} >= {"april", "batchtopk", "topk", "jumprelu"}
+
+
+@pytest.mark.parametrize("recipe", list(SPARSITY))
+@pytest.mark.parametrize("block", ["head", "dense"])
+def test_what_explodes_ends_with_its_name_and_keeps_the_state_before(recipe, block, command, capsys, monkeypatch):
+    arguments, out = command
+    arguments += [f"--recipe={recipe}", SPARSITY[recipe], f"--block={block}", "--log_every=1", "--save_every=3"]
+    update = Stack.update
+
+    def explode(self, z):
+        update(self, z)
+        if self.step == 6:  # a step that is saved: after it only the second SAE is beyond all bounds
+            self.params["W_dec"][len(self.params["W_dec"]) // 2 :] *= 1e4
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stack, "update", explode)
+        assert main(arguments) == 2
+    said = capsys.readouterr().err
+    paths = sorted(path for path in out.iterdir() if path.name.startswith("run"))
+    assert any(f"{path.name} exploded at step 6" in said for path in paths) and "saved step is 3" in said
+    for path in paths:
+        assert [file.name for file in (path / "training_state").iterdir()] == ["step-0000003.safetensors"]
+        assert all(value.abs().max() < 1e3 for value in weights(path).values())
+    assert main([*arguments, "--resume=true"]) == 0
+
+
+@pytest.mark.parametrize("recipe", list(SPARSITY))
+def test_a_learning_rate_that_is_far_too_high_is_no_complete_run(recipe, command, capsys):
+    arguments, out = command
+    assert main([*arguments, f"--recipe={recipe}", SPARSITY[recipe], "--lr=1e6"]) == 2
+    assert "exploded at step" in capsys.readouterr().err
+    assert not list(out.glob("*/training_state/*")) and not list(out.glob("*/eval.json"))
+
+
+def test_a_run_that_is_being_trained_is_not_trained_twice(command, capsys):
+    arguments, out = command
+    with locked([out / "run"]):
+        held = subprocess.run(
+            [sys.executable, "-m", "trainer", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE
+        )
+        assert held.returncode == 2 and f"by process {os.getpid()} on " in held.stderr
+        assert is_locked(out / "run") and not (out / "run").exists()
+    assert not is_locked(out / "run")
+    assert main(arguments) == 0
+    assert main(arguments) == 2 and "run.yaml --resume=true`" in capsys.readouterr().err
+
+
+def test_a_changed_training_state_is_not_resumed(command, capsys, monkeypatch):
+    arguments, out = command
+    with interrupted_at(7, monkeypatch):
+        assert main(arguments) == 130
+    (state,) = (out / "run" / "training_state").iterdir()
+    content = bytearray(state.read_bytes())
+    content[-50] ^= 4
+    state.write_bytes(content)
+    assert main([*arguments, "--resume=true"]) == 2
+    assert "does not match its checksum" in capsys.readouterr().err
+
+
+def test_constant_activations_are_refused(command, capsys, monkeypatch):
+    arguments, out = command
+    z_of = LanguageModel.z_of
+    monkeypatch.setattr(LanguageModel, "z_of", lambda self, *given: [z * 0 + 1 for z in z_of(self, *given)])
+    assert main(arguments) == 2
+    assert "layer 1 are constant" in capsys.readouterr().err and not (out / "run").exists()

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import partial
+from importlib.metadata import version
 from itertools import count, islice
 from pathlib import Path
 
@@ -19,12 +19,11 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from trainer.config import ActivationsConfig
 from trainer.data.text import Corpus
-from trainer.files import cache_dir, write_atomically, write_json
+from trainer.files import cache_dir, load_tensors, save_tensors, sweep, write_json
 from trainer.model.lm import LanguageModel
 
 _SHARD_CONTEXTS = 256
@@ -64,6 +63,7 @@ def open_source(
             context_size=corpus.context_size,
             n_heads=lm.n_heads,
             d_head=lm.d_head,
+            versions=", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "transformer-lens")),
         )
         for layer in layers
     ]
@@ -135,6 +135,8 @@ class CacheKey:
     context_size: int
     n_heads: int
     d_head: int
+    versions: str
+    """of the libraries that compute the activations"""
 
 
 class CachedActivations:
@@ -194,6 +196,7 @@ class CachedActivations:
         try:
             for folder, key in self.keys.items():
                 folder.mkdir(parents=True, exist_ok=True)
+                sweep(folder)
                 write_json(folder / "meta.json", asdict(key))
             # One stream for all shards: a streamed data set starts over at every call of `train`.
             position = min(missing, default=0) * _SHARD_CONTEXTS
@@ -214,7 +217,7 @@ class CachedActivations:
                     done += len(chunk)
                     progress(done, total)
                 for folder, z in zip(folders, torch.cat(rows).unbind(1), strict=True):
-                    write_atomically(_shard(folder, index), partial(save_file, {"z": z.contiguous()}))
+                    save_tensors(_shard(folder, index), {"z": z}, f"{folder.name} {index}")
         except OSError as error:
             raise ValueError(f"the activation cache could not be written: {error}") from error
 
@@ -226,11 +229,19 @@ class CachedActivations:
 
     def _read(self, group: int) -> Float[Tensor, "row layer head d_head"]:
         shards = self._shards_of(group)
-        try:
-            layers = [torch.cat([self._rows_of(folder, index) for index in shards]) for folder in self.keys]
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"activations could not be read from the cache: {error}") from error
+        layers = [torch.cat([self._load(folder, index) for index in shards]) for folder in self.keys]
         return layers[0][:, None] if len(layers) == 1 else torch.stack(layers, dim=1)
+
+    def _load(self, folder: Path, index: int) -> Float[Tensor, "row head d_head"]:
+        try:
+            z = load_tensors(_shard(folder, index), f"{folder.name} {index}")["z"]
+        except ValueError as error:
+            raise ValueError(
+                f"{error}: delete it, and the same command with --resume=true harvests it again"
+            ) from error
+        if not torch.stack(z.aminmax()).isfinite().all():
+            raise ValueError(f"{_shard(folder, index)} holds activations that are not finite: delete it")
+        return z[: self._shard_rows[index]]
 
     def _shards_of(self, group: int) -> list[int]:
         """Shards are regrouped in a new order on every pass over the cache."""
@@ -240,10 +251,6 @@ class CachedActivations:
         shards = np.array_split(order, self._n_groups)[place].tolist()
         joining = range(self._n_dealt, len(self._shard_rows)) if place == self._n_groups - 1 else ()
         return [*shards, *joining]
-
-    def _rows_of(self, folder: Path, index: int) -> Float[Tensor, "row head d_head"]:
-        with safe_open(_shard(folder, index), framework="pt") as file:
-            return file.get_slice("z")[: self._shard_rows[index]]
 
     def _is_whole(self, folder: Path, index: int) -> bool:
         path = _shard(folder, index)

@@ -90,6 +90,8 @@ def resample(
             continue
         inputs = x[block % len(x)] - params["b_dec"][block]
         weight = error[block].pow(2).sum(-1).pow(2).cpu()
+        if not weight.isfinite().all():  # the block has exploded, which the training loop says
+            continue
         # One draw per row sequence on the CPU, so that a resumed run draws the same.
         drawn = torch.multinomial(weight, len(which), replacement=True, generator=generator).to(x.device)
         direction = normalize(inputs[drawn], dim=-1)

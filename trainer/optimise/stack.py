@@ -15,6 +15,8 @@ from trainer.recipes.recipe import Step
 
 _REWARM_FRACTION = 0.02  # share of the steps over which the learning rate recovers from a resampling
 
+_HEALTH_ROWS = 256  # of a batch, to see whether an SAE has exploded: all figures of it grow at once
+
 
 class Batch(NamedTuple):
     """The last batch of a stack, for its figures."""
@@ -196,6 +198,14 @@ class Stack:
             "encoder_decoder_cosine": cosine.mean().item(),
         }
         return figures, {**norms, "encoder_decoder_cosine": cosine, "density": fired / tokens}
+
+    @torch.no_grad()
+    def relative_error(self, point: int) -> float:
+        """Squared error over squared norm of a point as it is now, after its step, on rows of the last batch."""
+        z = self._last.z[:_HEALTH_ROWS]
+        blocked = z.reshape(len(z), self.n_heads, -1)
+        error = (self.finished(point)(blocked) - blocked) * self.scale
+        return (error.pow(2).sum() / (blocked * self.scale).pow(2).sum().clamp_min(1e-12)).item()
 
     def _weighted(self, terms: dict[str, float], point: int) -> float:
         """The loss terms beside the squared error, with their coefficients (those of the step just taken)."""

@@ -10,6 +10,7 @@ from trainer.config import ActivationsConfig
 from trainer.data import buffer
 from trainer.data.buffer import CachedActivations, LiveActivations, batches, harvest, open_source
 from trainer.data.text import Corpus
+from trainer.files import load_tensors, save_tensors
 
 LAYER = 2
 
@@ -240,5 +241,29 @@ def test_a_shard_that_breaks_while_training_is_one_sentence(gpt2, corpus, cache_
     next(stream)
     for path in only_folder(source).glob("shard-*"):
         path.write_bytes(b"broken")
-    with pytest.raises(ValueError, match="could not be read from the cache"):
+    with pytest.raises(ValueError, match=r"is damaged .* harvests it again"):
         list(islice(stream, 20))
+
+
+@pytest.mark.parametrize("fault", ["a bit", "renamed", "of another layer", "not a number"])
+def test_a_shard_with_other_content_than_was_written_is_refused(fault, gpt2, corpus, cache_root):
+    source = cached(gpt2, corpus, 1000, buffer_rows=120)
+    fill(source, gpt2, corpus)
+    folder = only_folder(source)
+    shard, other = (folder / f"shard-{index:05d}.safetensors" for index in (0, 1))
+    if fault == "a bit":
+        content = bytearray(shard.read_bytes())
+        content[-100] ^= 1
+        shard.write_bytes(content)
+    elif fault == "renamed":
+        other.write_bytes(shard.read_bytes())
+    elif fault == "of another layer":
+        z = load_tensors(shard, f"{folder.name} 0")
+        save_tensors(shard, z, f"{folder.name[:-1]}x 0")
+    else:
+        z = load_tensors(shard, f"{folder.name} 0")
+        z["z"][3, 0, 0] = float("nan")
+        save_tensors(shard, z, f"{folder.name} 0")
+    sentences = {"a bit": "does not match its checksum", "not a number": "not finite"}
+    with pytest.raises(ValueError, match=sentences.get(fault, "another file than its name says")):
+        list(islice(batches(source, 100, seed=0), 40))
