@@ -2,8 +2,10 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from safetensors import SafetensorError
@@ -34,3 +36,20 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON in one step; NaN and infinity are refused, so every reader can parse it."""
     write_atomically(path, lambda p: p.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n"))
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A hidden folder beside `path` that takes its place in the end; after an error nothing is left.
+
+    Raises:
+        ValueError: `path` exists.
+    """
+    if path.exists():
+        raise ValueError(f"{path} exists already: choose another name")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=path.parent, prefix=".new-") as hidden:
+        partial = Path(hidden) / path.name
+        partial.mkdir()
+        yield partial
+        partial.rename(path)
