@@ -13,8 +13,8 @@ from tests.helpers import PAGES, config_of, open_page
 from trainer import checkpoint
 from trainer.block_diag import BlockDiagSAE
 from trainer.checkpoint import Checkpoint
-from trainer.model.loading import PROCESSING
 from trainer.imports.saelens import from_saelens
+from trainer.model.loading import PROCESSING
 from trainer.saelens import main, to_saelens
 
 HOOK = "blocks.1.attn.hook_z"
@@ -318,7 +318,7 @@ def _other_layer(folder) -> None:
 
 
 REFUSED = {
-    "no folder": (lambda folder: shutil.rmtree(folder), "cfg.json"),
+    "no folder": (lambda folder: shutil.rmtree(folder), "no folder or file here"),
     "damaged config": (lambda folder: (folder / "cfg.json").write_text("{"), "cannot be imported"),
     "no config": (lambda folder: (folder / "cfg.json").write_text("[]"), "cannot be imported"),
     "damaged weights": (

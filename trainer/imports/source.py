@@ -1,5 +1,6 @@
 """From what one types to an SAE: a folder, a file, a name of SAELens' table, or a repository of the hub."""
 
+import re
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,24 +36,24 @@ def _read(source: str) -> Trained:
         if (path / "cfg.json").exists() or not pairs:
             return saelens.read(path.joinpath)
         require(len(pairs) == 1, f"it holds {len(pairs)} SAEs: name one of its .pt files")
-        path = path / pairs[0].name.replace("_cfg.json", ".pt")
-    if path.is_dir() or path.exists():
+        return kissane.read(path.joinpath, pairs[0].name.replace("_cfg.json", ".pt"))
+    if path.exists():
         require(path.suffix == ".pt", "it is no folder and no .pt file")
         return kissane.read(path.parent.joinpath, path.name)
-    repo, colon, within = source.partition(":")
-    require(
-        repo.count("/") == 1 or (not colon and "/" in repo),
-        "it is no folder or file here, no RELEASE/SAE_ID of SAELens and no OWNER/REPO[:FOLDER] of the Hugging Face hub",
-    )
-    if not colon:
+    named = re.fullmatch(r"(\w[\w.-]*)/([^:]+)", source)
+    if named is not None:
         from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
-        release, _, sae_id = source.partition("/")
-        found = get_pretrained_saes_directory().get(release)
-        if found is not None:
-            return _from_table(found, sae_id)
-        require(repo.count("/") == 1, f"it is no folder or file here, and SAELens has no release {release}")
-    return _from_hub(repo, within)
+        release = get_pretrained_saes_directory().get(named[1])
+        if release is not None:
+            return _from_table(release, named[2])
+    repo = re.fullmatch(r"(\w[\w.-]*/[\w.-]+)(?::(.*))?", source)
+    if repo is None:
+        raise ValueError(
+            "it is no folder or file here, no RELEASE/SAE_ID of SAELens' pretrained SAEs and no OWNER/REPO[:FOLDER] "
+            "of the Hugging Face hub"
+        )
+    return _from_hub(repo[1], repo[2] or "")
 
 
 def _from_hub(repo: str, within: str, overrides: dict[str, Any] | None = None, scale: float | None = None) -> Trained:
