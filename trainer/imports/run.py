@@ -1,5 +1,6 @@
 """An SAE that another program trained becomes a checkpoint, and is evaluated."""
 
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from trainer.model.lm import Layer
 
 _STATISTICS_ROWS = 32_768  # from which a lost scale is estimated
+_CONTEXTS = 16  # in one forward
 
 
 def import_checkpoint(
@@ -84,7 +86,7 @@ def import_checkpoint(
         context_size = min(theirs.context_size or 128, lm.n_ctx)
         corpus = Corpus(str(dataset), lm.tokenizer, context_size, fraction, column)
         scale = torch.full((n_heads, d_head), 1.0 if theirs.scale is None else theirs.scale)
-        if normalize is not None:
+        if normalize in ("global", "per_head"):
             scale = input_scale(_rows(layer, corpus) + b_V, normalize)
         sae = theirs.for_raw_z(n_heads, scale.flatten(), b_V.flatten())
         config = checkpoint.Config(
@@ -102,9 +104,6 @@ def import_checkpoint(
 
 def _rows(layer: "Layer", corpus: "Corpus") -> Float[Tensor, "row head d_head"]:
     """z of the first training contexts, with BOS as SAELens counts it."""
-    rows: list[Tensor] = []
-    for context in corpus.train():
-        rows.append(layer.z(context[None])[0].float().cpu())
-        if len(rows) * len(context) >= _STATISTICS_ROWS:
-            break
-    return torch.cat(rows)
+    contexts = list(islice(corpus.train(), -(-_STATISTICS_ROWS // corpus.context_size)))
+    batches = torch.stack(contexts).split(_CONTEXTS)
+    return torch.cat([layer.z(batch).flatten(0, 1).float().cpu() for batch in batches])
