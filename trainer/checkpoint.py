@@ -138,6 +138,10 @@ class Imported:
     recipe: str
     l1_coefficient: float | None = None
     k: int | None = None
+    fold_value_biases: bool | None = None
+    """whether its z had no value biases, as here; where it had, they were moved into b_enc and b_dec"""
+    normalize: str | None = None
+    """how the scale of its inputs was estimated, where it was lost"""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -156,3 +157,20 @@ def _is_alive(pid: int) -> bool:
     except OSError:
         return True
     return True
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A hidden folder beside `path` that takes its place in the end; after an error nothing is left.
+
+    Raises:
+        ValueError: `path` exists.
+    """
+    if path.exists():
+        raise ValueError(f"{path} exists already: choose another name")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=path.parent, prefix=".new-") as hidden:
+        partial = Path(hidden) / path.name
+        partial.mkdir()
+        yield partial
+        partial.rename(path)

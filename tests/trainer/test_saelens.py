@@ -13,8 +13,9 @@ from tests.helpers import PAGES, config_of, open_page
 from trainer import checkpoint
 from trainer.block_diag import BlockDiagSAE
 from trainer.checkpoint import Checkpoint
+from trainer.imports.saelens import from_saelens
 from trainer.model.loading import PROCESSING
-from trainer.saelens import from_saelens, main, to_saelens
+from trainer.saelens import main, to_saelens
 
 HOOK = "blocks.1.attn.hook_z"
 N_HEADS, D_HEAD = 4, 8  # of the tiny GPT-2
@@ -22,6 +23,7 @@ SECTIONS = {
     "pages/heads.py": ["Figures", "Roles", "Monosemanticity", "Redundancy across heads"],
     "pages/compare.py": ["Figures", "One prompt", "Features"],
 }
+FOLDED = {"model_from_pretrained_kwargs": {"fold_ln": True, "fold_value_biases": True}}
 KINDS = {  # what BlockDiagSAE is made of
     "april": (4, 8, 12, "relu", None, "head"),
     "jumprelu": (4, 8, 12, "jumprelu", None, "layer"),
@@ -94,6 +96,10 @@ def their_sae(architecture: str = "standard", metadata=(), d_in: int = N_HEADS *
         if name == "threshold":
             parameter.abs_()
     return sae
+
+
+def for_raw_z(theirs) -> BlockDiagSAE:
+    return from_saelens(theirs).for_raw_z(N_HEADS, torch.ones(N_HEADS * D_HEAD))
 
 
 @pytest.fixture
@@ -178,7 +184,7 @@ def test_export_and_import_is_a_round_trip(kind, save, inputs, tmp_path, run):
 )
 def test_a_dense_sae_of_saelens_computes_the_same_here(architecture, options, centred, inputs):
     theirs = their_sae(architecture, apply_b_dec_to_input=centred, **options)
-    ours = from_saelens(theirs, N_HEADS)
+    ours = for_raw_z(theirs)
     assert (ours.n_blocks, ours.width, ours.features_per_block) == (1, N_HEADS * D_HEAD, 20)
     assert_same(ours, theirs, inputs)
 
@@ -189,7 +195,7 @@ def test_batchtopk_in_training_is_what_saelens_makes_of_it(rescale, inputs, tmp_
 
     theirs = their_sae("batchtopk", k=4, rescale_acts_by_decoder_norm=rescale)
     theirs.topk_threshold += 0.7
-    ours = from_saelens(theirs, N_HEADS)
+    ours = for_raw_z(theirs)
     theirs.save_inference_model(tmp_path)
     assert ours.activation == "jumprelu"
     assert_same(ours, sae_lens.SAE.load_from_disk(tmp_path), inputs)
@@ -201,7 +207,7 @@ def test_the_scale_of_an_sae_in_training_is_folded(architecture, inputs, tmp_pat
 
     theirs = their_sae(
         architecture,
-        {"model_name": str(gpt2_folder), "dataset_path": str(text_file), "context_size": 16},
+        {"model_name": str(gpt2_folder), "dataset_path": str(text_file), "context_size": 16, **FOLDED},
         normalize_activations="expected_average_only_in",
         **({} if architecture == "standard" else {"k": 4, "rescale_acts_by_decoder_norm": True}),
     )
@@ -210,7 +216,7 @@ def test_the_scale_of_an_sae_in_training_is_folded(architecture, inputs, tmp_pat
     theirs.save_model(tmp_path / "theirs")
     status, said = run("import", tmp_path / "theirs", tmp_path / "ours", "--eval_tokens=60")
     assert (status, said.count("\n")) == (2, 1)
-    assert "normalised (expected_average_only_in)" in said
+    assert "the factor is lost: say --normalize=global" in said
     (tmp_path / "theirs" / "activation_scaler.json").write_text('{"scaling_factor": 1.7}')
     status, said = run("import", tmp_path / "theirs", tmp_path / "ours", "--eval_tokens=60")
     assert status == 0, said
@@ -233,7 +239,13 @@ def test_an_imported_dense_sae_is_a_checkpoint_like_any_other(
 ):
     theirs = their_sae(
         "gated",
-        {"model_name": "gpt2-small", "dataset_path": "elsewhere", "context_size": 4096, "hook_head_index": None},
+        {
+            "model_name": "gpt2-small",
+            "dataset_path": "elsewhere",
+            "context_size": 4096,
+            "hook_head_index": None,
+            **FOLDED,
+        },
         apply_b_dec_to_input=True,
     )
     theirs.save_model(tmp_path / "theirs")
@@ -296,7 +308,7 @@ def _wrong(folder, key, value) -> None:
     """Change one entry of cfg.json or its metadata."""
     file = folder / "cfg.json"
     config = json.loads(file.read_text())
-    (config if key in config else config["metadata"])[key] = value
+    (config if key in config and key != "metadata" else config["metadata"])[key] = value
     file.write_text(json.dumps(config))
 
 
@@ -306,17 +318,33 @@ def _other_layer(folder) -> None:
 
 
 REFUSED = {
-    "no folder": (lambda folder: shutil.rmtree(folder), "cfg.json"),
-    "damaged config": (lambda folder: (folder / "cfg.json").write_text("{"), "cannot be imported as a SAELens SAE"),
-    "no config": (lambda folder: (folder / "cfg.json").write_text("[]"), "cannot be imported as a SAELens SAE"),
+    "no folder": (lambda folder: shutil.rmtree(folder), "no folder or file here"),
+    "damaged config": (lambda folder: (folder / "cfg.json").write_text("{"), "cannot be imported"),
+    "no config": (lambda folder: (folder / "cfg.json").write_text("[]"), "cannot be imported"),
     "damaged weights": (
         lambda folder: (folder / "sae_weights.safetensors").write_bytes(b"x" * 9),
-        "cannot be imported as a SAELens SAE",
+        "cannot be imported",
     ),
     "no weights": (lambda folder: (folder / "sae_weights.safetensors").unlink(), "sae_weights.safetensors"),
-    "other sizes": (lambda folder: _wrong(folder, "d_sae", 21), "cannot be imported as a SAELens SAE"),
+    "other sizes": (lambda folder: _wrong(folder, "d_sae", 21), "cannot be imported"),
     "other architecture": (lambda folder: _wrong(folder, "architecture", "transcoder"), "architecture is transcoder"),
     "unfoldable": (lambda folder: _wrong(folder, "normalize_activations", "layer_norm"), "normalised (layer_norm)"),
+    "rotated z": (
+        lambda folder: _wrong(folder, "model_from_pretrained_kwargs", {"refactor_factored_attn_matrices": True}),
+        "other dimensions",
+    ),
+    "half folded": (
+        lambda folder: _wrong(folder, "model_from_pretrained_kwargs", {"fold_value_biases": True}),
+        "layer norms not",
+    ),
+    "unknown value biases": (
+        lambda folder: _wrong(folder, "sae_lens_training_version", None),
+        "--fold_value_biases=true",
+    ),
+    "other checkpoint of the model": (
+        lambda folder: _wrong(folder, "model_from_pretrained_kwargs", {"checkpoint_index": 3}),
+        "--model",
+    ),
     "wrong hook": (lambda folder: _wrong(folder, "hook_name", "blocks.1.hook_mlp_out"), "reads blocks.1.hook_mlp_out"),
     "one head": (lambda folder: _wrong(folder, "hook_head_index", 2), "reads head 2 only"),
     "no such layer": (_other_layer, "layers 0 to 5"),
@@ -356,7 +384,7 @@ def test_weights_that_are_not_finite_are_refused():
     theirs = their_sae()
     theirs.W_dec[0, 0] = float("nan")
     with pytest.raises(ValueError, match="not finite"):
-        from_saelens(theirs, N_HEADS)
+        for_raw_z(theirs)
 
 
 def test_topk_of_each_head_cannot_be_exported(save, tmp_path, run):
