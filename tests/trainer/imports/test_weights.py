@@ -51,11 +51,11 @@ def test_a_pickle_that_runs_code_is_refused_and_runs_nothing(kind, tmp_path):
 
 
 def test_a_compressed_archive_is_refused(tmp_path):
-    torch.save({"a": torch.zeros(1000)}, tmp_path / "w.pt")
+    torch.save({"a": torch.randn(1000)}, tmp_path / "w.pt")
     with zipfile.ZipFile(tmp_path / "w.pt") as stored, zipfile.ZipFile(tmp_path / "bomb.pt", "w") as bomb:
         for entry in stored.infolist():
             bomb.writestr(entry.filename, stored.read(entry), zipfile.ZIP_DEFLATED)
-    with pytest.raises(ValueError, match="compressed"):
+    with pytest.raises(ValueError, match="is compressed, which"):
         read_pickle(tmp_path / "bomb.pt")
 
 
