@@ -1,7 +1,8 @@
 # make app: set up, fetch the embedded model once, open the app.   make test, make lint: what CI runs.
+# make results: the figures of all shipped checkpoints anew (40 minutes).
 # make faults: the table of docs/reliability.md (15 minutes on two cores).
 # make bench: the tables of benchmarks/README.md (25 minutes on two cores; the app's want Chromium).
-.PHONY: app test lint format bench faults
+.PHONY: app test lint format bench faults results
 
 # The first Python on the PATH that the pinned packages support (3.10 to 3.14); PYTHON=... overrides.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
@@ -25,6 +26,10 @@ lint: $(VENV)/test.stamp
 faults: $(VENV)/test.stamp
 	$(BIN)/python -m trainer.embedded
 	$(BIN)/python -m pytest -n 2 tests/faults --reliability=docs/reliability.md
+
+results: $(VENV)/test.stamp
+	$(BIN)/python -m trainer.embedded
+	$(BIN)/python -m pytest tests/results
 
 bench: $(VENV)/test.stamp
 	$(BIN)/python -m trainer.embedded
