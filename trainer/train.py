@@ -201,8 +201,7 @@ def _loop(
 def _check_sane(run: Run, stack: Stack, point: int, step: int) -> None:
     """Refuse to go on from, to log or to save an SAE that has exploded.
 
-    Writing nothing at all has a relative error of 1, and the worst start seen has less than 10. At 100 the output is
-    ten times as long as the input: no step of ordinary training comes near, and what explodes passes it at once.
+    Writing nothing at all has a relative error of 1; at 100 the output is nine times as long as the input or longer.
     """
     error = stack.relative_error(point)
     if not error < _EXPLODED:  # also where it is not a number

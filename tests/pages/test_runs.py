@@ -19,6 +19,7 @@ from trainer import cli
 from trainer.__main__ import main
 from trainer.checkpoint import Checkpoint, read_metrics
 from trainer.config import ActivationsConfig, SAEConfig, TrainingConfig
+from trainer.files import locked
 from trainer.log import MetricsLog
 
 PAGE = "pages/runs.py"
@@ -120,6 +121,10 @@ def test_states_from_the_last_line(folder):
     assert state(499, speed=10.0) == "training" and state(501, speed=10.0) == "stopped"  # every 100 s
     assert state(299, step=None) == "training" and state(301, step=None) == "stopped"
     assert state(3599, step=20) == "evaluating" and state(3601, step=20) == "stopped"
+    with locked([folder / "topk"]):
+        assert state(9999) == "training" and state(9999, step=20) == "evaluating"
+        with pytest.raises(ValueError, match="topk is being trained already"):
+            Processes().start([], ["topk"], folder, ROOT)
     assert state(1e9, status="complete") == "complete"
     imported = {"source": "SAELens topk", "recipe": "SAELens topk"}
     assert state(1e9, status="complete", options=None, imported=imported) == "imported"

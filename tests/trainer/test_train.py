@@ -397,13 +397,13 @@ def test_a_full_disk_loses_nothing(command, capsys, monkeypatch):
     """The state saved at step 5 survives a disk that is full at step 10, in the words of safetensors."""
     arguments, out = command
 
-    def full(tensors, path):
+    def full(tensors, path, metadata):
         if "step-0000010" in path.name:
             raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-        save_file(tensors, path)
+        save_file(tensors, path, metadata)
 
     with monkeypatch.context() as patch:
-        patch.setattr("trainer.run.save_file", full)
+        patch.setattr("trainer.files.save_file", full)
         assert main(arguments) == 2
     assert "No space left on device" in capsys.readouterr().err
     assert main([*arguments, "--resume=true"]) == 0
