@@ -10,7 +10,7 @@ from jaxtyping import install_import_hook
 # Every shape annotation of these packages is checked while the tests run: before anything of them is imported.
 install_import_hook(["trainer", "analysis"], "tests.check")
 
-from tests.helpers import OTHERS, save_tiny_gpt2, save_tiny_llama, write_text
+from tests.helpers import OTHERS, save_tiny_gpt2, save_tiny_llama, tiny_run, write_text
 
 
 def pytest_addoption(parser) -> None:
@@ -56,11 +56,8 @@ def trained(tmp_path_factory, gpt2_folder, text_file):
     from trainer.__main__ import main
 
     folder = tmp_path_factory.mktemp("trained")
-    arguments = [
-        f"--model={gpt2_folder}", f"--dataset={text_file}", f"--out={folder}", "--hook_layer=1", "--expansion_factor=4",
-        "--total_training_steps=20", "--batch_size=128", "--buffer_tokens=1024", "--context_size=32", "--lr=1e-3",
-        "--eval_tokens=200", "--log_every=5", "--wandb=disabled", "--device=cpu",
-    ]  # fmt: skip
+    more = ("--total_training_steps=20", "--batch_size=128", "--lr=1e-3", "--log_every=5")
+    arguments = tiny_run(gpt2_folder, text_file, folder, *more)
     os.environ["ATTN_SAES_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     try:
         for l1 in (1, 4):

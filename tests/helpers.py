@@ -86,6 +86,25 @@ def save_tiny_llama(folder: Path) -> None:
     save_tokenizer(folder)
 
 
+def tiny_run(model: Path, text: Path, out: Path, *more: str) -> list[str]:
+    """Arguments of a run of seconds on one of the models above; `more` override these."""
+    return [
+        f"--model={model}", f"--dataset={text}", f"--out={out}", "--hook_layer=1", "--expansion_factor=4",
+        "--buffer_tokens=1024", "--context_size=32", "--eval_tokens=200", "--log_every=4", "--wandb=disabled",
+        "--device=cpu", *more,
+    ]  # fmt: skip
+
+
+def unfolded_z(folder: Path, layer: int, tokens: torch.Tensor) -> torch.Tensor:
+    """z of a layer of the tiny GPT-2 `[1, pos, head, d_head]` as Hugging Face computes it: with value biases."""
+    kept: list[torch.Tensor] = []
+    model = GPT2LMHeadModel.from_pretrained(folder).eval()
+    model.transformer.h[layer].attn.c_proj.register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0]))
+    with torch.no_grad():
+        model(tokens)
+    return kept[0].unflatten(-1, (model.config.n_head, -1))
+
+
 def write_text(path: Path, documents: int = 60, words: int = 300) -> Path:
     """Documents of words drawn from a small vocabulary, one JSON record a line."""
     generator = torch.Generator().manual_seed(2)

@@ -9,13 +9,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from trainer.block_diag import BlockDiagSAE
-from trainer.files import write_atomically
+from trainer.files import load_tensors, save_tensors
 from trainer.model.lm import Layer
 
 _BATCH_TOKENS = 1024  # of one forward to the logits: 200 MB of them with 49,152 tokens in the vocabulary
@@ -195,9 +193,9 @@ def _key(layer: Layer, tokens: Int[Tensor, "context pos"], first_scored: int, pe
 
 def _load(file: Path | None, device: torch.device) -> _Kept | None:
     try:
-        kept = {name: value.to(device) for name, value in load_file(file).items()} if file else {}
+        kept = {name: value.to(device) for name, value in load_tensors(file).items()} if file else {}
         return _Kept(*(Effect(kept[f"{name}.ce"], kept[f"{name}.kl"]) for name in _Kept._fields))
-    except (OSError, SafetensorError, KeyError):  # not there, or damaged: it is made again
+    except (ValueError, KeyError):  # not there, or damaged: it is made again
         return None
 
 
@@ -209,5 +207,4 @@ def _save(file: Path | None, kept: _Kept) -> None:
     }
     with suppress(OSError):  # a folder that cannot be written costs the next evaluation time, not this one its result
         file.parent.mkdir(parents=True, exist_ok=True)
-        kept_on_cpu = {name: value.cpu().contiguous() for name, value in tensors.items()}
-        write_atomically(file, lambda p: save_file(kept_on_cpu, p))
+        save_tensors(file, tensors)

@@ -11,6 +11,7 @@ from typing import Any
 from trainer import cli
 from trainer.checkpoint import Checkpoint
 from trainer.config import require
+from trainer.errors import first_line
 from trainer.run import plan
 
 _parsing = threading.Lock()  # sessions share the parser
@@ -112,7 +113,7 @@ def _write(options: dict[str, Any]) -> list[str]:
         with _parsing:
             read = _parser().parse_args(arguments).as_dict()
     except Exception as error:
-        raise ValueError(f"the command line does not take this: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"the command line does not take this: {first_line(error)}") from error
     for key, value in options.items():
         require(read[key] == value, f"{key} {value!r} cannot be said on a command line, only in a YAML file (--config)")
     return arguments

@@ -10,7 +10,7 @@ import time
 import pytest
 from safetensors.torch import load_file
 
-from tests.helpers import PATIENCE, ROOT
+from tests.helpers import PATIENCE, ROOT, tiny_run
 from trainer.__main__ import main
 
 AREA = "runs"
@@ -30,11 +30,8 @@ def command(gpt2_folder, text_file, tmp_path, monkeypatch):
     """A short run; returns a function of its name and the arguments beside it, and the folder."""
     monkeypatch.setenv("ATTN_SAES_CACHE", str(tmp_path / "cache"))
     out = tmp_path / "checkpoints"
-    arguments = [
-        f"--model={gpt2_folder}", f"--dataset={text_file}", f"--out={out}", "--hook_layer=1", "--expansion_factor=4",
-        "--total_training_steps=60", "--batch_size=64", "--buffer_tokens=1024", "--context_size=32", "--save_every=5",
-        "--eval_tokens=200", "--log_every=4", "--wandb=disabled", "--device=cpu", "--keep_training_state=true",
-    ]  # fmt: skip
+    more = ("--total_training_steps=60", "--batch_size=64", "--save_every=5", "--keep_training_state=true")
+    arguments = tiny_run(gpt2_folder, text_file, out, *more)
     return lambda name, *more: [*arguments, f"--name={name}", *more], out
 
 

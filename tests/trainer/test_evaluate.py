@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from trainer.block_diag import BlockDiagSAE
 from trainer.evaluate import evaluate, evaluate_tokens, repeated_tokens
+from trainer.files import save_tensors
 from trainer.model.lm import LanguageModel
 
 
@@ -126,8 +127,10 @@ def test_what_no_sae_changes_is_kept_for_the_next_one(lm, tmp_path):
     assert_same_figures(figures(zero(lm), tmp_path), alone[1])
     assert list(tmp_path.iterdir()) == [file]
     kept = load_file(file)
-    save_file(kept | {"zero.kl": kept["zero.kl"] + 1}, file)
+    save_tensors(file, kept | {"zero.kl": kept["zero.kl"] + 1})
     assert figures(zero(lm), tmp_path)["KL_zero"] == pytest.approx(alone[1]["KL_zero"] + 1)
+    save_file(kept | {"zero.kl": kept["zero.kl"] + 2}, file)  # values that are not those of a checksum
+    assert_same_figures(figures(zero(lm), tmp_path), alone[1])
 
     assert_same_figures(figures(zero(lm), tmp_path, first=3), figures(zero(lm), None, first=3))
     assert len(list(tmp_path.iterdir())) == 2, "what is scored is part of the name"

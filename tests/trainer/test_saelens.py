@@ -9,7 +9,7 @@ import torch
 
 from analysis.__main__ import main as analyse
 from analysis.runs import tables
-from tests.helpers import PAGES, config_of, open_page
+from tests.helpers import PAGES, config_of, open_page, unfolded_z
 from trainer import checkpoint
 from trainer.block_diag import BlockDiagSAE
 from trainer.checkpoint import Checkpoint
@@ -277,8 +277,6 @@ def test_an_imported_dense_sae_is_a_checkpoint_like_any_other(
 @pytest.mark.parametrize("architecture", ["standard", "gated", "topk"])
 def test_value_biases_in_their_z_move_into_our_biases(architecture, tmp_path, gpt2_folder, gpt2, text_file, run):
     """SAELens trains on models loaded without processing. Their z is taken from Hugging Face's own GPT-2."""
-    from transformers import GPT2LMHeadModel
-
     loading = {"center_writing_weights": False}  # what SAELens' training writes
     metadata = {"model_name": str(gpt2_folder), "dataset_path": str(text_file), "context_size": 16,
                 "model_from_pretrained_kwargs": loading}  # fmt: skip
@@ -290,12 +288,7 @@ def test_value_biases_in_their_z_move_into_our_biases(architecture, tmp_path, gp
     ours = Checkpoint(tmp_path / "out").sae
 
     tokens = gpt2.to_tokens("the head reads a token and writes it back again")
-    kept = []
-    model = GPT2LMHeadModel.from_pretrained(gpt2_folder).eval()
-    model.transformer.h[1].attn.c_proj.register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0]))
-    with torch.no_grad():
-        model(tokens)
-    their_z = kept[0].view(1, -1, N_HEADS, D_HEAD)
+    their_z = unfolded_z(gpt2_folder, 1, tokens)
     z, b_V = gpt2.layer(1).z(tokens), gpt2.layer(1).folded_b_V
     assert b_V.abs().min() > 0
     assert_close(z + b_V, their_z)

@@ -18,7 +18,7 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from tests.helpers import PATIENCE, ROOT, save_tiny_gpt2
+from tests.helpers import PATIENCE, ROOT, save_tiny_gpt2, tiny_run
 from trainer import checkpoint, cli, config
 from trainer.__main__ import main
 from trainer.checkpoint import Checkpoint
@@ -35,12 +35,8 @@ def command(gpt2_folder, text_file, tmp_path, monkeypatch):
     """A short run on the tiny GPT-2; returns (arguments, output folder)."""
     monkeypatch.setenv("ATTN_SAES_CACHE", str(tmp_path / "cache"))
     out = tmp_path / "checkpoints"
-    arguments = [
-        f"--model={gpt2_folder}", f"--dataset={text_file}", f"--out={out}", "--hook_layer=1", "--expansion_factor=4",
-        "--total_training_steps=12", "--batch_size=128", "--buffer_tokens=1024", "--context_size=32",
-        "--eval_tokens=200", "--log_every=4", "--wandb=disabled", "--device=cpu", "--name=run", "--save_every=5",
-    ]  # fmt: skip
-    return arguments, out
+    more = ("--total_training_steps=12", "--batch_size=128", "--name=run", "--save_every=5")
+    return tiny_run(gpt2_folder, text_file, out, *more), out
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.data.textfiles import is_saved
+from trainer.errors import first_line
 
 _SHUFFLED = 10_000  # records mixed, because a stream cannot be permuted whole
 _WAITS = (1, 5, 30, 120, 300)  # seconds before a stream that broke off is opened again
@@ -37,7 +38,7 @@ def stream(name: str, config: str | None, split: str) -> Iterator[dict[str, Any]
                 yield record
             return
         except Exception as error:
-            reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+            reason = first_line(error)
             if not opened or not _may_pass(error):
                 missing = _missing(name, config, split) if isinstance(error, ValueError) and not opened else None
                 raise ValueError(missing or f"data set {name!r} could not be read: {reason}") from error

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from trainer.errors import first_line
+
 
 def fetch(repo: str, name: str) -> Path:
     """Where the file is now; it is downloaded where the cache lacks it.
@@ -35,8 +37,4 @@ def fetch(repo: str, name: str) -> Path:
     except EntryNotFoundError as error:
         raise FileNotFoundError(f"{repo} has no file {name}") from error
     except (OSError, ValueError) as error:
-        raise ValueError(f"{name} of {repo} could not be downloaded: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ValueError(f"{name} of {repo} could not be downloaded: {first_line(error)}") from error

@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from trainer.config import require
+from trainer.errors import first_line
 
 
 def read_safetensors(file: Path, only: str | None = None) -> dict[str, Tensor]:
@@ -51,7 +52,7 @@ def read_pickle(file: Path) -> dict[str, Tensor]:
     except zipfile.BadZipFile as error:
         raise ValueError(f"{file} is damaged, or not written by torch.save: {error}") from error
     except (OSError, RuntimeError, EOFError, LookupError, TypeError, AttributeError, NotImplementedError) as error:
-        raise ValueError(f"{file} is damaged: {str(error).splitlines()[0] if str(error) else error!r}") from error
+        raise ValueError(f"{file} is damaged: {first_line(error)}") from error
     return _floats(loaded, file)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from trainer.errors import first_line
 from trainer.model import loading, positions
 from trainer.model.tokens import token_ids
 
@@ -33,7 +34,7 @@ def pick_device(name: str) -> str:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:  # torch raises either, by backend
-        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"device {name!r} cannot be used: {first_line(error)}") from error
     return name
 
 

@@ -96,13 +96,14 @@ def _load_folder(path: Path, device: str, dtype: str, check: bool) -> HookedTran
             f"model folder {path}: TransformerLens cannot convert this {architecture} ({first_line(error)})"
         ) from error
     model.move_model_modules_to_device()
-    positions.share(model, cfg.n_ctx)
     if cfg.positional_embedding_type == "rotary":
         model.cfg.n_ctx = limit
     if check:
         check_same_model(model, hf_model.to(where), limit, path)
     del hf_model
-    return model.to(getattr(torch, dtype), print_details=False).to(device, print_details=False)
+    model.to(getattr(torch, dtype), print_details=False).to(device, print_details=False)
+    positions.share(model, min(limit, _AT_ONCE))  # after the moves, which copy what is shared
+    return model
 
 
 def _folded(model: HookedTransformer, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -119,7 +120,7 @@ def _folded(model: HookedTransformer, state: dict[str, Tensor]) -> dict[str, Ten
 
 def _give_ends(tokenizer: Any, d_vocab: int, of: str) -> None:
     """See that there are BOS and EOS: where a tokenizer has one of them, that one is both (as GPT-2's)."""
-    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    bos, eos = (getattr(tokenizer, name, None) for name in ("bos_token", "eos_token"))  # a named model may have none
     if bos is None and eos is None:
         raise ValueError(f"{of}: its tokenizer has neither a BOS nor an EOS token: name one in tokenizer_config.json")
     tokenizer.bos_token, tokenizer.eos_token = bos or eos, eos or bos

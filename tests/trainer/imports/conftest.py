@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import GPT2LMHeadModel
 
+from tests.helpers import unfolded_z
 from trainer.saelens import main
 
 D_IN, D_SAE, HOOK = 32, 20, "blocks.1.attn.hook_z"
@@ -65,11 +65,6 @@ def save_folder(gpt2_folder, text_file) -> Callable[..., Path]:
 def z_by_convention(gpt2, gpt2_folder) -> dict[bool, torch.Tensor]:
     """z of layer 1 on the same tokens: with value biases folded, as here, and not, as Hugging Face computes it."""
     tokens = gpt2.to_tokens("the head reads a token and writes it back again")
-    kept = []
-    model = GPT2LMHeadModel.from_pretrained(gpt2_folder).eval()
-    model.transformer.h[1].attn.c_proj.register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0]))
-    with torch.no_grad():
-        model(tokens)
-    found = {True: gpt2.layer(1).z(tokens), False: kept[0].view(1, -1, 4, 8)}
+    found = {True: gpt2.layer(1).z(tokens), False: unfolded_z(gpt2_folder, 1, tokens)}
     assert (found[True] - found[False]).abs().min() > 1e-4
     return found

@@ -121,6 +121,8 @@ def test_more_positions_are_made_when_they_are_needed(saved, monkeypatch):
     blocks = lm.model.blocks
     assert len({block.attn.mask.data_ptr() for block in blocks}) == len({block.attn.attn_type for block in blocks})
     assert blocks[0].attn.mask.shape == (96, 96)
+    half = LanguageModel.load(str(folder), dtype="bfloat16").model.blocks  # cast after it was checked
+    assert len({each.attn.rotary_sin.data_ptr() for each in half}) == len({each.attn.attn_type for each in half})
 
 
 def test_ids_without_a_token(saved):
