@@ -297,13 +297,13 @@ def test_the_address_of_an_online_run_is_kept(command, monkeypatch):
 
     monkeypatch.setattr(wandb, "init", lambda **settings: Online())
     arguments, out = command
-    assert main([*arguments[:-4], "--wandb=online", "--name=logged"]) == 0
+    assert main([*arguments, "--wandb=online", "--name=logged"]) == 0
     assert Checkpoint(out / "logged").config.wandb_url == Online.url
 
 
 def test_wandb_writes_an_offline_run(command):
     arguments, out = command
-    assert main([*arguments[:-4], "--wandb=offline", "--name=logged"]) == 0
+    assert main([*arguments, "--wandb=offline", "--name=logged"]) == 0
     (run,) = (out / "logged" / "wandb").glob("offline-run-*")
     (file,) = run.glob("*.wandb")
     content = file.read_bytes()

@@ -93,7 +93,8 @@ def test_copying_and_copy_suppression(lm, seen):
 
 
 def test_repeats_judge_the_second_half_only(lm):
-    lm.tokenizer = type("Tokens", (), {"bos_token_id": 0, "all_special_ids": [0]})()
+    known = {"bos_token_id": 0, "all_special_ids": [0], "__len__": lambda self: lm.d_vocab}
+    lm.tokenizer = type("Tokens", (), known)()
     sae = token_features(lm)
     (sources,) = sources_on_repeats(
         lm.layer(1), [Reader(sae, lm.layer(1))], 16, 11, seed=0
