@@ -157,8 +157,8 @@ class Run:
 
 def saved_steps(path: Path) -> set[int]:
     """Steps from which the run of a checkpoint directory can go on."""
-    files = (path / "training_state").glob("step-*.safetensors")
-    return {int(file.stem.removeprefix("step-")) for file in files}
+    steps = [file.stem.removeprefix("step-") for file in (path / "training_state").glob("step-*.safetensors")]
+    return {int(step) for step in steps if step.isdecimal()}
 
 
 def to_flags(options: Options) -> dict[str, Any]:

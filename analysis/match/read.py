@@ -1,5 +1,6 @@
 """Reads what `python -m analysis.match` wrote, and aligns two runs of one prompt by it."""
 
+import os
 from functools import cached_property
 from pathlib import Path
 
@@ -25,7 +26,7 @@ class Match:
 
     def __init__(self, first: Checkpoint, second: Checkpoint) -> None:
         orders = [(first, second), (second, first)]
-        self.a, self.b = next((order for order in orders if (match_folder(*order) / "meta.json").exists()), orders[0])
+        self.a, self.b = next((order for order in orders if os.path.exists(match_folder(*order) / "meta.json")), orders[0])
         command = f"python -m analysis.match {first.path} {second.path}"
         absent = f"{first.name} and {second.name} have not been matched yet"
         files = Artefacts(match_folder(self.a, self.b), [self.a, self.b], command, absent, ("kind", "min_firings"))
