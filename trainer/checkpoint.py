@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import msgspec
 import torch
@@ -162,7 +162,8 @@ class Config:
     imported: Imported | None = None
     source: str | None = None
     """of activations: cached or live"""
-    status: Literal["training", "complete"] = "complete"
+    status: str = "complete"
+    """training or complete"""
     steps: Count | None = None
     tokens_seen: Count | None = None
     wandb_id: str | None = None
@@ -171,6 +172,7 @@ class Config:
 
     def __post_init__(self) -> None:
         sae, model = self.sae, self.model
+        require(self.status in ("training", "complete"), f"status is training or complete, not {self.status!r}")
         require(
             sae.n_blocks in (1, model.n_heads) and sae.n_blocks * sae.width == model.n_heads * model.d_head,
             f"{sae.n_blocks} blocks of width {sae.width} are neither the heads nor the layer of a model with "

@@ -95,7 +95,7 @@ def parse_line(line: bytes) -> dict[str, Any]:
     Raises:
         ValueError: it is something else.
     """
-    figures = parse_json(line, dict[str, Number | None | list[Number | None]])
+    figures = parse_json(line, dict[str, Number | list[Number | None] | None])
     msgspec.convert(figures, Line)
     return figures
 
