@@ -310,7 +310,8 @@ class Analysis:
 
 
 def _dense(length: int, positions: np.ndarray, values: np.ndarray) -> np.ndarray:
-    require(len(positions) == len(values) and positions.max(initial=0) < length, "a strip does not fit its context")
+    fits = len(positions) == len(values) and bool(positions.max(initial=0) < length)
+    require(fits, "a strip does not fit its context")
     row = np.zeros(length, dtype=np.float32)
     row[positions] = values
     return row
