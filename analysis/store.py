@@ -100,7 +100,8 @@ class Artefacts:
         Raises:
             CheckpointError: it is missing or damaged.
         """
-        return self.arrow(name, columns or self.columns(name), filters).to_pandas()
+        with self.reading(name):
+            return self.arrow(name, columns or self.columns(name), filters).to_pandas()
 
     def arrow(self, name: str, columns: list[str], filters: list[Any] | None = None) -> pa.Table:
         """`table`, before pandas."""
@@ -116,7 +117,7 @@ class Artefacts:
 
     def checked(self, name: str, table: pa.Table) -> pa.Table:
         """A part of a table, within `reading`, if its values can be."""
-        return schema.check_values(table, name, self._expected)
+        return schema.check_values(table.replace_schema_metadata(), name, self._expected)
 
     @contextmanager
     def reading(self, name: str) -> Iterator[Path]:
@@ -159,6 +160,8 @@ class Analysis:
         self._command, self._columns = command, expected.tables["features"]
         self._files = Artefacts(checkpoint.path / "analysis", [checkpoint], expected, command, absent)
         self.folder, self.meta, self.table = self._files.folder, self._files.meta, self._files.table
+        if len(self.meta["redundancy"]["heads"]) != checkpoint.n_heads:
+            raise CheckpointError(f"{self.folder}/meta.json is damaged (redundancy is of another model)", command)
 
     @cached_property
     def features(self) -> pd.DataFrame:

@@ -1,11 +1,12 @@
 """Every page through AppTest, on folders with zero, one, several, broken, dense and running checkpoints."""
 
 import json
+import os
 import shutil
 
 import pytest
 
-from tests.helpers import OTHERS, PAGES, edit_config, open_page, said
+from tests.helpers import OTHERS, PAGES, edit_config, open_page, said, spoil
 from trainer.checkpoint import Checkpoint
 
 DRAWN = PAGES[:4]  # these have a chart without an analysis
@@ -51,6 +52,21 @@ def test_damaged_metrics_are_a_sentence(folder):
     app = open_page("pages/tradeoffs.py")
     assert not app.exception
     assert "metrics.jsonl is damaged" in app.error[0].value
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_folder_of_bad_checkpoints_takes_no_page_down(folder, page):
+    names = spoil(folder, folder / "topk")
+    (folder / "topk" / "metrics.jsonl").unlink()
+    os.mkfifo(folder / "topk" / "metrics.jsonl")
+    app = open_page(page, checkpoint="block-l1_1")
+    assert not app.exception
+    assert f"{len(names)} unreadable" in app.expander[0].label
+    sentences = [text.value for text in app.expander[0].text]
+    assert (
+        len(sentences) == len(names) == len([name for name in names if any(f"/{name}" in line for line in sentences)])
+    )
+    assert bool(app.get("vega_lite_chart")) == (page in DRAWN)
 
 
 @pytest.mark.parametrize("page", PAGES[1:3])
