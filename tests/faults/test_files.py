@@ -257,7 +257,7 @@ def test_weights(folder, tries, fault):
 
 
 def test_tables_of_an_analysis(folder, tries, fault):
-    n = tries(40, 500)
+    n = tries(40, 420)
     files = [folder / NAME / "analysis" / f"{name}.parquet" for name in _TABLES]
     came = trials(n, 3, files, [look_at_analysis], folder, mutated_table)
     fault("files", "tables of an analysis mutated", n, came)
