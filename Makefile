@@ -22,6 +22,7 @@ lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m tests.audit
 
 faults: $(VENV)/test.stamp
 	$(BIN)/python -m trainer.embedded

@@ -11,7 +11,6 @@ merging.parquet    L0 after merging
 tokens.parquet     the text of every token id that the other files mention
 """
 
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,16 +18,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from analysis import schema
+from analysis.schema import Expected
 from trainer.checkpoint import Checkpoint, CheckpointError
-from trainer.files import write_json
+from trainer.config import require
+from trainer.files import read_json, write_json
 
 SCHEMA_VERSION = 1
+_LOGITS = (("top_logit_ids", "top_logits"), ("bottom_logit_ids", "bottom_logits"))
 _ROW_GROUP = {"features": 256, "examples": 2048, "contexts": 256, "pairs": 4096}
 
 
@@ -47,7 +51,8 @@ def write(folder: Path, meta: dict[str, Any], tables: dict[str, pd.DataFrame | p
         if isinstance(table, pd.DataFrame):
             table = pa.Table.from_pandas(table, preserve_index=False)
         size = _ROW_GROUP.get(name, 2**16)
-        pq.write_table(table, new / f"{name}.parquet", compression="zstd", row_group_size=size)
+        file = new / f"{name}.parquet"
+        pq.write_table(table, file, compression="zstd", row_group_size=size, write_page_checksum=True)
     write_json(new / "meta.json", {"schema_version": SCHEMA_VERSION, **meta})
     if folder.exists():
         folder.rename(old)
@@ -60,81 +65,132 @@ class Artefacts:
 
     Args:
         checkpoints: those that it describes.
+        expected: what it must hold.
         command: what writes it anew.
         absent: what to say where there is none.
-        needs: what meta.json must have besides.
 
     Raises:
         CheckpointError: there is none, it is damaged, or of another schema version or other weights.
     """
 
     def __init__(
-        self, folder: Path, checkpoints: list[Checkpoint], command: str, absent: str, needs: tuple[str, ...] = ()
+        self, folder: Path, checkpoints: list[Checkpoint], expected: Expected, command: str, absent: str
     ) -> None:
-        self.folder, self._command = folder, command
+        self.folder, self._expected, self._command = folder, expected, command
+        self._checked: set[str] = set()
         file = folder / "meta.json"
         try:
-            self.meta: dict[str, Any] = json.loads(file.read_text())
-            schema, weights, *_ = (self.meta[key] for key in ("schema_version", "weights", *needs))
+            self.meta: dict[str, Any] = read_json(file, dict[str, Any])
+            version = self.meta.get("schema_version")
+            if version == SCHEMA_VERSION:
+                msgspec.convert(self.meta, expected.meta)
         except FileNotFoundError:
             raise CheckpointError(absent, command) from None
-        except (ValueError, OSError, KeyError, TypeError) as error:  # not UTF-8, no JSON, or no such object
+        except ValueError as error:
             raise CheckpointError(f"{file} is damaged ({error})", command) from error
-        if schema != SCHEMA_VERSION:
-            raise CheckpointError(f"{file} has schema version {schema}, this program reads {SCHEMA_VERSION}", command)
-        if weights not in ([one.weights_hash for one in checkpoints], checkpoints[0].weights_hash):
+        if version != SCHEMA_VERSION:
+            raise CheckpointError(f"{file} has schema version {version}, this program reads {SCHEMA_VERSION}", command)
+        if self.meta["weights"] not in ([one.weights_hash for one in checkpoints], checkpoints[0].weights_hash):
             have = "checkpoint has" if len(checkpoints) == 1 else "checkpoints have"
             raise CheckpointError(f"{folder} describes other weights than the {have}", command)
 
-    def table(self, name: str, **options: Any) -> pd.DataFrame:
-        """One of the files whole, or in part by options of `pyarrow.parquet.read_table`.
+    def table(self, name: str, columns: list[str] | None = None, filters: list[Any] | None = None) -> pd.DataFrame:
+        """One of the files: all its columns or some, all its rows or those that `pyarrow.parquet.read_table` filters.
 
         Raises:
             CheckpointError: it is missing or damaged.
         """
+        with self.reading(name):
+            return self.arrow(name, columns or self.columns(name), filters).to_pandas()
+
+    def arrow(self, name: str, columns: list[str], filters: list[Any] | None = None) -> pa.Table:
+        """`table`, before pandas."""
         with self.reading(name) as file:
-            return pq.read_table(file, **options).to_pandas()
+            table = pq.read_table(
+                file, columns=columns, filters=filters, partitioning=None, page_checksum_verification=True
+            )
+            return self.checked(name, table)
+
+    def columns(self, name: str) -> list[str]:
+        """Those that a table must have; what it has besides is not read."""
+        return list(self._expected.tables[name])
+
+    def checked(self, name: str, table: pa.Table) -> pa.Table:
+        """A part of a table, within `reading`, if its values can be."""
+        return schema.check_values(table.replace_schema_metadata(), name, self._expected)
 
     @contextmanager
     def reading(self, name: str) -> Iterator[Path]:
-        """The file of a table, whose faults become sentences."""
+        """The file of a table, once what it says of itself was checked; faults become sentences."""
         file = self.folder / f"{name}.parquet"
         try:
+            if name not in self._checked:
+                schema.check_file(file, name, self._expected)
+                self._checked.add(name)
             yield file
+        except CheckpointError:
+            raise
         except FileNotFoundError:
             raise CheckpointError(f"{file} is missing", self._command) from None
-        except (pa.ArrowInvalid, OSError) as error:
+        except (pa.ArrowException, ValueError, OSError) as error:
             raise CheckpointError(f"{file} is damaged ({error})", self._command) from error
+
+
+class _Strings(dict[int, str]):
+    """Text of token ids; one that is not there is a sentence."""
+
+    def __init__(self, file: Path, command: str, texts: dict[int, str]) -> None:
+        super().__init__(texts)
+        self._file, self._command = file, command
+
+    def __missing__(self, token: int) -> str:
+        raise CheckpointError(f"{self._file} is damaged (it has no token {token})", self._command)
 
 
 class Analysis:
     """What `python -m analysis` wrote about one checkpoint.
 
     Raises:
-        CheckpointError: as `Artefacts`.
+        CheckpointError: as `Artefacts`; also of whatever is read later.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         command, absent = f"python -m analysis {checkpoint.path}", f"{checkpoint.path} has no analysis yet"
-        self._files = Artefacts(checkpoint.path / "analysis", [checkpoint], command, absent)
+        expected = schema.of_analysis(checkpoint)
+        self._command, self._columns = command, expected.tables["features"]
+        self._files = Artefacts(checkpoint.path / "analysis", [checkpoint], expected, command, absent)
         self.folder, self.meta, self.table = self._files.folder, self._files.meta, self._files.table
+        if len(self.meta["redundancy"]["heads"]) != checkpoint.n_heads:
+            raise CheckpointError(f"{self.folder}/meta.json is damaged (redundancy is of another model)", command)
 
     @cached_property
     def features(self) -> pd.DataFrame:
         """Every feature, without the columns that hold lists; the index is the feature id."""
-        with self._files.reading("features") as file:
-            scalar = [column.name for column in pq.read_schema(file) if not pa.types.is_list(column.type)]
-        return self.table("features", columns=scalar).set_index("feature", drop=False)
+        scalar = [column for column, kind in self._columns.items() if "list" not in kind]
+        table = self.table("features", columns=scalar)
+        with self._files.reading("features"):
+            require(bool((table["feature"] == np.arange(len(table))).all()), "features are not in their order")
+        return table.set_index("feature", drop=False)
 
     @cached_property
     def heads(self) -> pd.DataFrame:
         """One row per head."""
-        return self.table("heads")
+        table = self.table("heads")
+        with self._files.reading("heads"):
+            require(bool((table["head"] == np.arange(len(table))).all()), "heads are not in their order")
+        return table
 
     @cached_property
     def copying(self) -> pd.DataFrame:
         """The pairs behind the copying scores: head, context, query, source, attention, rank."""
-        return self.table("copying")
+        table = self.table("copying")
+        contexts = self.contexts(table["context"].unique().tolist())
+        with self._files.reading("copying"):
+            length = table["context"].map(lambda context: len(contexts.get(context, ())))
+            last = table[["query", "source"]].max(axis=1)
+            first = table[["query", "source"]].min(axis=1)
+            require(bool(((last < length) & (first >= 0)).all()), "a pair lies outside its context")
+        return table
 
     @cached_property
     def merging(self) -> pd.DataFrame:
@@ -145,7 +201,9 @@ class Analysis:
     def strings(self) -> dict[int, str]:
         """Text of token ids."""
         table = self.table("tokens")
-        return dict(zip(table["id"], table["text"], strict=True))
+        return _Strings(
+            self.folder / "tokens.parquet", self._command, dict(zip(table["id"], table["text"], strict=True))
+        )
 
     def feature(self, feature: int) -> pd.Series:
         """One feature with its lists.
@@ -154,20 +212,27 @@ class Analysis:
             ValueError: there is no such feature.
         """
         row = self._of_feature("features", feature)
-        if row.empty:
+        if not 0 <= feature < len(self.features):
             raise ValueError(f"there is no feature {feature}: ids run from 0 to {len(self.features) - 1}")
+        with self._files.reading("features"):
+            require(len(row) == 1, f"feature {feature} is there {len(row)} times")
+            for ids, values in (("fires_on_ids", "fires_on_counts"), ("reads_ids", "reads_counts"), *_LOGITS):
+                require(0 < len(row[ids].iloc[0]) == len(row[values].iloc[0]), f"{ids} and {values} differ in length")
         return row.iloc[0]
 
     def examples(self, feature: int) -> pd.DataFrame:
         """Its examples, the `top` ones first, with `token_ids`; activations, dfa and attention along the context."""
         examples = self._of_feature("examples", feature)
         contexts = self.contexts(examples["context"].unique().tolist())
-        examples["token_ids"] = examples["context"].map(contexts)
-        length = examples["token_ids"].map(len)
         rows = {"activations": "active_positions", "dfa": "source_positions", "attention": "source_positions"}
-        for column, positions in rows.items():
-            strips: list[Any] = list(map(_dense, length, examples[positions], examples[column]))
-            examples[column] = strips
+        with self._files.reading("examples"):
+            require(bool(examples["context"].isin(contexts).all()), "an example lies in no context")
+            examples["token_ids"] = examples["context"].map(contexts)
+            length = examples["token_ids"].map(len)
+            require(bool(examples["position"].between(0, length - 1).all()), "an example lies outside its context")
+            for column, positions in rows.items():
+                strips: list[Any] = list(map(_dense, length, examples[positions], examples[column]))
+                examples[column] = strips
         return examples.drop(columns=["active_positions", "source_positions"])
 
     def contexts(self, ids: list[int]) -> dict[int, np.ndarray]:
@@ -212,8 +277,10 @@ class Analysis:
     @cached_property
     def _lists(self) -> dict[str, np.ndarray]:
         columns = ["fires_on_ids", "reads_ids", "top_logit_ids"]
-        with self._files.reading("features") as file:
-            table = pq.read_table(file, columns=columns)
+        table = self._files.arrow("features", columns)
+        with self._files.reading("features"):
+            for name in columns:
+                require(pc.count_distinct(pc.list_value_length(table[name])).as_py() == 1, f"{name} differ in length")
         return {name: table[name].combine_chunks().flatten().to_numpy().reshape(table.num_rows, -1) for name in columns}
 
     def _of_feature(self, name: str, feature: int) -> pd.DataFrame:
@@ -224,8 +291,9 @@ class Analysis:
         with self._files.reading(name):
             file, first, last = self._row_groups[name]
             groups = np.flatnonzero((first <= feature) & (feature <= last)).tolist()
-            rows = file.read_row_groups(groups, use_threads=False)
-            return rows.filter(pc.equal(rows["feature"], feature)).to_pandas()
+            rows = file.read_row_groups(groups, self._files.columns(name), use_threads=False)
+            rows = rows.filter(pc.equal(rows["feature"], feature))
+            return self._files.checked(name, rows).to_pandas()
 
     @cached_property
     def _row_groups(self) -> dict[str, tuple[pq.ParquetFile, np.ndarray, np.ndarray]]:
@@ -233,15 +301,20 @@ class Analysis:
         by_name = {}
         for name in ("features", "examples", "pairs"):
             with self._files.reading(name) as path:
-                file = pq.ParquetFile(path, memory_map=True)
-            column = file.schema_arrow.get_field_index("feature")
-            groups = [file.metadata.row_group(i) for i in range(file.num_row_groups if file.metadata.num_rows else 0)]
-            bounds = [group.column(column).statistics for group in groups]
-            by_name[name] = file, np.array([of.min for of in bounds]), np.array([of.max for of in bounds])
+                file = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
+                groups = [
+                    file.metadata.row_group(i) for i in range(file.num_row_groups if file.metadata.num_rows else 0)
+                ]
+                leaves = [group.column(i) for group in groups for i in range(group.num_columns)]
+                bounds = [leaf.statistics for leaf in leaves if leaf.path_in_schema == "feature"]
+                require(all(of is not None and of.has_min_max for of in bounds), "no bounds of the column feature")
+                by_name[name] = file, np.array([of.min for of in bounds]), np.array([of.max for of in bounds])
         return by_name
 
 
 def _dense(length: int, positions: np.ndarray, values: np.ndarray) -> np.ndarray:
+    fits = len(positions) == len(values) and bool(positions.max(initial=0) < length)
+    require(fits, "a strip does not fit its context")
     row = np.zeros(length, dtype=np.float32)
     row[positions] = values
     return row

@@ -156,3 +156,58 @@ def edit_config(path: Path, **changes) -> None:
     """Change keys of config.json as they are on disk."""
     file = path / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def spoil(folder: Path, good: Path) -> list[str]:
+    """Put copies of a checkpoint into `folder`, each bad in another way; returns their names as they can be printed."""
+
+    def write(data: bytes, *files: str):
+        def spoiled(path: Path) -> None:
+            for file in files or ("config.json",):
+                (path / file).write_bytes(data)
+
+        return spoiled
+
+    def instead(make, file: str = "config.json"):
+        def spoiled(path: Path) -> None:
+            (path / file).unlink()
+            make(path / file)
+
+        return spoiled
+
+    def values(**sae):
+        config = json.loads((good / "config.json").read_text())
+        return lambda path: edit_config(path, sae=config["sae"] | sae)
+
+    ways = {
+        "nested": write(b'{"a":' * 2000 + b"1" + b"}" * 2000),
+        "nested-eval": write(b"[" * 100_000, "eval.json"),
+        "long-integer": write(b'{"schema_version": ' + b"9" * 5000 + b"}"),
+        "no-utf-8": write(b'{"schema_version": 3, "group": "\xff"}'),
+        "empty": write(b""),
+        "empty-eval": write(b"", "eval.json"),
+        "zeros": write(b"\0" * 4096),
+        "null": write(b"null"),
+        "null-eval": write(b"null", "eval.json"),
+        "not-a-number": write(b'{"L0": NaN}', "eval.json"),
+        "missing-keys": write(b'{"schema_version": 3}'),
+        "missing-figures": write(b'{"n_tokens": 3, "L0": 1.0}', "eval.json"),
+        "pipe": instead(os.mkfifo),
+        "pipe-eval": instead(os.mkfifo, "eval.json"),
+        "pipe-weights": instead(os.mkfifo, "sae.safetensors"),
+        "directory": instead(Path.mkdir),
+        "directory-weights": instead(Path.mkdir, "sae.safetensors"),
+        "loop": instead(lambda file: file.symlink_to(file.name)),
+        "endless": instead(lambda file: file.symlink_to("/dev/zero"), "eval.json"),
+        "huge-sizes": values(n_blocks=10**9, features_per_block=10**12),
+        "negative-sizes": values(features_per_block=-1),
+        "zero-sizes": values(width=0),
+        "strings": values(features_per_block="9"),
+        "activation": values(activation="tanh"),
+        "empty-weights": write(b"", "sae.safetensors"),
+        "zero-weights": write(b"\0" * 4096, "sae.safetensors"),
+    }
+    for name, way in ways.items():
+        way(shutil.copytree(good, folder / name))
+    shutil.copytree(good, folder / os.fsdecode(b"name-\xff"))
+    return [*ways, "name-\\udcff"]

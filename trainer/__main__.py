@@ -7,10 +7,9 @@ from trainer import cli
 
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit status."""
-    options = cli.parser().parse_args(argv).as_dict()
 
     def run() -> None:
-        decided = cli.build(options)
+        decided = cli.build(cli.parser().parse_args(argv).as_dict())  # a file that it names may be anything
         # transformer_lens takes seconds to import: a wrong option should not wait for it.
         from trainer.train import train
 

@@ -12,22 +12,25 @@ Nothing is pickled. Every file is written beside its name and moved into place.
 """
 
 import hashlib
-import json
+import os
 import sys
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
+import msgspec
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 import trainer
 from trainer.block_diag import BlockDiagSAE
-from trainer.config import ActivationsConfig, SAEConfig, TrainingConfig
-from trainer.files import write_atomically, write_json
+from trainer.config import ActivationsConfig, SAEConfig, TrainingConfig, require
+from trainer.errors import one_line
+from trainer.figures import Count, Evaluation, Positive, parse_line
+from trainer.files import read_json, require_file, write_atomically, write_json
 
 if TYPE_CHECKING:  # it imports transformer_lens, for which pages that run no prompt should not wait
     from trainer.data.text import Corpus
@@ -35,18 +38,19 @@ if TYPE_CHECKING:  # it imports transformer_lens, for which pages that run no pr
 
 SCHEMA_VERSION = 3
 _PACKAGES = ("torch", "transformer-lens", "transformers", "safetensors", "numpy")
-_Part = TypeVar("_Part")
+_DTYPES = ("F32", "F16", "BF16")  # of weights; float64 would lose digits, and the others are no weights
+_LONGEST_LINE = 2**24  # bytes of metrics.jsonl, which has no end of its own
 
 
 class CheckpointError(ValueError):
-    """A file of a checkpoint cannot be used; the message names the file and the reason.
+    """A file of a checkpoint cannot be used; the message, one line, names the file and the reason.
 
     Args:
         command: what mends it, as one types it beside app.py; None where nothing does.
     """
 
     def __init__(self, message: str, command: str | None = None) -> None:
-        super().__init__(message)
+        super().__init__(one_line(message))
         self.command = command
 
     def __str__(self) -> str:
@@ -69,6 +73,14 @@ class Sizes:
     k: int | None = None
     k_scope: str = "head"
 
+    def __post_init__(self) -> None:
+        require(self.k_scope in ("head", "layer"), f"k_scope must be head or layer, got {self.k_scope!r}")
+        require(
+            min(self.n_blocks, self.width, self.features_per_block) >= 1 and self.n_parameters <= 2**53,
+            f"sizes must be positive, and of an SAE that can be: {self.n_blocks} blocks of width {self.width} with "
+            f"{self.features_per_block} features",
+        )
+
     @classmethod
     def of(cls, sae: BlockDiagSAE) -> "Sizes":
         return cls(*(getattr(sae, each.name) for each in fields(cls)))
@@ -87,12 +99,12 @@ class Model:
 
     name: str
     fingerprint: str
-    n_heads: int
-    d_head: int
+    n_heads: Positive
+    d_head: Positive
     dtype: str
     processing: dict[str, bool]
     hook_name: str
-    hook_layer: int
+    hook_layer: Count
 
     @classmethod
     def of(cls, layer: "Layer") -> "Model":
@@ -110,8 +122,8 @@ class Text:
 
     name: str
     fingerprint: str
-    context_size: int
-    held_out_fraction: float
+    context_size: Positive
+    held_out_fraction: Annotated[float, msgspec.Meta(ge=0, le=1)]
     text_column: str
     dataset_config: str | None = None
     dataset_split: str = "train"
@@ -159,22 +171,36 @@ class Config:
     """of activations: cached or live"""
     status: str = "complete"
     """training or complete"""
-    steps: int | None = None
-    tokens_seen: int | None = None
+    steps: Count | None = None
+    tokens_seen: Count | None = None
     wandb_id: str | None = None
     wandb_url: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        sae, model = self.sae, self.model
+        require(self.status in ("training", "complete"), f"status is training or complete, not {self.status!r}")
+        require(
+            sae.n_blocks in (1, model.n_heads) and sae.n_blocks * sae.width == model.n_heads * model.d_head,
+            f"{sae.n_blocks} blocks of width {sae.width} are neither the heads nor the layer of a model with "
+            f"{model.n_heads} heads of {model.d_head}",
+        )
 
 
 class Checkpoint:
     """One checkpoint directory; what it holds is read when it is asked for.
 
     Raises:
-        CheckpointError: config.json is missing, damaged or of another schema version.
+        CheckpointError: config.json is missing, damaged or of another schema version, or the name is no UTF-8, which
+            no page, table or address could show.
     """
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
+        try:
+            str(self.path).encode()
+        except UnicodeEncodeError:
+            raise CheckpointError(f"the name of {self.path} is no UTF-8: rename it") from None
         self.config = _read_config(self.path / "config.json")
 
     @property
@@ -229,44 +255,79 @@ class Checkpoint:
 
     @property
     def weights_hash(self) -> str:
-        """What ties an analysis to the weights that it describes."""
+        """What ties an analysis to the weights that it describes.
+
+        Raises:
+            CheckpointError: as `check_weights`.
+        """
+        self.check_weights()
         return hashlib.sha256(self.weights.read_bytes()).hexdigest()[:16]
+
+    def check_weights(self) -> None:
+        """Compare what sae.safetensors says of its tensors with config.json; no tensor is read or made.
+
+        Raises:
+            CheckpointError: the weights are missing, damaged or disagree with config.json.
+        """
+        try:
+            with torch.device("meta"):
+                parameters = BlockDiagSAE(**asdict(self.config.sae)).named_parameters()
+                expected = {name: list(parameter.shape) for name, parameter in parameters}
+        except (ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{self.path / 'config.json'} does not describe an SAE: {error}") from error
+        try:
+            require_file(self.weights)
+            with safe_open(self.weights, framework="pt") as file:
+                found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                shapes = {name: part.get_shape() for name, part in found.items()}
+                dtypes = {name: part.get_dtype() for name, part in found.items()}
+        except FileNotFoundError:
+            raise CheckpointError(f"{self.weights} is missing: the run has not saved weights yet") from None
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self.weights} is damaged: {error}") from error
+        for name in sorted(expected.keys() | shapes.keys()):
+            have, want = (f"{name} {of[name]}" if name in of else f"no {name}" for of in (shapes, expected))
+            if have != want:
+                raise CheckpointError(f"{self.weights} holds {have}, but config.json describes {want}")
+            if dtypes[name] not in _DTYPES:
+                raise CheckpointError(f"{self.weights} holds {name} as {dtypes[name]}, not one of {', '.join(_DTYPES)}")
 
     @cached_property
     def sae(self) -> BlockDiagSAE:
         """The SAE for raw hook_z, in float32 on the CPU.
 
         Raises:
-            CheckpointError: the weights are missing, damaged or disagree with config.json.
+            CheckpointError: as `check_weights`, or a weight is not finite.
         """
+        self.check_weights()
         try:
             tensors = load_file(self.weights)
-        except FileNotFoundError:
-            raise CheckpointError(f"{self.weights} is missing: the run has not saved weights yet") from None
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.weights} is damaged: {error}") from error
-        try:
-            sae = BlockDiagSAE(**asdict(self.config.sae))
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(f"{self.path / 'config.json'} does not describe an SAE: {error}") from error
-        expected = {name: tuple(p.shape) for name, p in sae.named_parameters()}
-        shapes = {name: tuple(t.shape) for name, t in tensors.items()}
-        if shapes != expected:
-            raise CheckpointError(f"{self.weights} holds {shapes}, but config.json describes {expected}")
         if not all(torch.isfinite(t).all() for t in tensors.values()):
             raise CheckpointError(f"{self.weights} holds values that are not finite")
-        sae.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+        sae = BlockDiagSAE(**asdict(self.config.sae))
+        sae.load_state_dict(tensors)
         return sae.eval().requires_grad_(False)
 
     @cached_property
     def eval(self) -> dict[str, Any] | None:
-        """eval.json, or None where the run has not been evaluated yet.
+        """eval.json (`trainer.figures.Evaluation`), or None where the run has not been evaluated yet.
 
         Raises:
             CheckpointError: it is damaged.
         """
         file = self.path / "eval.json"
-        return _read_json(file) if file.exists() else None
+        try:
+            figures = read_json(file, dict[str, Any])
+            known = msgspec.convert(figures, Evaluation)
+            for each in (known, known.induction):
+                each.require_sizes(self.config.sae.n_blocks, self.n_heads)
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise CheckpointError(f"{file} is damaged: {error}") from error
+        return figures
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl; a last one that is still being written is left out.
@@ -318,15 +379,25 @@ class Listing(NamedTuple):
 
 
 def list_checkpoints(folder: Path | str) -> Listing:
-    """Every directory of `folder` that looks like a checkpoint."""
+    """Every directory of `folder` that looks like a checkpoint; the readable ones can be drawn without a further look.
+
+    Their weights are compared with config.json, but not read; logs and analyses are not looked at.
+    """
     folder = Path(folder)
     listing = Listing([], [])
-    paths = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")) if folder.is_dir() else []
+    try:
+        paths = sorted(folder / name for name in os.listdir(folder) if not name.startswith("."))
+    except (FileNotFoundError, NotADirectoryError):
+        return listing
+    except OSError as error:
+        return Listing([], [CheckpointError(f"{folder} cannot be read: {error.strerror}")])
     for path in paths:
+        if not os.path.isdir(path):
+            continue
         try:
             checkpoint = Checkpoint(path)
-            if checkpoint.is_complete and not checkpoint.weights.exists():
-                raise CheckpointError(f"{checkpoint.weights} is missing")
+            if checkpoint.is_complete or os.path.lexists(checkpoint.weights):
+                checkpoint.check_weights()
             _ = checkpoint.eval
             listing.readable.append(checkpoint)
         except CheckpointError as error:
@@ -363,14 +434,18 @@ def save_config(path: Path, config: Config) -> None:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """`Checkpoint.metrics` of a directory that may have no config.json yet."""
-    file = path / "metrics.jsonl"
-    if not file.exists():
-        return []
-    lines = file.read_text().splitlines(keepends=True)
+    file, lines = path / "metrics.jsonl", []
     try:
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{file} is damaged: {error}") from error
+        require_file(file)
+        with file.open("rb") as log:
+            while (line := log.readline(_LONGEST_LINE)).endswith(b"\n"):
+                lines.append(parse_line(line))
+        require(len(line) < _LONGEST_LINE, "a line does not end")
+    except FileNotFoundError:
+        return []
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{file} is damaged: {error} (line {len(lines) + 1})") from error
+    return lines
 
 
 def versions() -> dict[str, str]:
@@ -384,49 +459,22 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _read_json(file: Path) -> Any:
+def _read_config(file: Path) -> Config:
     try:
-        return json.loads(file.read_text())
+        data = read_json(file, dict[str, Any])
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{file} is damaged: {error}") from error
-
-
-def _read_config(file: Path) -> Config:
-    data = _read_json(file)
-    schema = data.get("schema_version") if isinstance(data, dict) else None
+    schema = data.get("schema_version")
     if schema not in (2, SCHEMA_VERSION):
         raise CheckpointError(f"{file} has schema version {schema}, this program reads 2 and {SCHEMA_VERSION}")
     try:
-        if schema == 2:
-            data = _from_schema_2(data)
-        options, imported = data["options"], data["imported"]
-        return _part(
-            Config,
-            data
-            | {
-                "sae": _part(Sizes, data["sae"]),
-                "model": _part(Model, data["model"]),
-                "text": _part(Text, data["text"]),
-                "options": options
-                and Options(
-                    _part(ActivationsConfig, options["activations"]),
-                    _part(SAEConfig, options["sae"]),
-                    _part(TrainingConfig, options["training"]),
-                ),
-                "imported": imported and _part(Imported, imported),
-            },
-        )
+        return msgspec.convert(_from_schema_2(data) if schema == 2 else data, Config)
     except KeyError as error:
         raise CheckpointError(f"{file} has no {error}") from error
     except (TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{file} does not describe an SAE: {error}") from error
-
-
-def _part(kind: type[_Part], data: dict[str, Any]) -> _Part:
-    """A dataclass from those of its fields that a JSON object has; what it has besides is left out."""
-    return kind(**{each.name: data[each.name] for each in fields(kind) if each.name in data})  # type: ignore[arg-type]
 
 
 def _from_schema_2(data: dict[str, Any]) -> dict[str, Any]:

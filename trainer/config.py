@@ -184,6 +184,7 @@ class SAEConfig:
     def __post_init__(self) -> None:
         require(self.hook_layer >= 0, f"hook_layer must be 0 or more, got {self.hook_layer}")
         require(self.expansion_factor >= 1, f"expansion_factor must be at least 1, got {self.expansion_factor}")
+        require(self.recipe in RECIPES, f"recipe must be one of {', '.join(RECIPES)}, got {self.recipe!r}")
         recipe = RECIPES[self.recipe]
         if recipe.sparsity == "k":
             require(self.l1_coefficient is None, f"{self.recipe} has no l1_coefficients: its sparsity is k")

@@ -1,23 +1,24 @@
-"""Files that a reader sees whole or not at all, and the folder for what can be made again."""
+"""Files that a reader sees whole or not at all, JSON that is checked against a type, and the folder for what can be
+made again."""
 
 import json
 import os
 import re
-import socket
-import time
+import stat
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from filelock import FileLock, Timeout
+import msgspec
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, uint8
 
 _PARTIAL = re.compile(r"\..+\.(\d+)\.partial")
+_LARGEST_JSON = 2**26  # bytes; parsed it takes several times as much
 
 
 def cache_dir() -> Path:
@@ -46,6 +47,58 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON in one step; NaN and infinity are refused, so every reader can parse it."""
     write_atomically(path, lambda p: p.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n"))
+
+
+def require_file(path: Path) -> os.stat_result:
+    """What the system says of a regular file: a pipe would be waited for, and a device has no end.
+
+    Raises:
+        FileNotFoundError: there is none.
+        OSError: it is something else, or cannot be reached.
+    """
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError("it is no file")
+    return found
+
+
+def read_json(path: Path, kind: Any) -> Any:
+    """A JSON file as `kind`.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it cannot be read, is no JSON, or not of that kind.
+    """
+    return parse_json(read_description(path), kind)
+
+
+def read_description(path: Path) -> bytes:
+    """A file that describes others: small, and read whole.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it cannot be read, or is too large to be one.
+    """
+    try:
+        if require_file(path).st_size > _LARGEST_JSON:
+            raise ValueError(f"it is larger than {_LARGEST_JSON >> 20} MB")
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(error.strerror or str(error)) from error
+
+
+def parse_json(data: bytes, kind: Any) -> Any:
+    """JSON as `kind`: a number is never taken for a string, nor null, NaN or infinity for a number.
+
+    Raises:
+        ValueError: it is no JSON (`msgspec.ValidationError`: JSON, but not of that kind).
+    """
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], what: str = "") -> None:
@@ -87,57 +140,6 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
         found = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), found)
         found = zlib.crc32(tensor.reshape(-1).view(uint8).numpy().data, found)
     return f"{found:08x}"
-
-
-@contextmanager
-def locked(paths: list[Path]) -> Iterator[None]:
-    """Keep other processes from writing these checkpoint directories.
-
-    The operating system holds the lock, so it ends with its process however that ends. Where the file system has no
-    locks the run goes on without.
-
-    Raises:
-        ValueError: another process writes one of them; it is named.
-    """
-    with ExitStack() as held:
-        for path in paths:
-            file = _lock_file(path)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                held.enter_context(FileLock(file, blocking=False, fallback_to_soft=False))
-            except Timeout as error:
-                raise ValueError(f"{path} is being trained {_holder(file)}: wait for it, or stop it first") from error
-            except (NotImplementedError, OSError) as error:
-                print(f"{path} cannot be locked ({error}): do not train it twice at once")
-                continue
-            since = time.strftime("%Y-%m-%d %H:%M:%S")
-            file.write_text(f"by process {os.getpid()} on {socket.gethostname()} since {since}")
-        yield
-
-
-def is_locked(path: Path) -> bool:
-    """Whether a process writes this checkpoint directory now."""
-    file = _lock_file(path)
-    if not file.exists():
-        return False
-    try:
-        with FileLock(file, blocking=False, fallback_to_soft=False):
-            return False
-    except Timeout:
-        return True
-    except (NotImplementedError, OSError):
-        return False
-
-
-def _lock_file(path: Path) -> Path:
-    return path.parent / ".runs" / f"{path.name}.lock"
-
-
-def _holder(file: Path) -> str:
-    try:
-        return file.read_text() or "by another process"
-    except OSError:
-        return "by another process"
 
 
 def sweep(folder: Path) -> None:

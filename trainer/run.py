@@ -15,7 +15,8 @@ from trainer import checkpoint
 from trainer.block_diag import BlockDiagSAE
 from trainer.checkpoint import Checkpoint, CheckpointError, Config, Model, Options, Sizes, Text
 from trainer.config import ActivationsConfig, SAEConfig, TrainingConfig
-from trainer.files import load_tensors, locked, save_tensors, sweep, write_atomically
+from trainer.files import load_tensors, save_tensors, sweep, write_atomically
+from trainer.locks import locked
 from trainer.log import MetricsLog, Mode
 
 # What may differ between a run and its continuation; model and text are compared by what they are (`Run.describe`).
@@ -160,8 +161,8 @@ class Run:
 
 def saved_steps(path: Path) -> set[int]:
     """Steps from which the run of a checkpoint directory can go on."""
-    files = (path / "training_state").glob("step-*.safetensors")
-    return {int(file.stem.removeprefix("step-")) for file in files}
+    steps = [file.stem.removeprefix("step-") for file in (path / "training_state").glob("step-*.safetensors")]
+    return {int(step) for step in steps if step.isdecimal()}
 
 
 def to_flags(options: Options) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -30,7 +31,9 @@ from trainer import checkpoint
 from trainer.checkpoint import Checkpoint, by_origin
 from trainer.config import require
 from trainer.data.text import Corpus
-from trainer.files import write_atomically
+from trainer.errors import one_line
+from trainer.figures import Count
+from trainer.files import parse_json, write_atomically
 from trainer.interrupts import Interrupted, deferred_interrupts
 from trainer.model.lm import Layer, pick_device
 
@@ -71,6 +74,16 @@ class AnalysisConfig:
         )
         n = self.quantile_examples
         require(0 <= n <= 50, f"quantile_examples must lie between 0 and 50, got {n}")
+
+
+@dataclass(frozen=True)
+class _Position:
+    """How far a saved analysis was; fields of `Job`."""
+
+    key: dict[str, Any]
+    stage: Literal[1, 2]
+    done: Count
+    seconds: list[float]
 
 
 class Job:
@@ -123,16 +136,18 @@ class Job:
         try:
             with safe_open(file, framework="pt") as saved:
                 tensors = {name: saved.get_tensor(name) for name in saved.keys()}  # noqa: SIM118
-                position = {name: json.loads(value) for name, value in saved.metadata().items()}
-        except (SafetensorError, OSError, ValueError) as error:
-            raise ValueError(f"{file} is damaged ({error}): run without --resume") from error
-        if position["key"] != self._key:
-            raise ValueError(f"{file} was begun with other options, text or weights: run without --resume")
-        load_state(self.statistics, tensors, "statistics.")
-        if position["stage"] == 2:
-            self.begin_second()
-            load_state(self.strips, tensors, "strips.")
-        self.done, self.seconds = position["done"], position["seconds"]
+                metadata = saved.metadata() or {}
+            values = {name: parse_json(value.encode(), Any) for name, value in metadata.items()}
+            position = msgspec.convert(values, _Position)
+            if position.key != self._key:
+                raise ValueError("it was begun with other options, text or weights")
+            load_state(self.statistics, tensors, "statistics.")
+            if position.stage == 2:
+                self.begin_second()
+                load_state(self.strips, tensors, "strips.")
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
+            raise ValueError(one_line(f"{file} cannot be resumed ({error}): run without --resume")) from error
+        self.done, self.seconds = position.done, position.seconds
 
     def forget(self) -> None:
         """Delete the saved state."""

@@ -1,14 +1,16 @@
 """Reads what `python -m analysis.match` wrote, and aligns two runs of one prompt by it."""
 
+import os
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from analysis import schema
 from analysis.prompt.run import PromptRun
 from analysis.store import Artefacts
-from trainer.checkpoint import Checkpoint
+from trainer.checkpoint import Checkpoint, CheckpointError
 
 
 class Match:
@@ -25,12 +27,15 @@ class Match:
 
     def __init__(self, first: Checkpoint, second: Checkpoint) -> None:
         orders = [(first, second), (second, first)]
-        self.a, self.b = next((order for order in orders if (match_folder(*order) / "meta.json").exists()), orders[0])
-        command = f"python -m analysis.match {first.path} {second.path}"
+        self.a, self.b = next(
+            (order for order in orders if os.path.exists(match_folder(*order) / "meta.json")), orders[0]
+        )
+        self._command = command = f"python -m analysis.match {first.path} {second.path}"
         absent = f"{first.name} and {second.name} have not been matched yet"
-        files = Artefacts(match_folder(self.a, self.b), [self.a, self.b], command, absent, ("kind", "min_firings"))
+        expected = schema.of_match(self.a, self.b)
+        files = Artefacts(match_folder(self.a, self.b), [self.a, self.b], expected, command, absent)
         self.folder, self.meta, self.table = files.folder, files.meta, files.table
-        self.kind: str = self.meta["kind"]
+        self.kind = "one-to-one" if first.is_dense == second.is_dense else "split"
         self._swapped = self.kind == "one-to-one" and self.a is not first
         if self._swapped:
             self.a, self.b = first, second
@@ -45,7 +50,11 @@ class Match:
     def features(self) -> pd.DataFrame:
         """Every feature that fires, of either side: columns of `analysis.match.score.Tables.features`."""
         table = self.table("features")
-        return table.assign(side=table["side"].map({"a": "b", "b": "a"})) if self._swapped else table
+        table = table.assign(side=table["side"].map({"a": "b", "b": "a"})) if self._swapped else table
+        for side, checkpoint in (("a", self.a), ("b", self.b)):
+            if (table.loc[table["side"] == side, "feature"] >= schema.d_sae(checkpoint)).any():
+                raise CheckpointError(f"{self.folder}/features.parquet is damaged (no such feature)", self._command)
+        return table
 
     def of_side(self, side: str) -> pd.DataFrame:
         """The features of `a` or `b` that fire often enough to be judged; the index is the feature id."""

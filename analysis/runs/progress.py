@@ -1,5 +1,6 @@
 """Trainings as their checkpoint directories tell them: how far they are, whether they live, where W&B has them."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import pandas as pd
 
 from trainer.checkpoint import Checkpoint, CheckpointError
 from trainer.config import TrainingConfig
-from trainer.files import is_locked
+from trainer.locks import is_locked
 from trainer.run import saved_steps
 
 _PATIENCE = 5  # a run that logs nothing for so many times its usual interval is stopped or stalled
@@ -33,7 +34,7 @@ def progress(checkpoints: list[Checkpoint], now: float) -> pd.DataFrame:
         total = training and training.total_training_steps
         step = last.get("step", config.steps)
         log = checkpoint.path / "metrics.jsonl"
-        age = now - (log if log.exists() else checkpoint.path / "config.json").stat().st_mtime
+        age = now - os.path.getmtime(log if os.path.exists(log) else checkpoint.path / "config.json")
         rows.append(
             {
                 "name": checkpoint.name,

@@ -73,7 +73,7 @@ def training_seconds(lines: list[dict[str, Any]]) -> float | None:
     seconds, before = 0.0, 0
     for line in lines:
         speed = line.get("tokens_per_second")
-        if not speed:
+        if not speed or line.get("tokens") is None:
             return None
         seconds += (line["tokens"] - before) / speed
         before = line["tokens"]
@@ -104,10 +104,10 @@ def _figures(checkpoint: Checkpoint, repeated: bool) -> tuple[dict[str, Any], st
 
 def _log_of(path: Path) -> tuple[dict[str, Any], float | None]:
     """The last line of metrics.jsonl and `training_seconds`; nothing where it is missing or damaged."""
-    file = path / "metrics.jsonl"
-    if not file.exists():
+    try:
+        now = (path / "metrics.jsonl").stat()
+    except OSError:
         return {}, None
-    now = file.stat()
     return _read_log(path, now.st_mtime_ns, now.st_size)
 
 
@@ -126,7 +126,7 @@ def curves(checkpoints: list[Checkpoint]) -> pd.DataFrame:
     for checkpoint in checkpoints:
         for line in checkpoint.metrics():
             scalars = {key: value for key, value in line.items() if not isinstance(value, list)}
-            rows.append({"name": checkpoint.name, **scalars})
+            rows.append({"name": checkpoint.name} | scalars | {"name": checkpoint.name})
     return pd.DataFrame(rows)
 
 

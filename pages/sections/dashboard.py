@@ -72,7 +72,7 @@ def exchange(labels: Labels, d_sae: int, name: str) -> None:
             column.download_button(kind.upper(), text, f"labels-{name}.{kind}", disabled=table.empty)
         file = st.file_uploader("Import JSON or CSV", type=["json", "csv"], help="replaces labels of the same features")
         if file is not None and st.button("Import"):
-            n = labels.load(file.getvalue().decode("utf-8", errors="replace"), d_sae)
+            n = labels.load(file.getvalue(), d_sae)
             st.success(f"{n} labels imported.")
     except ValueError as error:
         st.error(str(error))

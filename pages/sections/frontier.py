@@ -125,5 +125,9 @@ def training_curves(checkpoints: list[Checkpoint], selected: pd.DataFrame, recip
         return
     comparable = logged.index("FVU") if "FVU" in logged else 0  # recipes have different losses
     figure = right.selectbox("Figure", logged, index=comparable, key="curve", bind="query-params")
-    curves = tables.thinned(curves, figure).merge(selected[["name", "recipe"]], on="name")
+    curves = (
+        tables.thinned(curves, figure)
+        .drop(columns="recipe", errors="ignore")
+        .merge(selected[["name", "recipe"]], on="name")
+    )
     st.altair_chart(charts.training_curves(curves, figure, recipes), width="stretch")

@@ -3,6 +3,7 @@
 Functions that say so end the page with a sentence where they fail. The model holds its own lock around hooks.
 """
 
+import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,7 +28,7 @@ def version(checkpoint: Checkpoint) -> tuple[Any, ...]:
     """What is cached of a checkpoint is read again once its weights, its analysis or its matches are others."""
     path = checkpoint.path
     files = [checkpoint.weights, path / "analysis" / "meta.json", *sorted(path.glob("matches/*/meta.json"))]
-    return str(path), *((str(file), file.stat().st_mtime) for file in files if file.exists())
+    return str(path), *((str(file), os.path.getmtime(file)) for file in files if os.path.exists(file))
 
 
 _PER_CHECKPOINT: dict[str, Any] = {"show_spinner": False, "hash_funcs": {Checkpoint: version}}

@@ -1,5 +1,7 @@
 """Labels: several sessions, import and export, nothing lost."""
 
+import os
+import sqlite3
 import threading
 
 import pytest
@@ -58,7 +60,7 @@ def test_export_and_import(tmp_path, kind):
     labels.put(0, "zero", "", seen=0.0)
     text = labels.table().to_json(orient="records") if kind == "json" else labels.table().to_csv(index=False)
     other = Labels(tmp_path / "b")
-    assert other.load(text, d_sae=4) == 2
+    assert other.load(text.encode(), d_sae=4) == 2
     columns = ["feature", "label", "note"]
     assert other.table()[columns].equals(labels.table()[columns])
 
@@ -72,17 +74,78 @@ def test_export_and_import(tmp_path, kind):
         ("nothing", "a column feature"),
         ("feature,label\nx,y\n", "a column feature"),
         ("", "a column feature"),
+        ('[{"feature": 1.5, "label": "x"}]', "Expected `int`"),
+        ('[{"feature": true, "label": "x"}]', "Expected `int`"),
+        ('[{"feature": 1, "label": ["x"]}]', "Expected `str"),
+        ('[{"a":' * 100_000, "nested too deeply"),
+        ('[{"feature": ' + "9" * 5000 + "}]", "out of range"),
+        ("feature,label\n1,a,b\n", "more cells than the header"),
+        ('feature,label\n1,"a\n', "unexpected end of data"),
+        ("feature,label\n1," + "a" * 100_000 + "\n", "length <= 65536"),
+        ("feature,label\n1,é\n".encode("latin-1"), "utf-8"),
     ],
 )
 def test_what_is_no_label_is_refused_whole(tmp_path, text, message):
     labels = Labels(tmp_path)
     labels.put(1, "kept", "", seen=0.0)
     with pytest.raises(ValueError, match=message):
-        labels.load(text, d_sae=9)
+        labels.load(text if isinstance(text, bytes) else text.encode(), d_sae=9)
     assert labels.table()["label"].tolist() == ["kept"]
 
 
-def test_a_damaged_file_is_a_sentence(tmp_path):
-    (tmp_path / "labels.sqlite").write_bytes(b"not a database, but long enough to look like one" * 50)
-    with pytest.raises(ValueError, match=r"labels.sqlite cannot be used"):
-        Labels(tmp_path).get(0)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_spreadsheet_writes_its_own_encoding(tmp_path, encoding):
+    Labels(tmp_path).load("feature,label,note\r\n1,null,é\r\n".encode(encoding), d_sae=4)
+    assert Labels(tmp_path).table().iloc[0, :3].tolist() == [1, "null", "é"]
+
+
+def _sql(*statements: str):
+    def write(file):
+        with sqlite3.connect(file) as connection:
+            for statement in statements:
+                connection.execute(statement)
+        connection.close()
+
+    return write
+
+
+_TABLE = (
+    "CREATE TABLE labels (feature INTEGER PRIMARY KEY, label TEXT NOT NULL, note TEXT NOT NULL, changed REAL NOT NULL)"
+)
+_ENDLESS = "WITH RECURSIVE n(feature) AS (SELECT 1 UNION ALL SELECT feature + 1 FROM n) SELECT feature FROM n"
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda file: file.write_bytes(b"not a database, but long enough to look like one" * 50),
+        lambda file: file.mkdir(),
+        os.mkfifo,
+        lambda file: file.symlink_to(file),
+        _sql("CREATE TABLE labels (feature INTEGER)"),
+        _sql("CREATE TABLE other (feature INTEGER)"),
+        _sql(f"CREATE VIEW labels AS {_ENDLESS}"),
+        _sql(_TABLE, "CREATE TRIGGER t AFTER INSERT ON labels BEGIN DELETE FROM labels; END"),
+        _sql(_TABLE, "INSERT INTO labels VALUES (0, x'ff00', '', 0.0)"),
+        _sql(_TABLE, "INSERT INTO labels VALUES (0, '', '', 'yesterday')"),
+        _sql(_TABLE, "INSERT INTO labels VALUES (0, '', '', 1e300)"),
+        _sql(_TABLE, "INSERT INTO labels VALUES (0, CAST(x'ff' AS TEXT), '', 0.0)"),
+    ],
+    ids=["no database", "directory", "pipe", "loop", "other columns", "other table", "endless view", "trigger", "blob",
+         "text for a time", "no time", "no UTF-8"],
+)  # fmt: skip
+def test_a_file_that_holds_no_labels_is_a_sentence(tmp_path, write):
+    write(tmp_path / "labels.sqlite")
+    for ask in (lambda labels: labels.get(0), lambda labels: labels.table()):
+        with pytest.raises(ValueError, match=r"labels.sqlite cannot be used") as refused:
+            ask(Labels(tmp_path))
+        assert len(str(refused.value)) < 500 and "\n" not in str(refused.value)
+
+
+def test_another_programs_database_is_left_as_it_is(tmp_path):
+    file = tmp_path / "labels.sqlite"
+    _sql("CREATE TABLE other (feature INTEGER)")(file)
+    before = file.read_bytes()
+    with pytest.raises(ValueError, match="another program's"):
+        Labels(tmp_path).put(1, "mine", "", seen=0.0)
+    assert file.read_bytes() == before

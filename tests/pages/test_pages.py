@@ -1,11 +1,12 @@
 """Every page through AppTest, on folders with zero, one, several, broken, dense and running checkpoints."""
 
 import json
+import os
 import shutil
 
 import pytest
 
-from tests.helpers import OTHERS, PAGES, edit_config, open_page, said
+from tests.helpers import OTHERS, PAGES, edit_config, open_page, said, spoil
 from trainer.checkpoint import Checkpoint
 
 DRAWN = PAGES[:4]  # these have a chart without an analysis
@@ -53,14 +54,28 @@ def test_damaged_metrics_are_a_sentence(folder):
     assert "metrics.jsonl is damaged" in app.error[0].value
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_a_folder_of_bad_checkpoints_takes_no_page_down(folder, page):
+    names = spoil(folder, folder / "topk")
+    (folder / "topk" / "metrics.jsonl").unlink()
+    os.mkfifo(folder / "topk" / "metrics.jsonl")
+    app = open_page(page, checkpoint="block-l1_1")
+    assert not app.exception
+    assert f"{len(names)} unreadable" in app.expander[0].label
+    sentences = [text.value for text in app.expander[0].text]
+    assert (
+        len(sentences) == len(names) == len([name for name in names if any(f"/{name}" in line for line in sentences)])
+    )
+    assert bool(app.get("vega_lite_chart")) == (page in DRAWN)
+
+
 @pytest.mark.parametrize("page", PAGES[1:3])
-def test_weights_that_break_later_are_a_sentence_not_a_traceback(folder, page):
+def test_damaged_weights_are_named_and_another_checkpoint_is_shown(folder, page):
     weights = folder / "block-l1_1" / "sae.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
     app = open_page(page, checkpoint="block-l1_1")
-    assert not app.exception
-    if page == "pages/prompt.py":
-        assert "sae.safetensors is damaged" in app.error[0].value
+    assert not app.exception and not app.error
+    assert "sae.safetensors is damaged" in said(app) and "There is no checkpoint block-l1_1" in said(app)
 
 
 def test_a_single_checkpoint_is_enough(folder):

@@ -19,7 +19,7 @@ from trainer import cli
 from trainer.__main__ import main
 from trainer.checkpoint import Checkpoint, read_metrics
 from trainer.config import ActivationsConfig, SAEConfig, TrainingConfig
-from trainer.files import locked
+from trainer.locks import locked
 from trainer.log import MetricsLog
 
 PAGE = "pages/runs.py"

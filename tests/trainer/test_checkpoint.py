@@ -1,14 +1,16 @@
 """The checkpoint directory round-trips, and a broken one is refused by the name of the broken file."""
 
+import json
 import os
 import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import trainer
-from tests.helpers import ROOT, config_of, edit_config
+from tests.helpers import ROOT, config_of, edit_config, spoil
 from trainer import checkpoint
 from trainer.block_diag import BlockDiagSAE
 from trainer.checkpoint import Checkpoint, CheckpointError
@@ -48,9 +50,10 @@ def test_round_trip(saved):
         (lambda p: edit_config(p, sae={"n_blocks": 2}), "config.json does not describe an SAE"),
         (lambda p: (p / "sae.safetensors").unlink(), "sae.safetensors is missing"),
         (lambda p: os.truncate(p / "sae.safetensors", 100), "sae.safetensors is damaged"),
-        (lambda p: edit_config(p, sae={**SIZES, "n_blocks": 3}), "sae.safetensors holds"),
+        (lambda p: edit_config(p, sae={**SIZES, "features_per_block": 5}), r"sae.safetensors holds W_dec \[2, 6, 4\]"),
+        (lambda p: edit_config(p, sae={**SIZES, "n_blocks": 3}), "config.json does not describe an SAE: 3 blocks"),
     ],
-    ids=["no config", "half config", "schema", "no sizes", "no weights", "half weights", "disagree"],
+    ids=["no config", "half config", "schema", "no sizes", "no weights", "half weights", "disagree", "no such layer"],
 )
 def test_a_broken_checkpoint_is_refused_by_file_and_the_others_stay(saved, breaks, message):
     path, sae = saved
@@ -59,9 +62,55 @@ def test_a_broken_checkpoint_is_refused_by_file_and_the_others_stay(saved, break
     with pytest.raises(CheckpointError, match=message):
         _ = Checkpoint(path).sae
     readable, errors = checkpoint.list_checkpoints(path.parent)
-    assert "other" in [each.name for each in readable]
-    if not (path / "config.json").exists() or "config.json" in message or "missing" in message:
-        assert len(readable) == 1 and str(errors[0].reason).startswith(str(path))
+    assert [each.name for each in readable] == ["other"]
+    assert len(errors) == 1 and str(errors[0].reason).startswith(str(path))
+
+
+def test_a_bad_directory_of_any_kind_is_one_sentence(trained, tmp_path):
+    names = spoil(tmp_path, trained / "topk")
+    shutil.copytree(trained / "topk", tmp_path / "good")
+    readable, errors = checkpoint.list_checkpoints(tmp_path)
+    assert [each.name for each in readable] == ["good"] and len(errors) == len(names)
+    for name in names:
+        (sentence,) = (str(error) for error in errors if f"{tmp_path}/{name}/" in f"{error} ".replace(" ", "/ "))
+        assert sentence.isprintable() and len(sentence) < 500 and sentence.encode()
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.float64])
+def test_weights_of_another_type_are_refused(saved, dtype):
+    path, sae = saved
+    save_file({name: tensor.to(dtype) for name, tensor in sae.state_dict().items()}, path / "sae.safetensors")
+    with pytest.raises(CheckpointError, match="not one of F32, F16, BF16"):
+        _ = Checkpoint(path).sae
+
+
+@pytest.mark.parametrize(
+    "figures",
+    [
+        {"n_tokens": "9"}, {"n_tokens": 0}, {"L0": None}, {"L0_per_head": [1.0]}, {"FVU_per_head": [[1.0]]},
+        {"L0_histogram_per_head": [[0, 0]] * 4}, {"CE_score": 0.5, "CE_score_se": None}, {"induction": None},
+        {"n_tokens": 10**40}, {"dead_fraction": -0.5},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_figures_that_no_page_could_draw_are_refused(trained, tmp_path, figures):
+    path = shutil.copytree(trained / "topk", tmp_path / "topk")
+    whole = json.loads((path / "eval.json").read_text())
+    (path / "eval.json").write_text(json.dumps({**whole, "unknown": 1}))
+    assert Checkpoint(path).eval == {**whole, "unknown": 1}, "what is not known is kept"
+    (path / "eval.json").write_text(json.dumps({**whole, **figures}))
+    with pytest.raises(CheckpointError, match=r"eval.json is damaged"):
+        _ = Checkpoint(path).eval
+
+
+@pytest.mark.parametrize(
+    "line", ['{"step": "1"}', '{"L0": 1}', '{"step": 1, "L0": [1]}', '{"step": 1, "x": "y"}', "[" * 9999]
+)
+def test_a_line_that_holds_no_figures_is_refused_by_its_number(saved, line):
+    path, _ = saved
+    (path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n')
+    with pytest.raises(CheckpointError, match=r"metrics.jsonl is damaged: .* \(line 2\)"):
+        checkpoint.read_metrics(path)
 
 
 def test_listing_names_the_reason(saved):

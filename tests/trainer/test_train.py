@@ -22,7 +22,7 @@ from tests.helpers import PATIENCE, ROOT, save_tiny_gpt2, tiny_run
 from trainer import checkpoint, cli, config
 from trainer.__main__ import main
 from trainer.checkpoint import Checkpoint
-from trainer.files import is_locked, locked
+from trainer.locks import is_locked, locked
 from trainer.model.lm import LanguageModel
 from trainer.optimise.stack import Stack
 from trainer.run import Run
@@ -476,7 +476,6 @@ def test_a_terminated_process_saves_its_state(tmp_path, gpt2_folder, text_file):
 DOOMED = """
 import random, signal, sys
 from trainer.__main__ import main
-from trainer.files import is_locked, locked
 from trainer.optimise.stack import Stack
 original = Stack.update
 def update(self, z):

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from trainer.config import require
+from trainer.files import read_description
 
 Described = TypeVar("Described")
 
@@ -23,10 +24,10 @@ def read_json(file: Path) -> dict[str, Any]:
         ValueError: it is damaged or no object.
     """
     try:
-        found = json.loads(file.read_text("utf-8"), parse_constant=lambda _: None, parse_float=_finite)
+        found = json.loads(read_description(file), parse_constant=lambda _: None, parse_float=_finite)
     except FileNotFoundError:
         raise FileNotFoundError(f"{file} is missing") from None
-    except (ValueError, OSError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is damaged: {error}") from error
     require(isinstance(found, dict), f"{file} is damaged: it holds no object")
     return found

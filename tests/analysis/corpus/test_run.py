@@ -263,6 +263,40 @@ def test_refusals(trained, analysed, tmp_path, capsys):
         Analysis(Checkpoint(path))
 
 
+@pytest.mark.parametrize(
+    ("name", "column", "value", "message"),
+    [
+        ("pairs", "other", 10**6, "column other has 1000000"),
+        ("pairs", "other", -1, "column other has -1"),
+        ("pairs", "cosine", "x", "column cosine is .*string, not float"),
+        ("pairs", "cosine", None, "no column cosine"),
+        ("features", "head", 99, "column head has 99"),
+        ("features", "feature", 0, "not in their order"),
+        ("heads", "head", 0, "not in their order"),
+        ("heads", "mono_deviants", [-1], "column mono_deviants has -1"),
+        ("examples", "context", 10**6, "lies in no context"),
+        ("examples", "position", 10**4, "outside its context"),
+        ("copying", "source", 10**4, "outside its context"),
+        ("tokens", "id", 10**6, "has no token"),
+    ],
+)
+def test_ids_and_columns_that_cannot_be_are_one_sentence(analysed, tmp_path, name, column, value, message):
+    path = shutil.copytree(analysed / "block-l1_1", tmp_path / "a")
+    file = path / "analysis" / f"{name}.parquet"
+    table = pd.read_parquet(file)
+    table[column] = [value] * len(table)
+    (table.drop(columns=column) if value is None else table).to_parquet(file)
+    analysis = Analysis(Checkpoint(path))
+
+    def read_all() -> None:
+        feature = int(analysis.search()["feature"].iloc[0])
+        _ = analysis.features, analysis.heads, analysis.copying, analysis.examples(feature), analysis.table("pairs")
+        _ = [analysis.strings[int(i)] for i in analysis.feature(feature)["top_logit_ids"]]
+
+    with pytest.raises(CheckpointError, match=f"{name}.parquet is damaged .*{message}"):
+        read_all()
+
+
 def test_a_damaged_artefact_is_one_sentence(analysed, tmp_path):
     path = tmp_path / "copy"
     shutil.copytree(analysed / "dense", path)

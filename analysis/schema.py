@@ -1,0 +1,201 @@
+"""What the files of an analysis and of a match must hold to be drawn: columns, their types, and where their ids lie."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from analysis.attribution import SLOTS
+from trainer.checkpoint import Checkpoint
+from trainer.config import require
+from trainer.figures import Count, NotNegative, Positive
+from trainer.files import require_file
+
+_UNPACKED = 500  # times the size of a file: dead features alone pack 150-fold, a bomb a million-fold
+_BOTH = ("", "repeated_")  # on text, and on repeated random tokens
+_MAY_BE_NONE = {"fires_on_ids", "reads_ids", "nearest", "partner", "document"}  # -1
+_Columns = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Redundancy:
+    """Of `AnalysisMeta`."""
+
+    l0: NotNegative
+    heads: list[list[Count]]
+    n_tokens: Count
+
+    def __post_init__(self) -> None:
+        require(all(len(row) == len(self.heads) for row in self.heads), "heads is no square")
+
+
+@dataclass(frozen=True)
+class AnalysisMeta:
+    """meta.json of an analysis: what of it is shown."""
+
+    schema_version: int
+    weights: str
+    n_tokens: Positive
+    head_tokens: Count
+    redundancy: Redundancy
+
+
+@dataclass(frozen=True)
+class MatchMeta:
+    """meta.json of a match: what of it is shown."""
+
+    schema_version: int
+    weights: Annotated[list[str], msgspec.Meta(min_length=2, max_length=2)]
+    kind: Literal["one-to-one", "split"]
+    greedy: bool
+    threshold: float
+    min_firings: Count
+    n_tokens: Positive
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a folder must hold.
+
+    Kinds of columns: int, float, str, bool, and lists of the first two; with a question mark cells may be empty.
+    """
+
+    meta: type
+    tables: dict[str, _Columns]
+    below: dict[str, int]
+    """ids in the columns of these names are smaller"""
+    rows: dict[str, int]
+    """of tables that have a row per feature or head"""
+
+
+def _columns(**of_kind: str) -> _Columns:
+    kinds = {"ints": "list int", "floats": "list float", "maybe_str": "str?", "maybe_floats": "list float?"}
+    return {name: kinds.get(kind, kind) for kind, names in of_kind.items() for name in names.split()}
+
+
+def _each(names: str, prefixes: tuple[str, ...] = _BOTH) -> str:
+    return " ".join(prefix + name for prefix in prefixes for name in names.split())
+
+
+_DFA, _ATTENTION = (" ".join(f"{what}_{slot}" for slot in SLOTS) for what in ("dfa", "attention"))
+_ANALYSIS = {
+    "features": _columns(
+        int=f"feature head firings {_each('dfa_firings')}",
+        float="head_share density mean_activation max_activation constant histogram_end " + _each(f"role_share {_DFA}"),
+        str="description",
+        maybe_str=_each("role"),
+        ints="histogram fires_on_ids fires_on_counts reads_ids reads_counts top_logit_ids bottom_logit_ids "
+        "logit_histogram",
+        floats="top_logits bottom_logits",
+    ),
+    "examples": _columns(
+        int="feature rank context position document head",
+        float="quantile activation dfa_sum",
+        str="kind",
+        ints="active_positions source_positions",
+        floats="activations dfa attention",
+    ),
+    "contexts": _columns(int="context", ints="token_ids"),
+    "heads": _columns(
+        int=f"head features dead {_each('mono_n')}",
+        float="L0 L0_share MSE FVU explained_share KL_score KL_share copying copying_se copying_top10 copying_bottom10 "
+        + _each(
+            f"{_ATTENTION} {_DFA} mono_share mono_low mono_high mono_weighted mono_weighted_low mono_weighted_high"
+        ),
+        maybe_str=_each("role_attention role_dfa role_attention_besides_bos mono_role"),
+        bool=_each("agree"),
+        ints=_each("mono_deviants"),
+    ),
+    "copying": _columns(int="head context query source rank", float="attention"),
+    "pairs": _columns(int="feature other", bool="across", float="jaccard correlation cosine"),
+    "merging": _columns(str="criterion", float="threshold L0", int="clusters largest"),
+    "tokens": _columns(int="id", str="text"),
+}
+_ONE_TO_ONE = {
+    "pairs": _columns(int="a b head", float="cosine jaccard score"),
+    "features": _columns(str="side", int="feature head firings nearest partner", float="nearest_score"),
+}
+_SPLIT = {
+    "pairs": _columns(int="a b head", float="cosine b_given_a a_given_b norm_share score"),
+    "features": _columns(
+        str="side", int="feature head firings parts", float="covered chance", maybe_floats="norm_shares"
+    ),
+}
+
+
+def of_analysis(checkpoint: Checkpoint) -> Expected:
+    """Of `checkpoints/<name>/analysis`."""
+    n_features, n_heads = d_sae(checkpoint), checkpoint.n_heads
+    below = {"head": n_heads, **dict.fromkeys(("feature", "other", *_each("mono_deviants").split()), n_features)}
+    return Expected(AnalysisMeta, _ANALYSIS, below, {"features": n_features, "heads": n_heads})
+
+
+def of_match(a: Checkpoint, b: Checkpoint) -> Expected:
+    """Of `checkpoints/<a>/matches/<b>`."""
+    sizes = d_sae(a), d_sae(b)
+    below = {"head": a.n_heads, "a": sizes[0], "b": sizes[1]}
+    below |= dict.fromkeys(("feature", "nearest", "partner"), max(sizes))
+    return Expected(MatchMeta, _ONE_TO_ONE if a.is_dense == b.is_dense else _SPLIT, below, {})
+
+
+def check_file(file: Path, name: str, expected: Expected) -> None:
+    """Check what a parquet file says of itself, before any of it is unpacked.
+
+    Raises:
+        OSError: it is missing, or no file.
+        ValueError: its columns are others, it has other rows, or it would unpack to far more than it is.
+    """
+    size = require_file(file).st_size
+    metadata = pq.read_metadata(file)
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    values = sum(group.column(i).num_values for group in groups for i in range(group.num_columns))
+    require(values * 8 <= size * _UNPACKED, f"{size:,} bytes that unpack to {values:,} values")
+    rows = expected.rows.get(name, metadata.num_rows)
+    require(metadata.num_rows == rows, f"{metadata.num_rows:,} rows, not {rows:,}")
+    schema = metadata.schema.to_arrow_schema()
+    for column, kind in expected.tables[name].items():
+        require(column in schema.names, f"no column {column}")
+        found = schema.field(column).type
+        # without rows a writer cannot know the type
+        require(not metadata.num_rows or _is(kind.rstrip("?"), found), f"column {column} is {found}, not {kind}")
+
+
+def check_values(table: pa.Table, name: str, expected: Expected) -> pa.Table:
+    """The table, if no cell is empty that may not be and ids lie where they can.
+
+    Raises:
+        ValueError: they do not.
+    """
+    for column, kind in expected.tables[name].items():
+        if column not in table.column_names:
+            continue
+        cells = table[column]
+        require("?" in kind or kind in ("float", "bool") or not cells.null_count, f"column {column} has empty cells")
+        if "list" in kind:
+            cells = pc.list_flatten(cells)
+        if "int" in kind and len(cells):
+            require(not cells.null_count, f"column {column} has empty cells")
+            span, below = pc.min_max(cells).as_py(), expected.below.get(column, 2**53)
+            first = -1 if column in _MAY_BE_NONE else 0
+            require(first <= span["min"] and span["max"] < below, f"column {column} has {span['min']} to {span['max']}")
+    return table
+
+
+def d_sae(checkpoint: Checkpoint) -> int:
+    """How many features it has."""
+    return checkpoint.config.sae.n_blocks * checkpoint.config.sae.features_per_block
+
+
+def _is(kind: str, found: pa.DataType) -> bool:
+    """Whether a column can hold what is expected; one without a single value has the type null."""
+    if kind.startswith("list "):
+        return (pa.types.is_list(found) or pa.types.is_large_list(found)) and _is(kind[5:], found.value_type)
+    if kind == "float":
+        return pa.types.is_floating(found) or pa.types.is_integer(found) or pa.types.is_null(found)
+    of_kind: dict[str, Any] = {"int": pa.types.is_integer, "bool": pa.types.is_boolean}
+    is_text = pa.types.is_string(found) or pa.types.is_large_string(found)
+    return pa.types.is_null(found) or (is_text if kind == "str" else of_kind[kind](found))

@@ -1,0 +1,61 @@
+"""One process at a time writes a checkpoint directory."""
+
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+
+@contextmanager
+def locked(paths: list[Path]) -> Iterator[None]:
+    """Keep other processes from writing these checkpoint directories.
+
+    The operating system holds the lock, so it ends with its process however that ends. Where the file system has no
+    locks the run goes on without.
+
+    Raises:
+        ValueError: another process writes one of them; it is named.
+    """
+    with ExitStack() as held:
+        for path in paths:
+            file = _lock_file(path)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                held.enter_context(FileLock(file, blocking=False, fallback_to_soft=False))
+            except Timeout as error:
+                raise ValueError(f"{path} is being trained {_holder(file)}: wait for it, or stop it first") from error
+            except (NotImplementedError, OSError) as error:
+                print(f"{path} cannot be locked ({error}): do not train it twice at once")
+                continue
+            since = time.strftime("%Y-%m-%d %H:%M:%S")
+            file.write_text(f"by process {os.getpid()} on {socket.gethostname()} since {since}")
+        yield
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process writes this checkpoint directory now."""
+    file = _lock_file(path)
+    if not file.exists():
+        return False
+    try:
+        with FileLock(file, blocking=False, fallback_to_soft=False):
+            return False
+    except Timeout:
+        return True
+    except (NotImplementedError, OSError):
+        return False
+
+
+def _lock_file(path: Path) -> Path:
+    return path.parent / ".runs" / f"{path.name}.lock"
+
+
+def _holder(file: Path) -> str:
+    try:
+        return file.read_text() or "by another process"
+    except OSError:
+        return "by another process"
