@@ -17,7 +17,8 @@ from trainer.checkpoint import Checkpoint, CheckpointError, Config, Model, Optio
 from trainer.config import ActivationsConfig, SAEConfig, TrainingConfig
 from trainer.files import load_tensors, save_tensors, sweep, write_atomically
 from trainer.locks import locked
-from trainer.log import MetricsLog, Mode
+from trainer.log import MetricsLog
+from trainer.tracking import Mode
 
 # What may differ between a run and its continuation; model and text are compared by what they are (`Run.describe`).
 _NOT_COMPARED = {"resume", "name", "label", "out", "device", "wandb", "wandb_project", "keep_training_state", "dataset"}
@@ -94,7 +95,7 @@ class Run:
         self._model, self._text, self._source = model, text, source
 
     def begin(self, step: int, sae: BlockDiagSAE, mode: Mode) -> None:
-        """Open the log at `step`, with W&B as `trainer.log.reachable` says; the app shows the run from now on."""
+        """Open the log at `step`, with W&B as `trainer.tracking.reachable` says; the app shows the run from now on."""
         self.path.mkdir(parents=True, exist_ok=True)
         for folder in (self.path, self._folder):
             sweep(folder)

@@ -20,11 +20,11 @@ from trainer.data.text import EMBEDDED, Corpus
 from trainer.evaluate import default_tokens, evaluate, evaluate_tokens, kept_effects
 from trainer.files import write_json
 from trainer.interrupts import Interrupted, deferred_interrupts
-from trainer.log import reachable
 from trainer.model.lm import LanguageModel, pick_device
 from trainer.optimise.initialise import initial_params, input_scale
 from trainer.optimise.stack import Stack
 from trainer.run import Run, plan
+from trainer.tracking import reachable
 
 _STATISTICS_ROWS = 32_768  # rows from which the input scale and the biases are estimated
 _SHORT_EVAL_TOKENS = 2048

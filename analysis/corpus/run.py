@@ -36,8 +36,8 @@ from trainer.figures import Count
 from trainer.files import parse_json, write_atomically
 from trainer.interrupts import Interrupted, deferred_interrupts
 from trainer.model.lm import Layer, pick_device
+from trainer.tracking import Mode, Tracked, reachable
 
-WandbMode = Literal["online", "offline", "disabled"]
 _SAVE_SECONDS = 120  # between two saves of the state
 _REPEATED_TOKENS = 4096  # random ones, repeated once, on which roles are scored
 _SCALE_TOKENS = 2048  # that run through the whole model, for the scale of the final norm
@@ -155,7 +155,7 @@ class Job:
 
 
 def analyse(
-    paths: list[Path], cfg: AnalysisConfig, resume: bool = False, device: str = "auto", wandb: WandbMode = "disabled"
+    paths: list[Path], cfg: AnalysisConfig, resume: bool = False, device: str = "auto", wandb: Mode = "disabled"
 ) -> None:
     """Write `analysis/` of checkpoints; those of one layer, model and text share every forward.
 
@@ -163,6 +163,7 @@ def analyse(
         ValueError: a checkpoint, its model or the text cannot be used.
         Interrupted: Ctrl-C or SIGTERM; what was done is saved.
     """
+    wandb = reachable(wandb)
     for group in by_origin([Checkpoint(path) for path in paths]):
         lm = group[0].open_model(pick_device(device))
         layer, text = lm.layer(group[0].layer), group[0].config.text
@@ -227,7 +228,7 @@ def _run_pass(what: str, jobs: list[Job], contexts: Int[Tensor, "context pos"], 
 
 
 def _write(
-    jobs: list[Job], corpus: Corpus, contexts: Int[Tensor, "context pos"], cfg: AnalysisConfig, wandb: WandbMode
+    jobs: list[Job], corpus: Corpus, contexts: Int[Tensor, "context pos"], cfg: AnalysisConfig, wandb: Mode
 ) -> None:
     """The artefacts of jobs of one layer that went through both passes."""
     layer, length = jobs[0].layer, contexts.shape[1]
@@ -243,8 +244,7 @@ def _write(
         meta = _meta(job, corpus, cfg, redundancy) | {"inverse_final_scale": inverse_scale}
         store.write(path / "analysis", meta, tables)
         job.forget()
-        if wandb != "disabled":
-            _log(path.name, meta, tables, wandb)
+        _track(path, meta, tables, wandb)
 
 
 def _tables(
@@ -330,11 +330,15 @@ def _meta(job: Job, corpus: Corpus, cfg: AnalysisConfig, redundancy: Redundancy)
     }
 
 
-def _log(name: str, meta: dict[str, Any], tables: dict[str, Any], mode: WandbMode) -> None:
+def _track(path: Path, meta: dict[str, Any], tables: dict[str, Any], mode: Mode) -> None:
     """The tables of heads and of merging as a W&B run."""
-    import wandb
-
-    run = wandb.init(project="attn-saes", name=name, job_type="analysis", config=meta, mode=mode)
     heads = tables["heads"].drop(columns=[c for c in tables["heads"] if c.endswith("deviants")])
-    run.log({"heads": wandb.Table(dataframe=heads), "merging": wandb.Table(dataframe=tables["merging"])})
-    run.finish()
+    tracked = Tracked(path, mode, project="attn-saes", job_type="analysis", config=meta)
+
+    def log(run: Any) -> None:
+        import wandb
+
+        run.log({"heads": wandb.Table(dataframe=heads), "merging": wandb.Table(dataframe=tables["merging"])})
+        run.finish()
+
+    tracked.send(log)
