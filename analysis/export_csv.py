@@ -3,13 +3,15 @@
     checkpoint.csv  the row of the Tradeoffs page        evaluation.csv  a row per head, from eval.json
     features.csv, heads.csv, copying.csv, pairs.csv, merging.csv         from analysis/
 
-Token ids become texts; lists are JSON arrays.
+Token ids become texts; lists are JSON arrays. A text that a spreadsheet would take for a formula has an apostrophe
+before it.
 """
 
 import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,6 +20,8 @@ from analysis.runs import tables
 from analysis.store import Analysis
 from trainer import cli
 from trainer.checkpoint import Checkpoint
+
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")  # also of full width
 
 
 def write_csv(path: Path, out: Path) -> list[Path]:
@@ -45,8 +49,27 @@ def write_csv(path: Path, out: Path) -> list[Path]:
             table[column] = lists.map(json.dumps)
     out.mkdir(parents=True, exist_ok=True)
     for name, table in frames.items():
-        table.to_csv(out / f"{name}.csv", index=False)
+        guarded(table).to_csv(out / f"{name}.csv", index=False)
     return [out / f"{name}.csv" for name in frames]
+
+
+def guarded(table: pd.DataFrame) -> pd.DataFrame:
+    """A table in which a spreadsheet finds no formula: a text that looks like one begins with an apostrophe."""
+    texts = table.select_dtypes(exclude=["number", "bool"])
+    return table.assign(**{str(name): texts[name].map(_guard) for name in texts})
+
+
+def unguarded(text: str) -> str:
+    """The text of a cell as it was before `guarded`."""
+    return text[1:] if text.startswith("'") and _looks_like_formula(text) else text
+
+
+def _guard(cell: Any) -> Any:
+    return f"'{cell}" if isinstance(cell, str) and _looks_like_formula(cell) else cell
+
+
+def _looks_like_formula(text: str) -> bool:
+    return text.lstrip(" '").startswith(_FORMULA)  # an apostrophe too, so that `unguarded` takes away only ours
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, NamedTuple
 import msgspec
 import pandas as pd
 
+from analysis.export_csv import unguarded
 from trainer.config import require
 from trainer.errors import one_line
 from trainer.files import parse_json, require_file
@@ -22,7 +23,7 @@ _TABLE = (
     "CREATE TABLE labels (feature INTEGER PRIMARY KEY, label TEXT NOT NULL, note TEXT NOT NULL, changed REAL NOT NULL)"
 )
 _LENGTH = msgspec.Meta(max_length=2**16)
-_WAIT = 10  # seconds for which a write of another session is waited for
+_WAIT = 3  # seconds for which a write of another session is waited for
 
 
 class Label(NamedTuple):
@@ -140,6 +141,10 @@ class Labels:
                     yield connection
             finally:
                 connection.close()
+        except sqlite3.OperationalError as error:
+            busy = error.args and "locked" in error.args[0]
+            why = f"is in use by another program for over {_WAIT} s: try again" if busy else f"cannot be used: {error}"
+            raise ValueError(one_line(f"{self._file} {why}")) from error
         except (sqlite3.Error, OSError, msgspec.ValidationError) as error:
             raise ValueError(one_line(f"{self._file} cannot be used: {error}")) from error
 
@@ -150,4 +155,4 @@ def _records(text: str) -> list[dict[str, str | None]]:
     records = list(reader)
     require("feature" in (reader.fieldnames or ()), f"its columns are {', '.join(reader.fieldnames or ())}")
     require(all(None not in record for record in records), "a row has more cells than the header")
-    return records
+    return [{name: cell and unguarded(cell) for name, cell in record.items()} for record in records]

@@ -11,6 +11,7 @@ merging.parquet    L0 after merging
 tokens.parquet     the text of every token id that the other files mention
 """
 
+import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -155,7 +156,8 @@ class Analysis:
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        command, absent = f"python -m analysis {checkpoint.path}", f"{checkpoint.path} has no analysis yet"
+        command = f"python -m analysis {shlex.quote(str(checkpoint.path))}"
+        absent = f"{checkpoint.path} has no analysis yet"
         expected = schema.of_analysis(checkpoint)
         self._command, self._columns = command, expected.tables["features"]
         self._files = Artefacts(checkpoint.path / "analysis", [checkpoint], expected, command, absent)

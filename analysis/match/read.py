@@ -1,6 +1,7 @@
 """Reads what `python -m analysis.match` wrote, and aligns two runs of one prompt by it."""
 
 import os
+import shlex
 from functools import cached_property
 from pathlib import Path
 
@@ -30,7 +31,7 @@ class Match:
         self.a, self.b = next(
             (order for order in orders if os.path.exists(match_folder(*order) / "meta.json")), orders[0]
         )
-        self._command = command = f"python -m analysis.match {first.path} {second.path}"
+        self._command = command = f"python -m analysis.match {shlex.join([str(first.path), str(second.path)])}"
         absent = f"{first.name} and {second.name} have not been matched yet"
         expected = schema.of_match(self.a, self.b)
         files = Artefacts(match_folder(self.a, self.b), [self.a, self.b], expected, command, absent)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from trainer.locks import is_locked
 
+AT_ONCE = 2  # trainings of one server: more would slow each other down, and whoever looks
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
@@ -50,7 +51,7 @@ class Processes:
             root: the folder that holds `trainer/`.
 
         Raises:
-            ValueError: one of the checkpoints is being trained, or the log cannot be written.
+            ValueError: one of the checkpoints is being trained, `AT_ONCE` trainings run, or the log cannot be written.
         """
         with self._lock:
             for other in self._started.values():
@@ -60,6 +61,10 @@ class Processes:
             for name in names:  # by a command that was typed, or that this server started before it was restarted
                 if is_locked(folder / name):
                     raise ValueError(f"{name} is being trained already")
+            running = [other.names[0] for other in self._started.values() if other.state == "running"]
+            if len(running) >= AT_ONCE:
+                which = ", ".join(running)
+                raise ValueError(f"{AT_ONCE} trainings at once are the limit ({which}): cancel one or wait for its end")
             log = folder / ".runs" / f"{names[0]}.log"
             command = [sys.executable, "-m", "trainer", *arguments]
             try:

@@ -1,5 +1,6 @@
 """Two to four checkpoints side by side: their figures, L0 after merging, and one prompt in each."""
 
+import shlex
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -12,7 +13,7 @@ from pages.charts import prompt as prompt_charts
 from pages.charts.common import CRITERIA, PALETTE
 from pages.shared import live
 from pages.shared.columns import draw_table
-from pages.shared.page import typed
+from pages.shared.page import plain, typed
 from pages.shared.pick import ALL, choose, pick_checkpoint, pick_head, pick_text, select
 from trainer.checkpoint import Checkpoint, CheckpointError
 
@@ -123,7 +124,7 @@ def _draw_figures(evaluated: list[tuple[Shown, dict[str, Any]]], n_shown: int) -
     for one, evaluation in evaluated:
         frame[one.ordinal] = pd.to_numeric(pd.Series([evaluation[key] for key in _FIGURES], dtype=object))
         title, name = _header(one, n_shown), one.checkpoint.name
-        settings[one.ordinal] = st.column_config.NumberColumn(title, format="%.4f", help=name)
+        settings[one.ordinal] = st.column_config.NumberColumn(title, format="%.4f", help=plain(name))
     for one, _ in evaluated:
         if "first" in frame and one.ordinal != "first":
             column = f"{one.ordinal} - first"
@@ -155,7 +156,7 @@ def merging(shown: list[Shown]) -> None:
     if missing:
         st.text("\n".join(reasons))
         st.caption("L0 after merging comes from an analysis, which this command writes:")
-        st.code(f"python -m analysis {' '.join(missing)} --tokens=20000", language="bash")
+        st.code(f"python -m analysis {shlex.join(missing)} --tokens=20000", language="bash")
 
 
 def one_prompt(shown: list[Shown], runs: list[PromptRun], head: int | None, position: int | None) -> None:
@@ -188,7 +189,7 @@ def one_prompt(shown: list[Shown], runs: list[PromptRun], head: int | None, posi
             settings[f"attention share{suffix}"] = percent
         columns.append(role[["by DFA", "DFA share"]].add_suffix(f" {one.ordinal}"))
         title = f"by DFA, {_header(one, len(shown))}"
-        settings[f"by DFA {one.ordinal}"] = st.column_config.TextColumn(title, help=one.checkpoint.name)
+        settings[f"by DFA {one.ordinal}"] = st.column_config.TextColumn(title, help=plain(one.checkpoint.name))
         settings[f"DFA share {one.ordinal}"] = percent
     draw_table(pd.concat(columns, axis=1).reset_index(), settings)
 

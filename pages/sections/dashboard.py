@@ -1,16 +1,19 @@
 """The dashboard of one feature."""
 
+import shlex
+
 import numpy as np
 import pandas as pd
 import streamlit as st
 
+from analysis.export_csv import guarded
 from analysis.labels import Labels
 from analysis.store import Analysis
 from analysis.tokens import visible
 from pages.charts import features as charts
 from pages.shared import live, strips
 from pages.shared.columns import draw_table
-from pages.shared.page import typed
+from pages.shared.page import plain, typed
 from pages.shared.pick import choose, pick_row, put
 from trainer.checkpoint import Checkpoint
 
@@ -67,7 +70,7 @@ def exchange(labels: Labels, d_sae: int, name: str) -> None:
     """Labels of a checkpoint as JSON or CSV, out and in."""
     try:
         table = labels.table()
-        texts = {"json": table.to_json(orient="records", indent=1), "csv": table.to_csv(index=False)}
+        texts = {"json": table.to_json(orient="records", indent=1), "csv": guarded(table).to_csv(index=False)}
         for column, (kind, text) in zip(st.columns(2), texts.items(), strict=True):
             column.download_button(kind.upper(), text, f"labels-{name}.{kind}", disabled=table.empty)
         file = st.file_uploader("Import JSON or CSV", type=["json", "csv"], help="replaces labels of the same features")
@@ -75,7 +78,7 @@ def exchange(labels: Labels, d_sae: int, name: str) -> None:
             n = labels.load(file.getvalue(), d_sae)
             st.success(f"{n} labels imported.")
     except ValueError as error:
-        st.error(str(error))
+        st.error(plain(typed(str(error))))
 
 
 def sae_vis_page(checkpoint: Checkpoint, features: list[int]) -> None:
@@ -85,7 +88,7 @@ def sae_vis_page(checkpoint: Checkpoint, features: list[int]) -> None:
         f"The first {len(chosen)} of this page's features on 4,000 held-out tokens, offline-capable; about 2 s a "
         "feature, and the model is loaded. All heads at once:"
     )
-    st.code(f"python -m analysis.sae_vis {typed(checkpoint.path)} OUT.html", language="bash")
+    st.code(f"python -m analysis.sae_vis {shlex.quote(typed(checkpoint.path))} OUT.html", language="bash")
     if chosen and st.button("Make it"):
         page = live.sae_vis_page(checkpoint, tuple(chosen))
         st.download_button("Download the HTML", page, f"{checkpoint.name}-sae-vis.html", "text/html", on_click="ignore")
@@ -143,7 +146,7 @@ def _label_form(labels: Labels, feature: int) -> None:
     try:
         now = labels.get(feature)
     except ValueError as error:
-        st.error(str(error))
+        st.error(plain(typed(str(error))))
         return
     # Keys carry the feature: a text that was typed for one never lands on another.
     with st.container(border=True):
@@ -152,7 +155,7 @@ def _label_form(labels: Labels, feature: int) -> None:
         st.session_state.setdefault(f"seen_{feature}", now.changed)
         st.button("Save", key=f"save_{feature}", on_click=_save, args=(labels, feature))
         if refused := st.session_state.pop("label_refused", None):
-            st.error(f"{refused}. Reload the page to see it.")
+            st.error(plain(typed(f"{refused}.")))
 
 
 def _save(labels: Labels, feature: int) -> None:

@@ -9,6 +9,7 @@ from analysis.attribution import SLOTS
 from analysis.labels import Labels
 from analysis.store import Analysis
 from pages.shared.columns import draw_table
+from pages.shared.page import plain, typed
 from pages.shared.pick import ALL, pick_head, pick_row, put
 from trainer.checkpoint import Checkpoint
 
@@ -91,5 +92,5 @@ def _written(labels: Labels) -> pd.DataFrame:
     try:
         return labels.table().set_index("feature")
     except ValueError as error:
-        st.error(str(error))
+        st.error(plain(typed(str(error))))
         return pd.DataFrame(columns=["label", "note"])

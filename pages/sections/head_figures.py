@@ -15,7 +15,7 @@ _PANELS = {
     "FVU": "FVU of the head",
     "KL_score": "KL score, only this head replaced",
     "CE_score": "CE score, only this head replaced",
-    "dead_fraction": "Dead features (share)",
+    "dead_fraction": "Silent features (share)",
 }
 
 
@@ -47,7 +47,12 @@ def _totals(figures: dict[str, Any]) -> None:
                 help="± one standard error, paired per token against clean; not measurable where zero ablation is "
                 "within 3 standard errors of no effect",
             )
-        st.metric("Dead features", f"{figures['dead_fraction']:.1%}", border=True, help="never fire on these tokens")
+        st.metric(
+            f"Silent on {figures['n_tokens']:,} tokens",
+            f"{figures['dead_fraction']:.1%}",
+            border=True,
+            help="of features",
+        )
     losses = " · ".join(
         f"{key} {figures[f'CE_{key}']:.4f} ± {figures[f'CE_{key}_se']:.4f}" for key in ("clean", "sae", "zero", "mean")
     )

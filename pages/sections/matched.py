@@ -1,6 +1,5 @@
 """Two checkpoints feature by feature: pairs, features found only in one, and what dense features split into."""
 
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ from pages.charts.common import PALETTE
 from pages.sections.compared import ORDINALS, Shown
 from pages.shared import live
 from pages.shared.columns import draw_table
-from pages.shared.page import feature_link, hint
+from pages.shared.page import feature_link, hint, plain
 from pages.shared.pick import choose, pick_row, select
 from trainer.checkpoint import CheckpointError
 
@@ -189,5 +188,4 @@ def _links(features: list[tuple[Shown, int]]) -> None:
     """To the dashboards of features."""
     with st.container(horizontal=True):
         for side, feature in features:
-            plain = re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", side.short)  # labels are Markdown
-            feature_link(side.checkpoint, feature, f"Feature {feature} of {plain}")
+            feature_link(side.checkpoint, feature, f"Feature {feature} of {plain(side.short)}")

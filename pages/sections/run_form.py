@@ -8,7 +8,7 @@ import streamlit as st
 
 from analysis.runs import commands, progress
 from analysis.runs.background import Processes, tail
-from pages.shared.page import ROOT, folder, typed
+from pages.shared.page import ROOT, folder, plain, typed
 from trainer.config import Preset, TrainingConfig
 from trainer.recipes import RECIPES
 
@@ -16,8 +16,8 @@ _DEFAULT = "default"
 
 
 def training_allowed() -> bool:
-    """Whether whoever started the server lets its users train on it."""
-    return "--allow-training" in sys.argv[1:]
+    """Whether whoever started the server lets its users train on it, and other sites' pages cannot press the button."""
+    return "--allow-training" in sys.argv[1:] and bool(st.get_option("server.enableCORS"))
 
 
 def start(arguments: list[str], names: list[str]) -> None:
@@ -35,12 +35,12 @@ def show() -> None:
     try:
         arguments, names = commands.compose(_choices(), folder().resolve(), out)
     except ValueError as error:
-        st.error(str(error))
+        st.error(plain(typed(str(error))))
         return
     st.code(commands.shell(arguments), language="bash", wrap_lines=True)
     st.text(f"Makes {', '.join(names)} in {out}/")
     if training_allowed():
-        st.button("Train in the background", key="train", type="primary", on_click=start, args=(arguments, names))
+        st.button("Train in the background", key="train", type="primary", on_click=_start_shown)
     else:
         st.caption(
             "Copy the command to run it. A server started with `streamlit run app.py -- --allow-training` can also run "
@@ -64,21 +64,22 @@ def _processes() -> Processes:
 def _choices() -> dict[str, Any]:
     """The fields of the form, by the name of their option; None is the default."""
     helps = commands.explanations()
-    choices: dict[str, Any] = {}
+    drawn: list[str] = []
 
     def pick(column: Any, key: str, *options: str) -> None:
-        chosen = column.selectbox(key, [_DEFAULT, *options], key=key, bind="query-params", help=helps[key])
-        choices[key] = None if chosen == _DEFAULT else chosen
+        column.selectbox(key, [_DEFAULT, *options], key=key, bind="query-params", help=helps[key])
+        drawn.append(key)
 
     def write(column: Any, key: str, example: str = _DEFAULT) -> None:
-        text = column.text_input(key, key=key, bind="query-params", help=helps[key], placeholder=example)
-        choices[key] = text.strip() or None
+        column.text_input(key, key=key, bind="query-params", help=helps[key], placeholder=example)
+        drawn.append(key)
 
     def count(column: Any, key: str, default: int | None = None, **limits: Any) -> None:
         default = getattr(TrainingConfig, key, default)
-        choices[key] = column.number_input(
+        column.number_input(
             key, value=default, key=key, bind="query-params", help=helps[key], placeholder=_DEFAULT, **limits
         )
+        drawn.append(key)
 
     a, b, c, d = st.columns(4)
     write(a, "model", "smollm2-135m")
@@ -105,16 +106,36 @@ def _choices() -> dict[str, Any]:
     count(b, "seed", step=1)
     write(c, "device", "auto")
     pick(d, "wandb", "online", "offline", "disabled")
+    st.session_state["form"] = drawn
+    return _read(drawn)
+
+
+def _read(keys: list[str]) -> dict[str, Any]:
+    """What the fields hold now."""
+    choices: dict[str, Any] = {}
+    for key in keys:
+        value = st.session_state[key]
+        value = value.strip() if isinstance(value, str) else value
+        choices[key] = None if value in ("", _DEFAULT) else value
     for key, kind in (("k", int), ("l1_coefficients", float)):
         choices[key] = commands.numbers(choices[key] or "", kind, key)
     return choices
+
+
+def _start_shown() -> None:
+    """Train what the fields hold at the click: one may have changed since the button was drawn."""
+    where = folder().resolve()
+    try:
+        start(*commands.compose(_read(st.session_state["form"]), where, typed(where)))
+    except ValueError as error:
+        st.session_state["refused"] = str(error)
 
 
 @st.fragment(run_every="3s")
 def _draw_started() -> None:
     """The background trainings, with the end of their output."""
     if refused := st.session_state.pop("refused", None):
-        st.error(refused)
+        st.error(plain(typed(refused)))
     processes = _processes().all()
     if not processes:
         st.caption("Nothing was started from here yet. A training that is started goes on when this page is closed.")

@@ -1,5 +1,6 @@
 """All runs of the checkpoint folder, and the commands, W&B and log of one of them."""
 
+import shlex
 import time
 
 import pandas as pd
@@ -8,7 +9,7 @@ import streamlit as st
 from analysis.runs import commands, progress, tables
 from pages.sections import run_form
 from pages.shared.columns import draw_table
-from pages.shared.page import ARROW, typed
+from pages.shared.page import ARROW, plain, typed
 from pages.shared.pick import pick_checkpoint, pick_row, readable
 from trainer.checkpoint import Checkpoint, CheckpointError
 
@@ -74,7 +75,7 @@ def _draw_wandb(run: Checkpoint) -> None:
         st.link_button("Open the run on Weights & Biases", url)
     if folders:
         st.markdown("**Weights & Biases**: logged offline. To send it:")
-        names = " ".join(typed(folder.resolve()) for folder in folders)
+        names = shlex.join(typed(folder.resolve()) for folder in folders)
         st.code(f"wandb sync {names}", language="bash", wrap_lines=True)
 
 
@@ -83,7 +84,7 @@ def _draw_log(run: Checkpoint) -> None:
     try:
         lines = tables.curves([run]).tail(8)
     except CheckpointError as error:
-        st.error(str(error))
+        st.error(plain(typed(str(error))))
         return
     if lines.empty:
         st.caption("Nothing is logged yet.")

@@ -19,7 +19,7 @@ COLUMNS: dict[str, Any] = {
        for score in ("CE_score", "CE_score_se", "KL_score", "KL_score_se")},
     "MSE": _number(format="%.4g"),
     "MSE_per_dim": _number("MSE per dim", format="%.3g"),
-    "dead_fraction": _percent("dead"),
+    "dead_fraction": _percent("silent", help="features that fire on none of the tokens evaluated on"),
     "n_tokens": _count("evaluated on"),
     "parameters": _count(),
     "tokens_seen": _count("training tokens"),

@@ -16,7 +16,7 @@ from analysis.prompt import ablate
 from analysis.prompt import run as prompts
 from analysis.store import Analysis
 from analysis.tokens import visible
-from pages.shared.page import hint, sentences
+from pages.shared.page import hint, plain, sentences
 from trainer import embedded
 from trainer.block_diag import BlockDiagSAE
 from trainer.checkpoint import Checkpoint, CheckpointError
@@ -78,7 +78,7 @@ def analysis_or_hint(checkpoint: Checkpoint) -> Analysis | None:
 def figures_or_hint(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """eval.json of a checkpoint, or None with a sentence."""
     if checkpoint.eval is None:
-        st.info(f"{checkpoint.name} is still training: its held-out figures come with eval.json at the end.")
+        st.info(f"{plain(checkpoint.name)} is still training: its held-out figures come with eval.json at the end.")
     return checkpoint.eval
 
 
@@ -113,7 +113,7 @@ def run_prompt(checkpoint: Checkpoint, prompt: str) -> prompts.PromptRun:
             st.empty()
     run = _run(checkpoint, prompt)
     if _language_model(model.name, model.dtype)[1] != model.fingerprint:
-        st.warning(f"{model.name} has other weights here than when {checkpoint.name} was trained.")
+        st.warning(f"{plain(model.name)} has other weights here than when {plain(checkpoint.name)} was trained.")
     return run
 
 

@@ -4,6 +4,7 @@ Everything a widget chooses is in the URL (`bind="query-params"`), so an address
 """
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,6 +66,17 @@ def typed(text: str | Path) -> str:
     return str(text).replace(f"{ROOT}{os.sep}", "")
 
 
+def plain(text: str | Path) -> str:
+    """A text from an address, a file, a folder's name or an error, for Markdown: a span of code, shown as it is.
+
+    Escapes would not do: Streamlit replaces emoji, icons and bare addresses after Markdown has taken them away.
+    """
+    line = " ".join(str(text).split()) or " "
+    fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
+    edge = " " if "`" in (line[0], line[-1]) else ""
+    return f"{fence}{edge}{line}{edge}{fence}"
+
+
 @contextmanager
 def sentences(kinds: tuple[type[Exception], ...] = (CheckpointError,)) -> Iterator[None]:
     """What cannot be shown ends the page with its sentence, not with a traceback.
@@ -75,7 +87,7 @@ def sentences(kinds: tuple[type[Exception], ...] = (CheckpointError,)) -> Iterat
     try:
         yield
     except kinds as error:
-        st.error(typed(str(error)))
+        st.error(plain(typed(str(error))))
         st.stop()
 
 

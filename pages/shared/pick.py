@@ -8,7 +8,7 @@ from typing import Any
 import streamlit as st
 from streamlit.errors import StreamlitAPIException
 
-from pages.shared.page import folder, typed
+from pages.shared.page import folder, plain, typed
 from trainer.checkpoint import Checkpoint, list_checkpoints
 
 ALL = "all"
@@ -46,7 +46,9 @@ def readable() -> list[Checkpoint]:
     """Checkpoints that can be shown; the others are listed with their reason, and the app goes on."""
     checkpoints, errors = list_checkpoints(folder())
     if errors:
-        with st.expander(f"{len(errors)} unreadable checkpoint(s) in {folder().name}/", icon=":material/warning:"):
+        with st.expander(
+            f"{len(errors)} unreadable checkpoint(s) in {plain(folder().name)}", icon=":material/warning:"
+        ):
             for error in errors:
                 st.text(typed(str(error)))
     if not checkpoints:
@@ -67,7 +69,7 @@ def pick_checkpoint(checkpoints: list[Checkpoint], label: str, key: str, index: 
     default = names[(names.index(_default(checkpoints).name) + index) % len(names)]
     wanted = st.query_params.get(key)
     if wanted is not None and wanted not in by_name:
-        st.warning(f"There is no checkpoint {wanted} in {folder().name}/: {default} is shown.")
+        st.warning(f"There is no checkpoint {plain(wanted)} in {plain(folder().name)}: {plain(default)} is shown.")
     name = st.session_state.get(key, wanted)
     if name not in by_name:
         name = st.session_state[key] = default

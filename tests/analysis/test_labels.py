@@ -3,9 +3,12 @@
 import os
 import sqlite3
 import threading
+from contextlib import closing
 
+import pandas as pd
 import pytest
 
+from analysis.export_csv import guarded, unguarded
 from analysis.labels import Label, Labels
 from tests.helpers import PATIENCE
 
@@ -149,3 +152,28 @@ def test_another_programs_database_is_left_as_it_is(tmp_path):
     with pytest.raises(ValueError, match="another program's"):
         Labels(tmp_path).put(1, "mine", "", seen=0.0)
     assert file.read_bytes() == before
+
+
+def test_a_file_that_another_program_locks_is_a_sentence_and_nothing_is_lost(tmp_path, monkeypatch):
+    monkeypatch.setattr("analysis.labels._WAIT", 0.05)
+    labels = Labels(tmp_path)
+    labels.put(1, "kept", "", 0.0)
+    with closing(sqlite3.connect(labels._file)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(ValueError, match="in use by another program"):
+            labels.put(2, "new", "", 0.0)
+        with pytest.raises(ValueError, match="in use by another program"):
+            labels.get(1)
+    assert labels.get(1).label == "kept"
+
+
+def test_an_export_that_a_spreadsheet_opens_holds_no_formula_and_comes_back(tmp_path):
+    texts = ["=1+1", "+1", "-1", "@x", "\tx", " =1", "'=1", "''-1", "'quoted'", "plain", "1"]
+    table = pd.DataFrame({"feature": range(len(texts)), "label": texts, "number": -1.5})
+    safe = guarded(table)
+    assert not safe["label"].str.strip().str.startswith(("=", "+", "-", "@")).any()
+    assert safe["number"].tolist() == table["number"].tolist() and safe["label"].tolist()[-3:] == texts[-3:]
+    assert [unguarded(text) for text in safe["label"]] == texts
+    labels = Labels(tmp_path)
+    labels.load(safe[["feature", "label"]].to_csv(index=False).encode(), len(texts))
+    assert labels.table()["label"].tolist() == texts

@@ -130,9 +130,9 @@ def test_the_url_restores_head_token_and_pair(folder):
     assert set(frame(restored, "activation_a")["head"]) == {1}
     links = [link.proto for link in restored.get("page_link")]
     features = [row["a"], row["b"]]
-    # Names without the words they share; labels are Markdown, so that marks are escaped.
+    # Names without the words they share, as code: labels are Markdown.
     assert [link.label for link in links] == [
-        rf"Feature {feature} of {name}" for feature, name in zip(features, (r"l1\_1", r"l1\_4"), strict=True)
+        f"Feature {feature} of `{name}`" for feature, name in zip(features, ("l1_1", "l1_4"), strict=True)
     ]
     assert [link.query_string for link in links] == [
         f"checkpoint={name}&feature={feature}" for name, feature in zip(NAMES, features, strict=False)
@@ -240,7 +240,7 @@ def test_names_are_only_text(copy):
     app = compare(*names, show="Features")
     assert not [m for m in app.markdown if m.allow_html]
     labels = [link.proto.label for link in app.get("page_link")]
-    assert labels[0].endswith(r"of \<b\>one\<b\>") and labels[1].endswith(r"of \*\*two\*\* \[x\]\(y\)")
+    assert labels[0].endswith("of `<b>one<b>`") and labels[1].endswith("of `**two** [x](y)`")
 
 
 def test_pages_hold_no_tensor_code():

@@ -90,7 +90,7 @@ def test_a_feature_of_a_larger_checkpoint_gives_way(folder):
 
 def test_a_checkpoint_that_is_not_there_is_named(folder):
     app = open_page("pages/features.py", checkpoint="nope", feature="1")
-    assert "There is no checkpoint nope" in app.warning[0].value and not app.exception
+    assert "There is no checkpoint `nope`" in app.warning[0].value and not app.exception
 
 
 def test_from_a_feature_that_is_filtered_away_next_is_the_first(folder):

@@ -75,7 +75,7 @@ def test_damaged_weights_are_named_and_another_checkpoint_is_shown(folder, page)
     weights.write_bytes(weights.read_bytes()[:100])
     app = open_page(page, checkpoint="block-l1_1")
     assert not app.exception and not app.error
-    assert "sae.safetensors is damaged" in said(app) and "There is no checkpoint block-l1_1" in said(app)
+    assert "sae.safetensors is damaged" in said(app) and "There is no checkpoint `block-l1_1`" in said(app)
 
 
 def test_a_single_checkpoint_is_enough(folder):

@@ -13,7 +13,7 @@ import pytest
 from streamlit.testing.v1 import AppTest
 
 from analysis.runs import commands, progress
-from analysis.runs.background import Processes, tail
+from analysis.runs.background import AT_ONCE, Processes, tail
 from tests.helpers import OTHERS, PATIENCE, ROOT, edit_config, open_page, said
 from trainer import cli
 from trainer.__main__ import main
@@ -318,3 +318,20 @@ def test_the_tail_of_a_log_is_what_one_would_see(tmp_path):
     assert tail(log) == "Loading\n100%|\nerror\n\ufffd"
     log.write_text("".join(f"{i}\n" for i in range(9999)))
     assert tail(log, 2) == "9997\n9998"
+
+
+def test_only_so_many_trainings_run_at_once(tmp_path):
+    (tmp_path / "trainer").mkdir()
+    (tmp_path / "trainer" / "__main__.py").write_text(f"import time; time.sleep({PATIENCE})")
+    processes = Processes()
+    try:
+        for n in range(AT_ONCE):
+            processes.start([], [f"run{n}"], tmp_path, tmp_path)
+        with pytest.raises(ValueError, match="trainings at once are the limit"):
+            processes.start([], ["more"], tmp_path, tmp_path)
+        assert len(processes.all()) == AT_ONCE
+    finally:
+        for process in processes.all():
+            process.popen.kill()
+            process.popen.wait()
+    processes.start([], ["more"], tmp_path, tmp_path).popen.kill()

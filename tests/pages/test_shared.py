@@ -1,6 +1,7 @@
 """What all pages share: a tick that chooses, columns by field name, errors as sentences, what a cache notices."""
 
 import os
+import re
 
 import pandas as pd
 import pytest
@@ -73,10 +74,37 @@ def test_a_choice_that_is_not_there_gives_way(folder):
     for head, shown in (("2", "2"), ("77", "all")):  # as of another model
         app = open_page("pages/prompt.py", head=head)
         assert not app.exception and app.selectbox(key="head").value == shown
-    assert "There is no checkpoint 77" in said(open_page("pages/heads.py", checkpoint="77"))
+    assert "There is no checkpoint `77`" in said(open_page("pages/heads.py", checkpoint="77"))
 
 
 def test_short_names_are_told_apart():
     assert short_names(["m-L1-topk-k8", "m-L1-topk-k16", "m-L1-april-l1_2"]) == ["topk-k8", "topk-k16", "april-l1_2"]
     assert short_names(["m-L1", "m-L1-topk"]) == ["L1", "L1-topk"], "none is left without a name"
     assert short_names(["alone-k8"]) == ["alone-k8"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "![x](http://a.b/c)",
+        "$x$ :red[y] :material/home: :smile:",
+        "`",
+        "``a`",
+        "a\n\n# b",
+        "<img src=x>",
+        "",
+        "http://a.b",
+    ],
+)
+def test_foreign_text_is_one_span_of_code_in_markdown(text):
+    span = page.plain(text)
+    fence = re.match("`+", span)[0]
+    inside = span.removeprefix(fence).removesuffix(fence)
+    assert inside.split() == text.split() and "\n" not in span
+    assert len(fence) not in map(len, re.findall("`+", inside)), "ends early"
+    assert "`" not in (inside[0], inside[-1]), "a longer fence"
+
+
+def test_an_address_cannot_bring_an_image():
+    app = open_page("pages/features.py", checkpoint="![x](http://a.b/c)")
+    assert "`![x](http://a.b/c)`" in app.warning[0].value and not app.exception
