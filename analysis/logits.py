@@ -41,7 +41,7 @@ def head_of_features(sae: BlockDiagSAE, n_heads: int) -> tuple[Int[Tensor, " fea
 
 @torch.no_grad()
 def written(sae: BlockDiagSAE, W_O: Float[Tensor, "head d_head d_model"]) -> Float[Tensor, "feature d_model"]:
-    """W_dec through W_O of its head: what one unit of each feature adds to the residual stream."""
+    """W_dec through `Layer.W_O` of its head: what one unit adds to the residual stream, times the output's scale."""
     blocks = W_O.float().reshape(sae.n_blocks, sae.width, -1)
     return (sae.W_dec @ blocks).flatten(0, 1)
 
@@ -52,8 +52,8 @@ def logit_effects(
 ) -> LogitEffects:
     """Direct effects of directions of the residual stream on the logits.
 
-    The final norm is linearised: it divides by the scale that it has on text (`inverse_scale` is the mean of one
-    over it), and its weight is part of the unembedding. b_U, which no feature changes, is left out.
+    The norms are linearised: they divide by the scales that they have on text (`inverse_scale`), and their weights are
+    part of the directions and of the unembedding. b_U, which no feature changes, and a soft cap are left out.
     """
     parts = []
     for tile in directions.split(_TILE):
@@ -68,7 +68,8 @@ def logit_effects(
     return LogitEffects(*(torch.cat(tiles).cpu() for tiles in zip(*parts, strict=True)))
 
 
-def inverse_final_scale(layer: "Layer", contexts: Int[Tensor, "context pos"]) -> float:
-    """Mean over tokens but BOS of one over what the final norm divides by."""
-    final = layer.forward(contexts).final
-    return (1 / layer.lm.final_scale(final)[:, 1:].double()).mean().item()
+def inverse_scale(layer: "Layer", contexts: Int[Tensor, "context pos"]) -> float:
+    """Mean over tokens but BOS of one over what norms divide by on the direct path from a head to the logits."""
+    forward = layer.forward(contexts)
+    scale = layer.lm.final_scale(forward.final).double() * layer.output_scale(forward.resid_pre).double()
+    return (1 / scale[:, 1:]).mean().item()

@@ -30,6 +30,7 @@ from sae_vis.data_config_classes import SaeVisConfig, SaeVisLayoutConfig, SeqMul
 from sae_vis.data_storing_fns import SaeVisData, SeqMultiGroupData
 from sae_vis.utils_fns import RollingCorrCoef
 from torch import Tensor
+from torch.nn.functional import pad
 from tqdm import tqdm
 
 from analysis.attribution import Reader
@@ -65,7 +66,7 @@ _STYLE = """<style>
 class Harvest(NamedTuple):
     """What one pass of the language model leaves for the first features of every block; position 0 is BOS.
 
-    `resid` is the residual stream before the final norm; `reads` is (v[s] - b_V) . w of the given
+    `resid` is the residual stream before the final norm, `scale` the layer's `output_scale`; `reads` is (v[s] - b_V) . w of the given
     features of a block, as each head is read; `correlations` are with all features of the SAE.
     """
 
@@ -73,6 +74,7 @@ class Harvest(NamedTuple):
     features: Int[Tensor, " feature"]
     f: Float[Tensor, "context pos feature"]
     resid: Float[Tensor, "context pos d_model"]
+    scale: Float[Tensor, "context pos 1"]
     pattern: Float[Tensor, "context head query source"]
     heads: Int[Tensor, "feature read"]  # those that a feature reads: its own, or all of them
     reads: Float[Tensor, "context feature read source"]
@@ -105,20 +107,21 @@ def harvest(
     correlations = RollingCorrCoef(indices=features.tolist(), with_self=True)
     parts = []
     for batch in tqdm(tokens.split(max(1, _BATCH_TOKENS // tokens.shape[1])), "Language model", disable=None):
-        attention, _, final = layer.forward(batch)
-        z, v, pattern, resid = (part.float() for part in (*attention, final))
+        attention, resid_pre, final = layer.forward(batch)
+        z, v, pattern, resid, scale = (part.float() for part in (*attention, final, layer.output_scale(resid_pre)))
         f = sae.encode(z).flatten(-2).cpu()
         correlations.update(f[:, 1:, features], f[:, 1:])  # BOS is not part of what the SAE is for
         parts.append(
             (
                 f[..., features],
                 resid.cpu(),
+                scale.cpu(),
                 pattern.cpu(),
                 torch.einsum("csfrd,frd->cfrs", (v - reader.b_V)[:, :, heads], w).cpu(),
             )
         )
-    f, resid, pattern, reads = map(torch.cat, zip(*parts, strict=True))
-    return Harvest(tokens.cpu(), features, f, resid, pattern, heads, reads, correlations)
+    f, resid, scale, pattern, reads = map(torch.cat, zip(*parts, strict=True))
+    return Harvest(tokens.cpu(), features, f, resid, scale, pattern, heads, reads, correlations)
 
 
 @torch.no_grad()
@@ -154,13 +157,15 @@ def vis_data(layer: Layer, sae: BlockDiagSAE, harvested: Harvest) -> SaeVisData:
     W_dec = torch.zeros(len(features), sae.n_blocks, sae.width)
     W_dec[torch.arange(len(features)), block] = sae.W_dec.cpu()[block, index]
     W_dec = W_dec.flatten(1)
-    to_resid = W_dec.to(lm.device) @ layer.W_O.flatten(0, 1).float()
+    # One column more in what sae-vis takes for the residual stream: by it the loss effects divide (`_own_unembedding`).
+    to_resid = pad(W_dec.to(lm.device) @ layer.W_O.flatten(0, 1).float(), (0, 1))
+    resid = torch.cat([harvested.resid * harvested.scale, harvested.scale], -1)
     hook_name, last = layer.hook_name, f"blocks.{lm.n_layers - 1}.hook_resid_post"
     texts = lm.token_strings(list(range(lm.d_vocab)))
     strings = dict(enumerate(text if text.isprintable() else visible(text) for text in texts))
     with _own_unembedding(lm), tqdm(desc="Features", total=len(features), disable=None) as bar:
         data, _ = data_fetching_fns.parse_feature_data(
-            model=SimpleNamespace(cfg=lm.model.cfg, W_U=lm.model.W_U.float()),
+            model=SimpleNamespace(cfg=lm.model.cfg, W_U=pad(lm.model.W_U.float(), (0, 0, 0, 1))),
             cfg=SaeVisConfig(feature_centric_layout=layout),
             sae=SimpleNamespace(cfg=SimpleNamespace(hook_name=hook_name, hook_layer=layer.index)),
             sae_B=None,
@@ -169,7 +174,7 @@ def vis_data(layer: Layer, sae: BlockDiagSAE, harvested: Harvest) -> SaeVisData:
             feature_resid_dir=to_resid,
             feature_resid_dir_input=to_resid,  # for probes, which there are none of
             feature_out_dir=W_dec,
-            cache={f"{hook_name}.hook_sae_acts_post": f[:, 1:], last: harvested.resid[:, 1:]},
+            cache={f"{hook_name}.hook_sae_acts_post": f[:, 1:], last: resid[:, 1:]},
             corrcoef_sae=correlations,
             vocab_dict=dict.fromkeys(("embed", "unembed", "probes"), strings),
             progress=[None, bar],
@@ -208,8 +213,10 @@ def _fill_sources(groups: SeqMultiGroupData, cfg: SeqMultiGroupConfig, harvested
 def _own_unembedding(lm: LanguageModel) -> Iterator[None]:
     """Let sae-vis compute where the model is, turn residual streams into logits as it does, and draw repeatably."""
 
-    def to_logits(resid: Float[Tensor, "example pos d_model"], model: Any) -> Float[Tensor, "example pos d_vocab"]:
-        return lm.logits(resid.to(lm.model.W_U.dtype)).float()
+    def to_logits(
+        scaled: Float[Tensor, "example pos d_model+1"], model: Any
+    ) -> Float[Tensor, "example pos d_vocab"]:
+        return lm.logits((scaled[..., :-1] / scaled[..., -1:]).to(lm.model.W_U.dtype)).float()
 
     patches = {"resid_final_pre_layernorm_to_logits": to_logits, "device": lm.device}
     originals = {name: getattr(data_fetching_fns, name) for name in patches}

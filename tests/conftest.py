@@ -10,7 +10,7 @@ from jaxtyping import install_import_hook
 # Every shape annotation of these packages is checked while the tests run: before anything of them is imported.
 install_import_hook(["trainer", "analysis"], "tests.check")
 
-from tests.helpers import OTHERS, save_tiny_gpt2, save_tiny_llama, tiny_run, write_text
+from tests.helpers import OTHERS, save_tiny_gemma2, save_tiny_gpt2, save_tiny_llama, tiny_run, write_text
 
 
 def pytest_addoption(parser) -> None:
@@ -48,6 +48,20 @@ def llama(llama_folder):
     from trainer.model.lm import LanguageModel
 
     return LanguageModel.load(str(llama_folder))
+
+
+@pytest.fixture(scope="session")
+def gemma2_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("postnormed")
+    save_tiny_gemma2(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def gemma2(gemma2_folder):
+    from trainer.model.lm import LanguageModel
+
+    return LanguageModel.load(str(gemma2_folder))
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,15 @@ import torch
 from hypothesis import HealthCheck, settings
 from streamlit.testing.v1 import AppTest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 ROOT = Path(__file__).parents[1]
 PAGES = [f"pages/{name}.py" for name in ("tradeoffs", "heads", "prompt", "compare", "features", "runs")]
@@ -83,6 +91,35 @@ def save_tiny_llama(folder: Path) -> None:
         eos_token_id=0,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
+    save_tokenizer(folder)
+
+
+def save_tiny_gemma2(folder: Path) -> None:
+    """A randomly initialised Gemma 2: norms after the attention, and soft caps that are felt."""
+    torch.manual_seed(4)
+    config = Gemma2Config(
+        vocab_size=257,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=64,
+        sliding_window=16,
+        query_pre_attn_scalar=8,
+        final_logit_softcapping=3.0,
+        attn_logit_softcapping=5.0,
+        initializer_range=0.3,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=None,
+    )
+    model = Gemma2ForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if "layernorm" in name:  # Hugging Face starts with a weight of 1, which would hide it
+            parameter.data.normal_(std=0.3)
+    model.save_pretrained(folder)
     save_tokenizer(folder)
 
 

@@ -36,7 +36,7 @@ def copying(layer: Layer, chunks: list[Chunk]) -> list[Copying]:
     """Whether each head's OV circuit raises or lowers the logit of what it reads, on text.
 
     A pair is a query and the source but BOS to which it attends most; queries are spread evenly over the chunks. The
-    direct path alone: v through W_O, the final norm (whose scale changes no rank) and W_U.
+    direct path alone: v through W_O, the norms (whose scale changes no rank) and W_U.
     """
     lm, W_O, b_V = layer.lm, layer.W_O.float(), layer.b_V.float()
     ids, tokens, v, pattern = (

@@ -26,7 +26,7 @@ from analysis.corpus.heads import Copying, copying, head_table
 from analysis.corpus.pairs import Redundancy, compare_features
 from analysis.corpus.passes import Strips, choose_examples, chunks, feed, sources_on_repeats
 from analysis.corpus.running_statistics import FeatureStatistics, Sources, load_state, state
-from analysis.logits import head_of_features, inverse_final_scale, logit_effects, written
+from analysis.logits import head_of_features, inverse_scale, logit_effects, written
 from trainer import checkpoint
 from trainer.checkpoint import Checkpoint, by_origin
 from trainer.config import require
@@ -40,7 +40,7 @@ from trainer.tracking import Mode, Tracked, reachable
 
 _SAVE_SECONDS = 120  # between two saves of the state
 _REPEATED_TOKENS = 4096  # random ones, repeated once, on which roles are scored
-_SCALE_TOKENS = 2048  # that run through the whole model, for the scale of the final norm
+_SCALE_TOKENS = 2048  # that run through the whole model, for the scales of its norms
 
 
 @dataclass(frozen=True)
@@ -235,13 +235,13 @@ def _write(
     n_repeated = max(1, _REPEATED_TOKENS // (length - 1))
     repeats = sources_on_repeats(layer, [job.reader for job in jobs], n_repeated, length, cfg.seed)
     copied = copying(layer, next(chunks(layer, contexts, torch.arange(min(32, len(contexts))))))
-    inverse_scale = inverse_final_scale(layer, contexts[: max(1, _SCALE_TOKENS // length)])
+    scale = inverse_scale(layer, contexts[: max(1, _SCALE_TOKENS // length)])
     documents = corpus.documents(contexts)
     for job, sources in zip(jobs, repeats, strict=True):
         path = job.checkpoint.path
         print(f"Writing {path}/analysis", flush=True)
-        tables, redundancy = _tables(job, sources, copied, contexts, documents, inverse_scale)
-        meta = _meta(job, corpus, cfg, redundancy) | {"inverse_final_scale": inverse_scale}
+        tables, redundancy = _tables(job, sources, copied, contexts, documents, scale)
+        meta = _meta(job, corpus, cfg, redundancy) | {"inverse_scale": scale}
         store.write(path / "analysis", meta, tables)
         job.forget()
         _track(path, meta, tables, wandb)
@@ -253,14 +253,14 @@ def _tables(
     copied: list[Copying],
     contexts: Int[Tensor, "context pos"],
     documents: Int[Tensor, "context pos"],
-    inverse_scale: float,
+    scale: float,
 ) -> tuple[dict[str, pd.DataFrame | pa.Table], Redundancy]:
     """Everything that is written, and the redundancy of which the tables hold parts."""
     layer, lm, sae = job.layer, job.layer.lm, job.reader.sae
     head, head_share = (column.numpy() for column in head_of_features(sae, layer.n_heads))
     directions = written(sae, layer.W_O)
     redundancy = compare_features(job.statistics.cofiring, directions, head, lm.n_heads)
-    effects = logit_effects(lm, directions, inverse_scale)
+    effects = logit_effects(lm, directions, scale)
     constants, head_share = job.reader.constants().cpu(), head_share.astype(np.float32)
     features = feature_table(job.statistics, repeats, effects, constants, head, head_share)
     pairs = pd.concat([of_head.examples for of_head in copied], ignore_index=True)

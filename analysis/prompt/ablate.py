@@ -1,7 +1,7 @@
 """Take a feature or a head away on a prompt, and see the next-token distribution change.
 
 Two answers, kept apart. Direct: what the change of z at the predicting position does through W_O, the final norm and
-the unembedding, with everything else frozen, the norm's scale too. Full: the rest of the model run again, which adds
+the unembedding, with everything else frozen, the scales of norms too. Full: the rest of the model run again, which adds
 what later layers make of the change, at this position and at earlier ones.
 """
 
@@ -84,7 +84,8 @@ def ablate(
     before = torch.stack([final[position], without[position]])[:, None]
     clean, full = layer.lm.logits(before)[:, 0].float()
     written = torch.einsum("hd,hdm->m", delta[position], layer.W_O.float())
-    direct = clean + layer.lm.unembed(written).float() / layer.lm.final_scale(before)[0, 0].float()
+    scale = layer.lm.final_scale(before)[0, 0].float() * layer.output_scale(resid_pre[None])[0, position].float()
+    direct = layer.lm.logits_plus(clean, layer.lm.unembed(written).float() / scale)
     return Ablation(clean.cpu(), direct.cpu(), full.cpu())
 
 

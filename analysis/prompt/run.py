@@ -170,12 +170,14 @@ def _from_source(run: PromptRun, source: int) -> Float[Tensor, "pos block featur
 def direct_effects(layer: "Layer", sae: BlockDiagSAE, run: PromptRun, token: int) -> Float[Tensor, "pos block feature"]:
     """What each firing adds to the logit of a next token at its own position, by the direct path.
 
-    f (W_dec W_O) . direction of the token / scale of the final norm; everything else frozen.
+    f (W_dec W_O) . direction of the token / scale of the norms on the way; everything else frozen. Of the logit before
+    the soft cap, in a model that has one.
     """
     W_O = layer.W_O.float().reshape(sae.n_blocks, sae.width, -1)
     per_unit = (sae.W_dec @ (W_O @ layer.lm.logit_direction(token).float())[..., None])[..., 0]
-    scale = layer.lm.final_scale(run.final[None].to(layer.device))[0]
-    return run.f * (per_unit / scale[..., None].float()).cpu()
+    resid_pre, final = (part[None].to(layer.device) for part in (run.resid_pre, run.final))
+    scale = layer.lm.final_scale(final)[0].float() * layer.output_scale(resid_pre)[0].float()
+    return run.f * (per_unit / scale[..., None]).cpu()
 
 
 def source_attribution(run: PromptRun, block: int, index: int, position: int) -> pd.DataFrame:

@@ -23,6 +23,7 @@ CASES = {  # model, blocks ("heads" or dense), options of the SAE
     "relu": ("gpt2", "heads", {}),
     "jumprelu, grouped queries": ("llama", "heads", {"activation": "jumprelu"}),
     "topk, dense": ("gpt2", "dense", {"activation": "topk", "k": 5}),
+    "norm after the attention": ("gemma2", "heads", {}),
 }
 
 
@@ -153,7 +154,9 @@ def test_loss_effects_go_through_the_models_own_head(shown):
     def log_probs(x: torch.Tensor) -> torch.Tensor:
         if model.cfg.normalization_type == "LNPre":
             x = x - x.mean(-1, keepdim=True)
-        return (x / (x.pow(2).mean(-1, keepdim=True) + model.cfg.eps).sqrt() @ model.W_U + model.b_U).log_softmax(-1)
+        logits = x / (x.pow(2).mean(-1, keepdim=True) + model.cfg.eps).sqrt() @ model.W_U + model.b_U
+        cap = model.cfg.output_logits_soft_cap
+        return (cap * (logits / cap).tanh() if cap > 0 else logits).log_softmax(-1)
 
     for feature, example in examples(shown.page):
         context, first = position(example["seqData"][0])
@@ -161,6 +164,9 @@ def test_loss_effects_go_through_the_models_own_head(shown):
         activation = f[context, at - 1, feature] * (at > 1)  # BOS has none
         z = activation[:, None, None] * z_direction(shown, feature)
         written = torch.einsum("phd,hdm->pm", z, model.blocks[LAYER].attn.W_O)
+        if hasattr(model.blocks[LAYER], "ln1_post"):
+            written = written * model.blocks[LAYER].ln1_post.w
+            written = written / shown.cache[f"blocks.{LAYER}.ln1_post.hook_scale"][context, at - 1]
         before, token = resid[context, at - 1], shown.tokens[context, at, None]
         with_it = log_probs(before).gather(1, token)[:, 0]
         without = log_probs(before - written).gather(1, token)[:, 0]

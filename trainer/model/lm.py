@@ -198,6 +198,16 @@ class LanguageModel:
         """The final norm and the unembedding of a final residual stream."""
         return self.run_from(final, self.n_layers)
 
+    def logits_plus(
+        self, logits: Float[Tensor, "... d_vocab"], change: Float[Tensor, "... d_vocab"]
+    ) -> Float[Tensor, "... d_vocab"]:
+        """Logits after an addition to what the soft cap is taken of, in a model that has one (Gemma 2)."""
+        cap = self.model.cfg.output_logits_soft_cap
+        if cap <= 0:
+            return logits + change
+        tanh = (change / cap).tanh()  # by the addition theorem: the inverse is lost where the cap is reached
+        return (logits + cap * tanh) / (1 + logits * tanh / cap)
+
     def run_from(
         self, resid_pre: Float[Tensor, "batch pos d_model"], layer: int, edits: Sequence[tuple[str, Callable]] = ()
     ) -> Float[Tensor, "batch pos d_vocab"]:
@@ -260,16 +270,17 @@ class Layer:
 
     @property
     def W_O(self) -> Float[Tensor, "head d_head d_model"]:
-        """What each head writes to the residual stream per unit of z.
+        """What each head writes to the residual stream per unit of z, times the position's `output_scale`."""
+        block = self.lm.model.blocks[self.index]
+        W_O, norm = block.attn.W_O.detach(), getattr(block, "ln1_post", None)
+        return W_O.float() * norm.w.detach().float() if hasattr(norm, "w") else W_O
 
-        Raises:
-            ValueError: the model normalises the attention output again, so that it is no linear map.
-        """
-        if getattr(self.lm.model.cfg, "use_normalization_before_and_after", False):
-            raise ValueError(
-                f"{self.lm.name} normalises attention outputs again: direct effects of heads are not defined"
-            )
-        return self.lm.model.blocks[self.index].attn.W_O.detach()
+    def output_scale(self, resid_pre: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos 1"]:
+        """What a norm divides the output of all heads by before it is added (Gemma 2 and 3); 1 without one."""
+        if not hasattr(getattr(self.lm.model.blocks[self.index], "ln1_post", None), "w"):
+            return torch.ones_like(resid_pre[..., :1])
+        name = f"blocks.{self.index}.ln1_post.hook_scale"
+        return self.lm.capture(resid_pre, [name], self.index)[name]
 
     def z(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos head d_head"]:
         """Head outputs; nothing after the hook is computed."""

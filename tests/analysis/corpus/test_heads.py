@@ -1,5 +1,7 @@
 """Heads with a known job come out with that job, and a planted deviant feature is named."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from analysis.attribution import Reader
 from analysis.corpus.heads import copying, feature_roles, head_table, monosemanticity, wilson
 from analysis.corpus.passes import chunks, feed, sources_on_repeats
 from analysis.corpus.running_statistics import FeatureStatistics, Sources
-from analysis.logits import head_of_features, logit_effects, written
+from analysis.logits import head_of_features, inverse_scale, logit_effects, written
 from tests.analysis.test_attribution import previous_token_and_induction_model
 from trainer.block_diag import BlockDiagSAE
 from trainer.evaluate import repeated_tokens
@@ -128,16 +130,18 @@ def test_rare_features_are_not_judged():
     assert table.loc[0, "mono_deviants"].tolist() == [3]
 
 
-@pytest.mark.parametrize("model", ["gpt2", "llama"])
+@pytest.mark.parametrize("model", ["gpt2", "llama", "gemma2"])
 @pytest.mark.parametrize("dense", [False, True])
 def test_logit_effects_against_autograd(model, dense, request):
-    """Through the model's own final norm, its scale frozen, and its own unembedding."""
+    """Through the model's own norms, their scales frozen, and its own unembedding."""
     lm = request.getfixturevalue(model)
     torch.manual_seed(0)
     sae = BlockDiagSAE(1, lm.n_heads * lm.d_head, 9) if dense else BlockDiagSAE(lm.n_heads, lm.d_head, 5)
     sae.requires_grad_(False)
     resid = torch.randn(1, 1, lm.model.cfg.d_model)
-    attn = lm.model.blocks[1].attn
+    block = lm.model.blocks[1]
+    post = getattr(block, "ln1_post", torch.nn.Identity())
+    of_others = torch.randn(1, 1, lm.model.cfg.d_model)  # what the norm after the attention is also taken of
     scale = []
 
     def freeze(value, hook):
@@ -147,13 +151,14 @@ def test_logit_effects_against_autograd(model, dense, request):
     def logits(activation: torch.Tensor) -> torch.Tensor:
         z = sae.decode(activation) - sae.b_dec
         z = z.reshape(lm.n_heads, lm.d_head)
-        added = torch.einsum("hd,hdm->m", z, attn.W_O)
-        with lm.model.hooks(fwd_hooks=[("ln_final.hook_scale", freeze)]):
-            return lm.model.unembed(lm.model.ln_final(resid + added))[0, 0]
+        added = torch.einsum("hd,hdm->m", z, block.attn.W_O)
+        names = ["ln_final.hook_scale", *(["blocks.1.ln1_post.hook_scale"] if model == "gemma2" else [])]
+        with lm.model.hooks(fwd_hooks=[(name, freeze) for name in names]):
+            return lm.model.unembed(lm.model.ln_final(resid + post(of_others + added)))[0, 0]
 
     jacobian = torch.autograd.functional.jacobian(logits, torch.zeros(sae.n_blocks, sae.features_per_block))
     expected = jacobian.flatten(1).T  # [feature, d_vocab]
-    effects = logit_effects(lm, written(sae, attn.W_O), 1 / scale[0].item())
+    effects = logit_effects(lm, written(sae, lm.layer(1).W_O), 1 / math.prod(each.item() for each in scale))
     values = expected.sort(dim=1, descending=True).values
     assert torch.allclose(effects.top, values[:, :10], atol=1e-5)
     assert torch.allclose(effects.bottom, values.flip(1)[:, :10], atol=1e-5)
@@ -163,6 +168,18 @@ def test_logit_effects_against_autograd(model, dense, request):
         counts, _ = np.histogram(row.numpy(), bins=40)
         assert abs(histogram.numpy() - counts).sum() <= 4, "but for rounding at the edges"
         assert histogram.sum() == lm.d_vocab
+
+
+@pytest.mark.parametrize("model", ["llama", "gemma2"])
+def test_scales_on_text(model, request):
+    lm = request.getfixturevalue(model)
+    contexts = torch.randint(1, 257, (3, 20), generator=torch.Generator().manual_seed(0))
+    contexts[:, 0] = 0
+    _, cache = lm.model.run_with_cache(contexts)
+    product = cache["ln_final.hook_scale"]
+    if model == "gemma2":
+        product = product * cache["blocks.1.ln1_post.hook_scale"]
+    assert inverse_scale(lm.layer(1), contexts) == pytest.approx((1 / product[:, 1:]).mean().item(), rel=1e-5)
 
 
 def test_dense_features_belong_to_the_head_they_write_most_to():

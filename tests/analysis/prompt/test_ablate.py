@@ -12,7 +12,7 @@ from trainer.block_diag import BlockDiagSAE
 LAYER, PROMPT = 1, "the head reads the head"
 
 
-@pytest.fixture(params=["gpt2", "llama"])
+@pytest.fixture(params=["gpt2", "llama", "gemma2"])
 def lm(request):
     return request.getfixturevalue(request.param)
 
@@ -53,6 +53,18 @@ def ablated_z(lm, sae, z, kind, which):
     return z
 
 
+def with_frozen_norms(lm, cache, change, position):
+    """Logits at a position with something added to the output of all heads, by the scales that norms had without."""
+    last = cache[f"blocks.{lm.n_layers - 1}.hook_resid_post"][0, position]
+    block, cap = lm.model.blocks[LAYER], lm.model.cfg.output_logits_soft_cap
+    if hasattr(block, "ln1_post"):
+        change = change / cache[f"blocks.{LAYER}.ln1_post.hook_scale"][0, position] * block.ln1_post.w
+    frozen = cache["ln_final.hook_scale"][0, position]
+    centre = (lambda x: x - x.mean()) if "LN" in lm.model.cfg.normalization_type else (lambda x: x)
+    logits = centre(last + change) / frozen @ lm.model.W_U + lm.model.b_U
+    return cap * (logits / cap).tanh() if cap > 0 else logits
+
+
 @pytest.mark.parametrize("kind", ["feature", "features of head", "head by reconstruction", "layer by reconstruction"])
 def test_direct_and_full(lm, sae, kind):
     tokens = lm.to_tokens(PROMPT)
@@ -70,11 +82,8 @@ def test_direct_and_full(lm, sae, kind):
     assert torch.allclose(found.full, full, atol=1e-4)
     assert (full - clean).abs().max() > 1e-2, "nothing to see"
 
-    last = cache[f"blocks.{lm.n_layers - 1}.hook_resid_post"][0, -1]
     change = sum((wanted - z)[-1, h] @ lm.model.W_O[LAYER, h] for h in range(lm.n_heads))
-    frozen = cache["ln_final.hook_scale"][0, -1]
-    centre = (lambda x: x - x.mean()) if "LN" in lm.model.cfg.normalization_type else (lambda x: x)
-    direct = centre(last + change) / frozen @ lm.model.W_U + lm.model.b_U
+    direct = with_frozen_norms(lm, cache, change, -1)
     assert torch.allclose(found.direct, direct, atol=1e-4)
     assert (direct - full).abs().max() > 1e-3, "the two are not the same thing"
 
@@ -140,14 +149,16 @@ def test_what_is_not_there(lm, sae):
 
 def test_direct_effects_of_firings_are_what_their_ablation_takes_away(lm, sae):
     run = run_prompt(lm.layer(LAYER), sae, PROMPT)
-    token = 40
+    token, cap = 40, lm.model.cfg.output_logits_soft_cap
+    before_cap = (lambda logit: cap * (logit / cap).atanh()) if cap > 0 else (lambda logit: logit)
     effect = direct_effects(lm.layer(LAYER), sae, run, token)
     last = len(run.tokens) - 1
     table = active_features(run, span=(last, last), effect=effect)
     assert table["effect"].abs().is_monotonic_decreasing and len(table) == int((run.f[last] > 0).sum())
     for row in table.head(4).itertuples():
         found = ablate(lm.layer(LAYER), sae, run, "feature", row.feature)
-        assert row.effect == pytest.approx(float(found.clean[token] - found.direct[token]), abs=1e-4)
+        taken = before_cap(found.clean[token]) - before_cap(found.direct[token])
+        assert row.effect == pytest.approx(float(taken), abs=1e-4)
 
 
 def test_ranking_by_one_source(lm, sae):
