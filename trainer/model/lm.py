@@ -81,6 +81,7 @@ class LanguageModel:
         Raises:
             ValueError: the name is none of the three, or the files cannot be loaded.
         """
+        name = loading.located(name)
         model = loading.load(name, device, dtype)
         # Folded into the output bias they could not be told any more.
         b_V = [block.attn.b_V.detach().clone() for block in model.blocks]
