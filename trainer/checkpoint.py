@@ -440,17 +440,17 @@ def _report(what: str, place: str | None) -> None:
     print(f"warning: {what}", file=sys.stderr)
 
 
-def by_origin(checkpoints: list[Checkpoint], model: str | None = None) -> list[list[Checkpoint]]:
+def by_origin(checkpoints: list[Checkpoint], place: str | None = None) -> list[list[Checkpoint]]:
     """Checkpoints of one layer, model and text together: they can share every forward.
 
     Args:
-        model: where the model of all of them lies.
+        place: where the model of all of them lies.
 
     Raises:
         ValueError: that is named, but they are of several models.
     """
     several = len({each.config.model.fingerprint for each in checkpoints}) > 1
-    require(model is None or not several, "--model names one model, but these checkpoints are of several")
+    require(place is None or not several, "--model names one model, but these checkpoints are of several")
     groups: dict[tuple[Any, ...], list[Checkpoint]] = {}
     for checkpoint in checkpoints:
         model, text = checkpoint.config.model, checkpoint.config.text

@@ -108,9 +108,8 @@ class Run:
             text=self._text, source=self._source,
         )  # fmt: skip
         checkpoint.save_config(self.path, self._config)
-        decided = {"name": self.path.name, "model": self._model.name, "dataset": self._text.name}
-        decided |= {"context_size": self._text.context_size}
-        options = to_flags(self.options) | decided | {"resume": False}
+        read = {"model": self._model.name, "dataset": self._text.name, "context_size": self._text.context_size}
+        options = to_flags(self.options) | {"name": self.path.name, "resume": False} | read
         write_atomically(self.path / "run.yaml", lambda p: p.write_text(yaml.safe_dump(options, sort_keys=False)))
         self.log = MetricsLog(self.path, step, mode, self.training.wandb_project, self._config)
         if self.log.url:
