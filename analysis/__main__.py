@@ -23,6 +23,7 @@ def build_parser() -> jsonargparse.ArgumentParser:
     parser.add_argument("--resume", action="store_true", help="Go on with an interrupted analysis.")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto.")
     parser.add_argument("--wandb", choices=["online", "offline", "disabled"], default="disabled")
+    cli.add_places(parser)
     return parser
 
 
@@ -33,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     def run() -> None:
         cfg = AnalysisConfig(**{option.name: options[option.name] for option in fields(AnalysisConfig)})
         paths = [Path(path) for path in options.checkpoints]
-        analyse(paths, cfg, options.resume, options.device, options.wandb)
+        analyse(paths, cfg, options.resume, options.device, options.wandb, options.model, options.text)
 
     return cli.status(run, "Stopped.")
 

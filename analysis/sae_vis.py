@@ -67,7 +67,8 @@ class Harvest(NamedTuple):
     """What one pass of the language model leaves for the first features of every block; position 0 is BOS.
 
     `resid` is the residual stream before the final norm, `scale` the layer's `output_scale`; `reads` is
-    (v[s] - b_V) . w of the given features of a block, as each head is read; `correlations` are with all features.
+    (v[s] - b_V) . w of the given features of a block, as each head is read; `correlations` are with all features of
+    the SAE.
     """
 
     tokens: Int[Tensor, "context pos"]
@@ -213,7 +214,7 @@ def _fill_sources(groups: SeqMultiGroupData, cfg: SeqMultiGroupConfig, harvested
 def _own_unembedding(lm: LanguageModel) -> Iterator[None]:
     """Let sae-vis compute where the model is, turn residual streams into logits as it does, and draw repeatably."""
 
-    def to_logits(scaled: Float[Tensor, "example pos scaled"], model: Any) -> Float[Tensor, "example pos d_vocab"]:
+    def to_logits(scaled: Float[Tensor, "example pos column"], model: Any) -> Float[Tensor, "example pos d_vocab"]:
         return lm.logits((scaled[..., :-1] / scaled[..., -1:]).to(lm.model.W_U.dtype)).float()
 
     patches = {"resid_final_pre_layernorm_to_logits": to_logits, "device": lm.device}
@@ -287,6 +288,8 @@ def export(
     tokens: int = 20_000,
     features: list[int] | None = None,
     lm: LanguageModel | None = None,
+    model: str | None = None,
+    text: str | None = None,
 ) -> None:
     """Write the dashboard of a checkpoint, on the held-out documents of the text it was trained on.
 
@@ -296,6 +299,7 @@ def export(
         tokens: held-out tokens, in whole contexts.
         features: these instead, by global id.
         lm: the model of the checkpoint, where it is loaded already.
+        model, text: where they lie now, if elsewhere than in training.
 
     Raises:
         ValueError: the checkpoint, its model or text, or a number cannot be used.
@@ -306,9 +310,9 @@ def export(
     _scripts()  # refuse before minutes of work
     checkpoint = Checkpoint(path)
     sae = checkpoint.sae
-    lm = lm or checkpoint.open_model(pick_device("auto"))
+    lm = lm or checkpoint.open_model(pick_device("auto"), model)
     layer = lm.layer(checkpoint.layer)
-    corpus = checkpoint.open_text(lm.tokenizer)
+    corpus = checkpoint.open_text(lm.tokenizer, text)
     contexts = corpus.held_out_tokens(tokens)
     chosen = first_features(sae, features_per_head) if features is None else torch.tensor(sorted(features))
     harvested = harvest(layer, sae, contexts, chosen)
@@ -342,8 +346,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("out", type=Path, metavar="OUT.html", help="file to write")
     parser.add_argument("--features_per_head", type=int, default=10, help="the first so many of each head; default 10")
     parser.add_argument("--tokens", type=int, default=20_000, help="held-out tokens to choose examples from")
+    cli.add_places(parser)
     options = parser.parse_args(argv)
-    return cli.status(lambda: export(options.checkpoint, options.out, options.features_per_head, options.tokens))
+    places = {"model": options.model, "text": options.text}
+    return cli.status(
+        lambda: export(options.checkpoint, options.out, options.features_per_head, options.tokens, **places)
+    )
 
 
 if __name__ == "__main__":

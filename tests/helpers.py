@@ -105,7 +105,7 @@ def save_tiny_gemma2(folder: Path) -> None:
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=8,
-        max_position_embeddings=64,
+        max_position_embeddings=128,
         sliding_window=16,
         query_pre_attn_scalar=8,
         final_logit_softcapping=3.0,

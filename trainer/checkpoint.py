@@ -337,37 +337,66 @@ class Checkpoint:
         """
         return read_metrics(self.path)
 
-    def open_model(self, device: str = "cpu") -> "LanguageModel":
-        """The language model; other weights than in training are reported on stderr.
+    def place_of(self, name: str) -> str:
+        """Where the model or the text of a name lies.
+
+        A relative path is of the folder in which training was begun: the current one, or one above the checkpoint.
+        """
+        if os.path.exists(name) or not any(sign in name for sign in "./"):
+            return name
+        places = (str(folder / name) for folder in self.path.resolve().parents)
+        return next((place for place in places if os.path.exists(place)), name)
+
+    def open_model(self, device: str = "cpu", place: str | None = None) -> "LanguageModel":
+        """The language model; where config.json names one with other weights than in training, stderr says so.
+
+        Args:
+            place: where it lies now, if elsewhere than config.json says: a folder or a name. Of the same model.
 
         Raises:
-            ValueError: it cannot be loaded, or its heads are not those of the checkpoint.
+            ValueError: it cannot be loaded, its heads are not those of the checkpoint, or `place` is another model.
         """
         from trainer.model.lm import LanguageModel
 
         model = self.config.model
-        lm = LanguageModel.load(model.name, device, model.dtype)
+        try:
+            lm = LanguageModel.load(place or self.place_of(model.name), device, model.dtype)
+        except ValueError as error:
+            if place:
+                raise
+            raise ValueError(f"{error} (of {self.path}): if it was moved, name its place with --model") from error
         if (lm.n_heads, lm.d_head) != (model.n_heads, model.d_head):
             raise ValueError(
                 f"{lm.name} has {lm.n_heads} heads of {lm.d_head}, the checkpoint {model.n_heads} of {model.d_head}"
             )
         if lm.fingerprint() != model.fingerprint:
-            print(f"warning: {lm.name} has other weights here than the checkpoint was trained on", file=sys.stderr)
+            _report(f"{lm.name} has other weights than the model that {self.path} was trained on", place)
         return lm
 
-    def open_text(self, tokenizer: Any) -> "Corpus":
-        """The text, with the same documents held out.
+    def open_text(self, tokenizer: Any, place: str | None = None) -> "Corpus":
+        """The text, with the same documents held out; where it is another than in training, stderr says so.
+
+        Args:
+            place: where it lies now, if elsewhere than config.json says. Of the same text.
 
         Raises:
-            ValueError: it cannot be read.
+            ValueError: it cannot be read, or `place` is another text.
         """
         from trainer.data.text import Corpus
 
         text = self.config.text
-        return Corpus(
-            text.name, tokenizer, text.context_size, text.held_out_fraction, text.text_column, text.dataset_config,
-            text.dataset_split,
-        )  # fmt: skip
+        try:
+            corpus = Corpus(
+                place or self.place_of(text.name), tokenizer, text.context_size, text.held_out_fraction,
+                text.text_column, text.dataset_config, text.dataset_split,
+            )  # fmt: skip
+        except ValueError as error:
+            if place:
+                raise
+            raise ValueError(f"{error} (of {self.path}): if it was moved, name its place with --text") from error
+        if corpus.fingerprint != text.fingerprint:
+            _report(f"{corpus.name} is another text than {self.path} was trained on", place)
+        return corpus
 
 
 class Listing(NamedTuple):
@@ -405,8 +434,23 @@ def list_checkpoints(folder: Path | str) -> Listing:
     return listing
 
 
-def by_origin(checkpoints: list[Checkpoint]) -> list[list[Checkpoint]]:
-    """Checkpoints of one layer, model and text together: they can share every forward."""
+def _report(what: str, place: str | None) -> None:
+    """What is found where config.json says is used with a warning, what somebody names is refused."""
+    require(place is None, what)
+    print(f"warning: {what}", file=sys.stderr)
+
+
+def by_origin(checkpoints: list[Checkpoint], place: str | None = None) -> list[list[Checkpoint]]:
+    """Checkpoints of one layer, model and text together: they can share every forward.
+
+    Args:
+        place: where the model of all of them lies.
+
+    Raises:
+        ValueError: that is named, but they are of several models.
+    """
+    several = len({each.config.model.fingerprint for each in checkpoints}) > 1
+    require(place is None or not several, "--model names one model, but these checkpoints are of several")
     groups: dict[tuple[Any, ...], list[Checkpoint]] = {}
     for checkpoint in checkpoints:
         model, text = checkpoint.config.model, checkpoint.config.text

@@ -1,5 +1,6 @@
 """The command line: its options, what is built of them, and how every command of this project ends."""
 
+import argparse
 import os
 import signal
 import sys
@@ -71,6 +72,12 @@ def _types() -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(SAEOptions)
     return parser
+
+
+def add_places(parser: argparse.ArgumentParser) -> None:
+    """--model and --text, for commands that open what a checkpoint was trained on."""
+    parser.add_argument("--model", help="Where the model trained on lies now, if it was moved: a folder or a name.")
+    parser.add_argument("--text", help="Where the text trained on lies now, if it was moved.")
 
 
 def status(run: Callable[[], object], stopped: str = "Stopped; nothing was written.") -> int:

@@ -50,19 +50,26 @@ def evaluate(
     return [{**text, "induction": induction} for text, induction in zip(on_text, on_repeats, strict=True)]
 
 
-def evaluate_checkpoints(paths: list[Path], tokens: int | None = None, device: str = "auto") -> None:
+def evaluate_checkpoints(
+    paths: list[Path],
+    tokens: int | None = None,
+    device: str = "auto",
+    model: str | None = None,
+    text: str | None = None,
+) -> None:
     """Write eval.json of finished checkpoints anew, on the held-out documents of the text they were trained on.
 
     Args:
         tokens: held-out tokens; default as many as eval.json has, else `default_tokens`.
+        model, text: where they lie now, if elsewhere than in training.
 
     Raises:
         ValueError: a checkpoint, its model or its text cannot be used.
     """
-    for group in by_origin([Checkpoint(path) for path in paths]):
+    for group in by_origin([Checkpoint(path) for path in paths], model):
         saes = [each.sae for each in group]
-        lm = group[0].open_model(pick_device(device))
-        corpus = group[0].open_text(lm.tokenizer)
+        lm = group[0].open_model(pick_device(device), model)
+        corpus = group[0].open_text(lm.tokenizer, text)
         before = [each.eval["n_tokens"] for each in group if each.eval]
         n_tokens = tokens or min(before, default=default_tokens(str(lm.device)))
         held_out = corpus.held_out(corpus.n_contexts(n_tokens))
@@ -206,8 +213,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("checkpoints", nargs="+", type=Path, help="checkpoint directories")
     parser.add_argument("--tokens", type=int, help="held-out tokens; default as many as eval.json has")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto")
+    cli.add_places(parser)
     options = parser.parse_args(argv)
-    return cli.status(lambda: evaluate_checkpoints(options.checkpoints, options.tokens, options.device), "Stopped.")
+    what = (options.checkpoints, options.tokens, options.device, options.model, options.text)
+    return cli.status(lambda: evaluate_checkpoints(*what), "Stopped.")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """One SAE of a run: its checkpoint directory, its log and its saved states."""
 
+import os
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -21,8 +22,8 @@ from trainer.log import MetricsLog
 from trainer.tracking import Mode
 
 # What may differ between a run and its continuation; model and text are compared by what they are (`Run.describe`).
-_NOT_COMPARED = {"resume", "name", "label", "out", "device", "wandb", "wandb_project", "keep_training_state", "dataset"}
-_NOT_COMPARED |= {"context_size", "text_column", "dataset_config", "dataset_split"}
+_NOT_COMPARED = {"resume", "name", "label", "out", "device", "wandb", "wandb_project", "keep_training_state"}
+_NOT_COMPARED |= {"model", "dataset", "context_size", "text_column", "dataset_config", "dataset_split"}
 _NOT_COMPARED |= {f"{what}_every" for what in ("log", "save", "eval")}
 
 
@@ -88,7 +89,8 @@ class Run:
         """
         begun = self._begun
         if begun is not None:
-            pairs = {"model": (begun.model, model), "text": (begun.text, text), "source": (begun.source, source)}
+            moved = replace(begun.model, name=model.name), replace(begun.text, name=text.name)
+            pairs = {"model": (moved[0], model), "text": (moved[1], text), "source": (begun.source, source)}
             for what, (before, now) in pairs.items():
                 if before != now:
                     raise ValueError(f"{self.path} was begun on another {what} than it would go on with: train anew")
@@ -106,8 +108,8 @@ class Run:
             text=self._text, source=self._source,
         )  # fmt: skip
         checkpoint.save_config(self.path, self._config)
-        decided = {"name": self.path.name, "dataset": self._text.name, "context_size": self._text.context_size}
-        options = to_flags(self.options) | decided | {"resume": False}
+        read = {"model": self._model.name, "dataset": self._text.name, "context_size": self._text.context_size}
+        options = to_flags(self.options) | {"name": self.path.name, "resume": False} | read
         write_atomically(self.path / "run.yaml", lambda p: p.write_text(yaml.safe_dump(options, sort_keys=False)))
         self.log = MetricsLog(self.path, step, mode, self.training.wandb_project, self._config)
         if self.log.url:
@@ -181,7 +183,7 @@ def plan(activations: ActivationsConfig, saes: list[SAEConfig], training: Traini
     Raises:
         ValueError: two SAEs would share a directory, one exists or is being trained, or nothing can be written there.
     """
-    base = training.name or Path(activations.model).name
+    base = training.name or Path(os.path.abspath(activations.model)).name
     runs = []
     for sae in saes:
         dense = "" if sae.block == "head" else "-dense"

@@ -35,7 +35,7 @@ from trainer.errors import one_line
 from trainer.figures import Count
 from trainer.files import parse_json, write_atomically
 from trainer.interrupts import Interrupted, deferred_interrupts
-from trainer.model.lm import Layer, pick_device
+from trainer.model.lm import LanguageModel, Layer, pick_device
 from trainer.tracking import Mode, Tracked, reachable
 
 _SAVE_SECONDS = 120  # between two saves of the state
@@ -155,24 +155,29 @@ class Job:
 
 
 def analyse(
-    paths: list[Path], cfg: AnalysisConfig, resume: bool = False, device: str = "auto", wandb: Mode = "disabled"
+    paths: list[Path],
+    cfg: AnalysisConfig,
+    resume: bool = False,
+    device: str = "auto",
+    wandb: Mode = "disabled",
+    model: str | None = None,
+    text: str | None = None,
 ) -> None:
     """Write `analysis/` of checkpoints; those of one layer, model and text share every forward.
+
+    Args:
+        model, text: where those trained on lie now, if elsewhere than in training.
 
     Raises:
         ValueError: a checkpoint, its model or the text cannot be used.
         Interrupted: Ctrl-C or SIGTERM; what was done is saved.
     """
+    require(text is None or cfg.dataset is None, "--text is where the text trained on lies, --dataset another text")
     wandb = reachable(wandb)
-    for group in by_origin([Checkpoint(path) for path in paths]):
-        lm = group[0].open_model(pick_device(device))
-        layer, text = lm.layer(group[0].layer), group[0].config.text
-        corpus = group[0].open_text(lm.tokenizer)
-        if cfg.dataset:  # another one, of which everything is read
-            column = cfg.text_column or text.text_column
-            corpus = Corpus(
-                cfg.dataset, lm.tokenizer, text.context_size, 1.0, column, cfg.dataset_config, cfg.dataset_split
-            )
+    for group in by_origin([Checkpoint(path) for path in paths], model):
+        lm = group[0].open_model(pick_device(device), model)
+        layer = lm.layer(group[0].layer)
+        corpus = _another(cfg, group[0], lm) if cfg.dataset else group[0].open_text(lm.tokenizer, text)
         contexts = corpus.held_out_tokens(cfg.tokens)
         key = {**asdict(cfg), "text": corpus.fingerprint, "n_contexts": len(contexts)}
         jobs = [Job(trained, layer, key, cfg, corpus.context_size) for trained in group]
@@ -188,6 +193,14 @@ def analyse(
         for same in _equally_far(jobs, 2):
             _run_pass("Second pass", same, contexts, torch.cat([job.strips.contexts for job in same]).unique())
         _write(jobs, corpus, contexts, cfg, wandb)
+
+
+def _another(cfg: AnalysisConfig, trained: Checkpoint, lm: LanguageModel) -> Corpus:
+    """Another text than the one trained on, of which everything is read."""
+    assert cfg.dataset is not None
+    text = trained.config.text
+    column = cfg.text_column or text.text_column
+    return Corpus(cfg.dataset, lm.tokenizer, text.context_size, 1.0, column, cfg.dataset_config, cfg.dataset_split)
 
 
 def _equally_far(jobs: list[Job], stage: int) -> list[list[Job]]:

@@ -19,14 +19,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("others", type=Path, nargs="+", help="checkpoint directories")
     parser.add_argument("--tokens", type=int, default=20_000, help="tokens of text (%(default)s)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto (%(default)s)")
+    cli.add_places(parser)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     options = build_parser().parse_args(argv)
-    run = lambda: print(*match(options.first, options.others, options.tokens, options.device), sep="\n")  # noqa: E731
-    return cli.status(run)
+    what = (options.first, options.others, options.tokens, options.device, options.model, options.text)
+    return cli.status(lambda: print(*match(*what), sep="\n"))
 
 
 if __name__ == "__main__":

@@ -196,24 +196,34 @@ def firings(layer: Layer, contexts: Int[Tensor, "context pos"], saes: list[Block
     return [cofiring for _, cofiring in fired]
 
 
-def match(first: Path, others: list[Path], tokens: int = 20_000, device: str = "auto") -> list[Path]:
+def match(
+    first: Path,
+    others: list[Path],
+    tokens: int = 20_000,
+    device: str = "auto",
+    model: str | None = None,
+    text: str | None = None,
+) -> list[Path]:
     """Match a checkpoint with others, all on one stream of its held-out text. Returns the folders written.
+
+    Args:
+        model, text: where they lie now, if elsewhere than in training.
 
     Raises:
         ValueError: a checkpoint cannot be used, they are not of one model and layer, or the text has no tokens.
     """
     require(tokens >= 1, f"tokens must be at least 1, got {tokens}")
     saved = _load([first, *others])
-    lm = saved[0].open_model(pick_device(device))
+    lm = saved[0].open_model(pick_device(device), model)
     for one in saved:
         require(
             one.sae.d_in == lm.n_heads * lm.d_head,
             f"{one.path} reads {one.sae.d_in} dimensions, but {lm.name} has {lm.n_heads * lm.d_head}",
         )
-    corpus = saved[0].open_text(lm.tokenizer)
+    corpus = saved[0].open_text(lm.tokenizer, text)
     saes = [one.sae for one in saved]
     cofiring = firings(lm.layer(saved[0].layer), corpus.held_out_tokens(tokens), saes)
-    text = {"name": corpus.name, "fingerprint": corpus.fingerprint, "context_size": corpus.context_size}
+    read = {"name": corpus.name, "fingerprint": corpus.fingerprint, "context_size": corpus.context_size}
     written = []
     for i in range(1, len(saved)):
         a, b = (0, i)
@@ -230,7 +240,7 @@ def match(first: Path, others: list[Path], tokens: int = 20_000, device: str = "
             "threshold": THRESHOLD if same else PART,
             "min_firings": MIN_FIRINGS,
             "n_tokens": fires[0].shape[0],
-            "text": text,
+            "text": read,
             "model": asdict(saved[0].config.model),
         }
         written.append(_write(saved[a], saved[b], meta, tables))

@@ -20,15 +20,23 @@ from pages.shared.page import hint, plain, sentences
 from trainer import embedded
 from trainer.block_diag import BlockDiagSAE
 from trainer.checkpoint import Checkpoint, CheckpointError
+from trainer.config import require
 
 _FORESEEN = (ValueError, RuntimeError, OSError)
 
 
+@st.cache_resource
+def _places() -> dict[str, str]:
+    """Where models lie that were moved, by fingerprint, as somebody said since the app was started."""
+    return {}
+
+
 def version(checkpoint: Checkpoint) -> tuple[Any, ...]:
-    """What is cached of a checkpoint is read again once its weights, its analysis or its matches are others."""
+    """What is cached of a checkpoint is read again once its weights, model, analysis or matches are others."""
     path = checkpoint.path
     files = [checkpoint.weights, path / "analysis" / "meta.json", *sorted(path.glob("matches/*/meta.json"))]
-    return str(path), *((str(file), os.path.getmtime(file)) for file in files if os.path.exists(file))
+    place = _places().get(checkpoint.config.model.fingerprint)
+    return str(path), place, *((str(file), os.path.getmtime(file)) for file in files if os.path.exists(file))
 
 
 _PER_CHECKPOINT: dict[str, Any] = {"show_spinner": False, "hash_funcs": {Checkpoint: version}}
@@ -91,10 +99,37 @@ def _language_model(name: str, dtype: str) -> tuple[Any, str]:
     return lm, lm.fingerprint()
 
 
+def _opened(checkpoint: Checkpoint) -> tuple[Any, str]:
+    """The model that a checkpoint was trained on and its fingerprint.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    model = checkpoint.config.model
+    place = _places().get(model.fingerprint) or checkpoint.place_of(model.name)
+    return _language_model(place, model.dtype)
+
+
+def _ask_for_model(checkpoint: Checkpoint) -> None:
+    """A field for where a model lies that is not found, or is another one, where config.json says."""
+    model = checkpoint.config.model
+    place = st.text_input(
+        "Where the language model lies now",
+        key=f"place-{model.fingerprint}",
+        help="A folder, or a name; kept until the app is started again. It must be the model trained on.",
+    ).strip()
+    if not place:
+        return
+    with sentences(_FORESEEN):
+        found = _language_model(place, model.dtype)[1]
+        require(found == model.fingerprint, f"{place} has other weights than the model of {checkpoint.name}")
+    _places()[model.fingerprint] = place
+    st.rerun()
+
+
 def _layer(checkpoint: Checkpoint) -> Any:
     """The attention layer of the language model that a checkpoint was trained on."""
-    model = checkpoint.config.model
-    return _language_model(model.name, model.dtype)[0].layer(model.hook_layer)
+    return _opened(checkpoint)[0].layer(checkpoint.layer)
 
 
 @st.cache_resource(max_entries=6, **_PER_CHECKPOINT | {"show_spinner": "Running the prompt"})
@@ -104,17 +139,25 @@ def _run(checkpoint: Checkpoint, prompt: str) -> prompts.PromptRun:
 
 @sentences(_FORESEEN)
 def run_prompt(checkpoint: Checkpoint, prompt: str) -> prompts.PromptRun:
-    """Run a prompt, fetching the embedded model first if it is not there; errors end the page with a sentence."""
+    """Run a prompt, fetching the embedded model first if it is not there; errors end the page with a sentence.
+
+    Where the model is not found, a field asks where it lies now.
+    """
     model = checkpoint.config.model
     if model.name == embedded.NAME and not embedded.is_ready():  # not in `_run`: a cache would replay the bar
         with st.empty():
             bar = st.progress(0.0, "The embedded model is fetched once")
             embedded.ensure(lambda fraction, message: bar.progress(fraction, message))
             st.empty()
-    run = _run(checkpoint, prompt)
-    if _language_model(model.name, model.dtype)[1] != model.fingerprint:
+    try:
+        fingerprint = _opened(checkpoint)[1]
+    except _FORESEEN:
+        _ask_for_model(checkpoint)
+        raise
+    if fingerprint != model.fingerprint:
         st.warning(f"{plain(model.name)} has other weights here than when {plain(checkpoint.name)} was trained.")
-    return run
+        _ask_for_model(checkpoint)
+    return _run(checkpoint, prompt)
 
 
 @sentences(_FORESEEN)

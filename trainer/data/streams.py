@@ -59,6 +59,13 @@ def stream(name: str, config: str | None, split: str) -> Iterator[dict[str, Any]
             time.sleep(wait)
 
 
+def listing(folder: str) -> str:
+    """Names and sizes of the files of a local data set: what it is, wherever it lies."""
+    files = (path for path in Path(folder).rglob("*") if path.is_file())
+    kept = [path for path in files if not path.name.startswith((".", "cache-"))]  # `datasets` writes those
+    return ", ".join(sorted(f"{path.relative_to(folder).as_posix()} {path.stat().st_size}" for path in kept))
+
+
 def _open(name: str, config: str | None, split: str) -> Iterable[dict[str, Any]]:
     import datasets  # slow to import, and only needed here
 

@@ -6,8 +6,10 @@ that no seed, order or subset ever trains on what another run is evaluated on.
 """
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -56,7 +58,6 @@ class Corpus:
         dataset_config: str | None = None,
         dataset_split: str = "train",
     ) -> None:
-        self.name = dataset
         self.context_size = context_size
         self._tokenizer = tokenizer
         self.held_out_fraction = held_out_fraction
@@ -67,6 +68,9 @@ class Corpus:
         self._held_out: list[Context] = []
         part = "" if (dataset_config, dataset_split) == (None, "train") else f"/{dataset_config}/{dataset_split}"
         self._files = None if dataset == EMBEDDED else textfiles.find(dataset)
+        local = dataset != EMBEDDED and (self._files is not None or Path(dataset).expanduser().is_dir())
+        self.name = os.path.abspath(Path(dataset).expanduser()) if local else dataset
+        """a local one by the path at which it is found from everywhere"""
         self.finite = dataset == EMBEDDED or self._files is not None
         """whether the number of contexts is known"""
         if part and self.finite:
@@ -76,7 +80,10 @@ class Corpus:
             self._more_held_out: Iterator[Context] = iter(())
         else:
             self._more_held_out = self._pack(enumerate(text for text in self._stream() if self._is_held_out(text)))
-        described = self._train.numpy().tobytes() if self.finite else f"{dataset}/{text_column}{part}".encode()
+        if self.finite:
+            described = self._train.numpy().tobytes()
+        else:
+            described = f"{streams.listing(self.name) if local else dataset}/{text_column}{part}".encode()
         key = f"{context_size} {held_out_fraction} {tokenizer.bos_token_id} {tokenizer.eos_token_id} "
         self.fingerprint = hashlib.sha256(key.encode() + described).hexdigest()[:16]
 

@@ -45,6 +45,8 @@ def find(dataset: str) -> list[Path] | None:
         raise ValueError(f"text file {dataset} is of a kind that is not read; these are: {_kinds()}")
     if _is_read(path) and not path.is_file():
         raise ValueError(f"text file {dataset} does not exist")
+    if not path.is_file() and (path.is_absolute() or dataset.startswith(".")):
+        raise ValueError(f"there is no text file or folder {dataset}")
     return [path] if path.is_file() else None
 
 

@@ -81,6 +81,7 @@ class LanguageModel:
         Raises:
             ValueError: the name is none of the three, or the files cannot be loaded.
         """
+        name = loading.located(name)
         model = loading.load(name, device, dtype)
         # Folded into the output bias they could not be told any more.
         b_V = [block.attn.b_V.detach().clone() for block in model.blocks]
@@ -255,6 +256,7 @@ class Layer:
         self.lm, self.index = lm, index
         self.n_heads, self.d_head, self.device = lm.n_heads, lm.d_head, lm.device
         self.hook_name = f"blocks.{index}.attn.hook_z"
+        self._post_norm: Any = getattr(lm.model.blocks[index], "ln1_post", None)
         self._resid_pre, self._final = f"blocks.{index}.hook_resid_pre", f"blocks.{lm.n_layers - 1}.hook_resid_post"
 
     @property
@@ -271,18 +273,12 @@ class Layer:
     @property
     def W_O(self) -> Float[Tensor, "head d_head d_model"]:
         """What each head writes to the residual stream per unit of z, times the position's `output_scale`."""
-        W_O, norm = self.lm.model.blocks[self.index].attn.W_O.detach(), self._output_norm
-        return W_O if norm is None else W_O.float() * norm.w.detach().float()
-
-    @property
-    def _output_norm(self) -> Any:
-        """The RMS norm of all heads' output together, or None: the identity that stands for none has no weight."""
-        norm = getattr(self.lm.model.blocks[self.index], "ln1_post", None)
-        return norm if hasattr(norm, "w") else None
+        W_O = self.lm.model.blocks[self.index].attn.W_O.detach()
+        return W_O if self._post_norm is None else W_O.float() * self._post_norm.w.detach().float()
 
     def output_scale(self, resid_pre: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos 1"]:
         """What a norm divides the output of all heads by before it is added (Gemma 2 and 3); 1 without one."""
-        if self._output_norm is None:
+        if self._post_norm is None:
             return torch.ones_like(resid_pre[..., :1])
         name = f"blocks.{self.index}.ln1_post.hook_scale"
         return self.lm.capture(resid_pre, [name], self.index)[name]

@@ -1,5 +1,6 @@
 """From a name or a folder to a TransformerLens model whose logits are those of Hugging Face."""
 
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,15 @@ def load(name: str, device: str, dtype: str) -> HookedTransformer:
         return _load_folder(embedded.ensure(), device, dtype, check=False)  # its bytes are known, and so checked once
     if Path(name).is_dir():
         return _load_folder(Path(name), device, dtype, check=True)
+    if Path(name).is_absolute() or name.startswith("."):
+        raise ValueError(f"there is no model folder {name}")
     return _load_named(name, device, dtype)
+
+
+def located(name: str) -> str:
+    """A local folder by the path at which it is found from everywhere; another name as it is."""
+    folder = os.path.abspath(os.path.expanduser(name))
+    return folder if name != embedded.NAME and (os.path.isdir(folder) or name.startswith("~")) else name
 
 
 def _load_named(name: str, device: str, dtype: str) -> HookedTransformer:

@@ -65,6 +65,7 @@ def with_frozen_norms(lm, cache, change, position):
     return cap * (logits / cap).tanh() if cap > 0 else logits
 
 
+@pytest.mark.parametrize("lm", ["gpt2", "llama", "gemma2"], indirect=True)
 @pytest.mark.parametrize("kind", ["feature", "features of head", "head by reconstruction", "layer by reconstruction"])
 def test_direct_and_full(lm, sae, kind):
     tokens = lm.to_tokens(PROMPT)
@@ -147,6 +148,7 @@ def test_what_is_not_there(lm, sae):
         ablate(lm.layer(LAYER), sae, run, "feature", 0, only_at=99)
 
 
+@pytest.mark.parametrize("lm", ["gpt2", "llama", "gemma2"], indirect=True)
 def test_direct_effects_of_firings_are_what_their_ablation_takes_away(lm, sae):
     run = run_prompt(lm.layer(LAYER), sae, PROMPT)
     token, cap = 40, lm.model.cfg.output_logits_soft_cap
