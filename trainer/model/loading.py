@@ -100,6 +100,8 @@ def _load_folder(path: Path, device: str, dtype: str, check: bool) -> HookedTran
         state = tl_loading.get_pretrained_state_dict(str(path), cfg, hf_model, dtype=torch.float32)
         model = HookedTransformer(cfg, tokenizer, move_to_device=False)
         model.load_state_dict(_folded(model, state), strict=False)
+    except OSError as error:  # no room for what it writes, or a file that is gone by now
+        raise ValueError(f"model folder {path} could not be loaded: {first_line(error)}") from error
     except Exception as error:  # as above, of TransformerLens
         raise ValueError(
             f"model folder {path}: TransformerLens cannot convert this {architecture} ({first_line(error)})"

@@ -15,8 +15,6 @@ from analysis.__main__ import main
 from analysis.corpus import run
 from analysis.corpus.features import describe
 from analysis.store import Analysis
-from tests.helpers import tiny_run
-from trainer.__main__ import main as train_main
 from trainer.checkpoint import Checkpoint, CheckpointError, save
 from trainer.data.documents import hash_fraction
 
@@ -342,20 +340,6 @@ def test_wandb_gets_the_tables(trained, tmp_path):
     shutil.copytree(trained / "batchtopk", tmp_path / "a")
     assert main([str(tmp_path / "a"), *OPTIONS, "--wandb=offline"]) == 0
     assert list(tmp_path.glob("a/wandb/offline-run-*/*.wandb"))
-
-
-def test_a_model_that_normalises_the_output_of_its_heads(gemma2_folder, text_file, tmp_path, monkeypatch):
-    """Gemma 2: everything is computed; what features write goes through the weight of the norm."""
-    monkeypatch.setenv("ATTN_SAES_CACHE", str(tmp_path / "cache"))
-    short = ("--total_training_steps=4", "--batch_size=128", "--name=a")
-    assert train_main(tiny_run(gemma2_folder, text_file, tmp_path, *short)) == 0
-    assert main([str(tmp_path / "a"), *OPTIONS]) == 0
-    checkpoint = Checkpoint(tmp_path / "a")
-    lm, features = checkpoint.open_model(), Analysis(checkpoint).table("features")
-    block = lm.model.blocks[1]
-    directions = checkpoint.sae.W_dec @ block.attn.W_O * block.ln1_post.w
-    tops = (directions.flatten(0, 1) @ lm.model.W_U).argmax(1)
-    assert [ids[0] for ids in features["top_logit_ids"]] == tops.tolist()
 
 
 def test_half_precision_and_long_strips_survive_parquet(analysed):
