@@ -20,6 +20,7 @@ from trainer.errors import first_line
 from trainer.model import loading, positions
 from trainer.model.tokens import token_ids
 
+_COLUMNS = 8192  # of an unembedding in half precision that are float32 at a time: Gemma's whole has gigabytes
 _BYTES = {character: byte for byte, character in bytes_to_unicode().items()}  # of a byte-level BPE
 
 
@@ -170,14 +171,18 @@ class LanguageModel:
     def unembed(self, resid: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_vocab"]:
         """What an addition to the final residual stream adds to the logits, times the scale of the final norm.
 
-        Linear: centred where the norm is a LayerNorm, times its weight unless loading folded that, times W_U.
+        Linear: centred where the norm is a LayerNorm, times its weight unless loading folded that, times W_U; in the
+        precision of `resid`.
         """
         norm: Any = getattr(self.model, "ln_final", None)
         if (self.model.cfg.normalization_type or "").startswith("LN"):
             resid = resid - resid.mean(-1, keepdim=True)
         if hasattr(norm, "w"):
             resid = resid * norm.w.detach()
-        return resid @ self.model.W_U.detach()
+        W_U = self.model.W_U.detach()
+        if resid.dtype == W_U.dtype:
+            return resid @ W_U
+        return torch.cat([resid @ part.to(resid.dtype) for part in W_U.split(_COLUMNS, dim=1)], -1)
 
     def logit_direction(self, token: int) -> Float[Tensor, " d_model"]:
         """The vector whose product with an addition to the final residual stream is `unembed` of it at `token`."""

@@ -15,6 +15,7 @@ from analysis.logits import head_of_features, inverse_scale, logit_effects, writ
 from tests.analysis.test_attribution import previous_token_and_induction_model
 from trainer.block_diag import BlockDiagSAE
 from trainer.evaluate import repeated_tokens
+from trainer.model.lm import LanguageModel
 
 VOCABULARY, LENGTH = 12, 32
 
@@ -168,6 +169,17 @@ def test_logit_effects_against_autograd(model, dense, request):
         counts, _ = np.histogram(row.numpy(), bins=40)
         assert abs(histogram.numpy() - counts).sum() <= 4, "but for rounding at the edges"
         assert histogram.sum() == lm.d_vocab
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_logit_effects_of_a_model_in_half_precision(dtype, gemma2, gemma2_folder, monkeypatch):
+    monkeypatch.setattr("trainer.model.lm._COLUMNS", 100)  # fewer than its 257
+    half = LanguageModel.load(str(gemma2_folder), dtype=dtype)
+    torch.manual_seed(0)
+    sae = BlockDiagSAE(gemma2.n_heads, gemma2.d_head, 5).requires_grad_(False)
+    ours, exact = (logit_effects(lm, written(sae, lm.layer(1).W_O), 1.0) for lm in (half, gemma2))
+    assert torch.allclose(ours.top, exact.top, atol=0.05 * float(exact.top.max()))
+    assert torch.allclose(ours.bottom, exact.bottom, atol=0.05 * float(exact.top.max()))
 
 
 @pytest.mark.parametrize("model", ["llama", "gemma2"])
