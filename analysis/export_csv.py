@@ -11,17 +11,15 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from analysis.runs import tables
+from analysis.spreadsheet import guarded
 from analysis.store import Analysis
 from trainer import cli
 from trainer.checkpoint import Checkpoint
-
-_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")  # also of full width
 
 
 def write_csv(path: Path, out: Path) -> list[Path]:
@@ -51,25 +49,6 @@ def write_csv(path: Path, out: Path) -> list[Path]:
     for name, table in frames.items():
         guarded(table).to_csv(out / f"{name}.csv", index=False)
     return [out / f"{name}.csv" for name in frames]
-
-
-def guarded(table: pd.DataFrame) -> pd.DataFrame:
-    """A table in which a spreadsheet finds no formula: a text that looks like one begins with an apostrophe."""
-    texts = table.select_dtypes(exclude=["number", "bool"])
-    return table.assign(**{str(name): texts[name].map(_guard) for name in texts})
-
-
-def unguarded(text: str) -> str:
-    """The text of a cell as it was before `guarded`."""
-    return text[1:] if text.startswith("'") and _looks_like_formula(text) else text
-
-
-def _guard(cell: Any) -> Any:
-    return f"'{cell}" if isinstance(cell, str) and _looks_like_formula(cell) else cell
-
-
-def _looks_like_formula(text: str) -> bool:
-    return text.lstrip(" '").startswith(_FORMULA)  # an apostrophe too, so that `unguarded` takes away only ours
 
 
 def main(argv: list[str] | None = None) -> int:

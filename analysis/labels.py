@@ -13,7 +13,7 @@ from typing import Annotated, Any, NamedTuple
 import msgspec
 import pandas as pd
 
-from analysis.export_csv import unguarded
+from analysis.spreadsheet import unguarded
 from trainer.config import require
 from trainer.errors import one_line
 from trainer.files import parse_json, require_file

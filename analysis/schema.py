@@ -129,14 +129,14 @@ _SPLIT = {
 
 def of_analysis(checkpoint: Checkpoint) -> Expected:
     """Of `checkpoints/<name>/analysis`."""
-    n_features, n_heads = d_sae(checkpoint), checkpoint.n_heads
+    n_features, n_heads = checkpoint.config.sae.d_sae, checkpoint.n_heads
     below = {"head": n_heads, **dict.fromkeys(("feature", "other", *_each("mono_deviants").split()), n_features)}
     return Expected(AnalysisMeta, _ANALYSIS, below, {"features": n_features, "heads": n_heads})
 
 
 def of_match(a: Checkpoint, b: Checkpoint) -> Expected:
     """Of `checkpoints/<a>/matches/<b>`."""
-    sizes = d_sae(a), d_sae(b)
+    sizes = a.config.sae.d_sae, b.config.sae.d_sae
     below = {"head": a.n_heads, "a": sizes[0], "b": sizes[1]}
     below |= dict.fromkeys(("feature", "nearest", "partner"), max(sizes))
     return Expected(MatchMeta, _ONE_TO_ONE if a.is_dense == b.is_dense else _SPLIT, below, {})
@@ -183,11 +183,6 @@ def check_values(table: pa.Table, name: str, expected: Expected) -> pa.Table:
             first = -1 if column in _MAY_BE_NONE else 0
             require(first <= span["min"] and span["max"] < below, f"column {column} has {span['min']} to {span['max']}")
     return table
-
-
-def d_sae(checkpoint: Checkpoint) -> int:
-    """How many features it has."""
-    return checkpoint.config.sae.n_blocks * checkpoint.config.sae.features_per_block
 
 
 def _is(kind: str, found: pa.DataType) -> bool:

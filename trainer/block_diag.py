@@ -5,6 +5,36 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 
+def parameter_shapes(
+    n_blocks: int,
+    width: int,
+    features_per_block: int,
+    activation: str = "relu",
+    k: int | None = None,
+    k_scope: str = "head",
+) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters of a `BlockDiagSAE` of these arguments, which is not made for it.
+
+    Raises:
+        ValueError: as `BlockDiagSAE`.
+    """
+    if min(n_blocks, width, features_per_block) < 1:
+        raise ValueError(f"sizes must be positive: {n_blocks=}, {width=}, {features_per_block=}")
+    if activation not in ("relu", "jumprelu", "topk"):
+        raise ValueError(f"unknown activation {activation!r}")
+    available = features_per_block * (n_blocks if k_scope == "layer" else 1)
+    if (activation == "topk") != (k is not None) or (k is not None and not 1 <= k <= available):
+        raise ValueError(f"k must lie between 1 and {available} with topk and be None otherwise, got {k}")
+    of_features = (n_blocks, features_per_block)
+    shapes = {
+        "W_enc": (n_blocks, width, features_per_block),
+        "b_enc": of_features,
+        "W_dec": (n_blocks, features_per_block, width),
+        "b_dec": (n_blocks, width),
+    }
+    return shapes | ({"threshold": of_features} if activation == "jumprelu" else {})
+
+
 class BlockDiagSAE(nn.Module):
     """One sparse autoencoder per block, trained and run as a single batched matmul.
 
@@ -44,22 +74,16 @@ class BlockDiagSAE(nn.Module):
         k_scope: str = "head",
     ) -> None:
         super().__init__()
-        if min(n_blocks, width, features_per_block) < 1:
-            raise ValueError(f"sizes must be positive: {n_blocks=}, {width=}, {features_per_block=}")
-        if activation not in ("relu", "jumprelu", "topk"):
-            raise ValueError(f"unknown activation {activation!r}")
-        available = features_per_block * (n_blocks if k_scope == "layer" else 1)
-        if (activation == "topk") != (k is not None) or (k is not None and not 1 <= k <= available):
-            raise ValueError(f"k must lie between 1 and {available} with topk and be None otherwise, got {k}")
+        shapes = parameter_shapes(n_blocks, width, features_per_block, activation, k, k_scope)
         self.n_blocks, self.width, self.features_per_block = n_blocks, width, features_per_block
         self.activation, self.k, self.k_scope = activation, k, k_scope
-        rows = nn.functional.normalize(torch.randn(n_blocks, features_per_block, width), dim=-1)
+        rows = nn.functional.normalize(torch.randn(shapes["W_dec"]), dim=-1)
         self.W_enc = nn.Parameter(rows.mT.contiguous())
-        self.b_enc = nn.Parameter(torch.zeros(n_blocks, features_per_block))
+        self.b_enc = nn.Parameter(torch.zeros(shapes["b_enc"]))
         self.W_dec = nn.Parameter(rows)
-        self.b_dec = nn.Parameter(torch.zeros(n_blocks, width))
-        if activation == "jumprelu":
-            self.threshold = nn.Parameter(torch.zeros(n_blocks, features_per_block))
+        self.b_dec = nn.Parameter(torch.zeros(shapes["b_dec"]))
+        if "threshold" in shapes:
+            self.threshold = nn.Parameter(torch.zeros(shapes["threshold"]))
 
     @property
     def is_dense(self) -> bool:

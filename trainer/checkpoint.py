@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 import trainer
-from trainer.block_diag import BlockDiagSAE
+from trainer.block_diag import BlockDiagSAE, parameter_shapes
 from trainer.config import ActivationsConfig, SAEConfig, TrainingConfig, require
 from trainer.errors import one_line
 from trainer.figures import Count, Evaluation, Positive, parse_line
@@ -86,9 +86,13 @@ class Sizes:
         return cls(*(getattr(sae, each.name) for each in fields(cls)))
 
     @property
+    def d_sae(self) -> int:
+        return self.n_blocks * self.features_per_block
+
+    @property
     def n_parameters(self) -> int:
         """Weights and biases of its blocks, without zeros around them."""
-        features = self.n_blocks * self.features_per_block
+        features = self.d_sae
         thresholds = features if self.activation == "jumprelu" else 0
         return 2 * features * self.width + features + self.n_blocks * self.width + thresholds
 
@@ -270,10 +274,8 @@ class Checkpoint:
             CheckpointError: the weights are missing, damaged or disagree with config.json.
         """
         try:
-            with torch.device("meta"):
-                parameters = BlockDiagSAE(**asdict(self.config.sae)).named_parameters()
-                expected = {name: list(parameter.shape) for name, parameter in parameters}
-        except (ValueError, RuntimeError) as error:
+            expected = {name: list(shape) for name, shape in parameter_shapes(**asdict(self.config.sae)).items()}
+        except ValueError as error:
             raise CheckpointError(f"{self.path / 'config.json'} does not describe an SAE: {error}") from error
         try:
             require_file(self.weights)

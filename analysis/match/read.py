@@ -53,7 +53,7 @@ class Match:
         table = self.table("features")
         table = table.assign(side=table["side"].map({"a": "b", "b": "a"})) if self._swapped else table
         for side, checkpoint in (("a", self.a), ("b", self.b)):
-            if (table.loc[table["side"] == side, "feature"] >= schema.d_sae(checkpoint)).any():
+            if (table.loc[table["side"] == side, "feature"] >= checkpoint.config.sae.d_sae).any():
                 raise CheckpointError(f"{self.folder}/features.parquet is damaged (no such feature)", self._command)
         return table
 

@@ -54,7 +54,7 @@ def summary(checkpoints: list[Checkpoint], repeated: bool = False, head: int | N
             "training_seconds": seconds,
             "model": Path(model.name).name,
             "hook_layer": model.hook_layer,
-            "d_sae": config.sae.n_blocks * config.sae.features_per_block,
+            "d_sae": config.sae.d_sae,
         }
         rows.append(row)
     frame = pd.DataFrame(rows)

@@ -6,14 +6,14 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 
-from analysis.export_csv import guarded
 from analysis.labels import Labels
+from analysis.spreadsheet import guarded
 from analysis.store import Analysis
 from analysis.tokens import visible
 from pages.charts import features as charts
 from pages.shared import live, strips
 from pages.shared.columns import draw_table
-from pages.shared.page import plain, typed
+from pages.shared.page import refuse, typed
 from pages.shared.pick import choose, pick_row, put
 from trainer.checkpoint import Checkpoint
 
@@ -78,7 +78,7 @@ def exchange(labels: Labels, d_sae: int, name: str) -> None:
             n = labels.load(file.getvalue(), d_sae)
             st.success(f"{n} labels imported.")
     except ValueError as error:
-        st.error(plain(typed(str(error))))
+        refuse(error)
 
 
 def sae_vis_page(checkpoint: Checkpoint, features: list[int]) -> None:
@@ -146,7 +146,7 @@ def _label_form(labels: Labels, feature: int) -> None:
     try:
         now = labels.get(feature)
     except ValueError as error:
-        st.error(plain(typed(str(error))))
+        refuse(error)
         return
     # Keys carry the feature: a text that was typed for one never lands on another.
     with st.container(border=True):
@@ -155,7 +155,7 @@ def _label_form(labels: Labels, feature: int) -> None:
         st.session_state.setdefault(f"seen_{feature}", now.changed)
         st.button("Save", key=f"save_{feature}", on_click=_save, args=(labels, feature))
         if refused := st.session_state.pop("label_refused", None):
-            st.error(plain(typed(f"{refused}.")))
+            refuse(f"{refused}.")
 
 
 def _save(labels: Labels, feature: int) -> None:

@@ -9,7 +9,7 @@ from analysis.attribution import SLOTS
 from analysis.labels import Labels
 from analysis.store import Analysis
 from pages.shared.columns import draw_table
-from pages.shared.page import plain, typed
+from pages.shared.page import refuse
 from pages.shared.pick import ALL, pick_head, pick_row, put
 from trainer.checkpoint import Checkpoint
 
@@ -92,5 +92,5 @@ def _written(labels: Labels) -> pd.DataFrame:
     try:
         return labels.table().set_index("feature")
     except ValueError as error:
-        st.error(plain(typed(str(error))))
+        refuse(error)
         return pd.DataFrame(columns=["label", "note"])

@@ -8,7 +8,7 @@ import streamlit as st
 from analysis.runs import tables
 from pages.charts import tradeoffs as charts
 from pages.shared.columns import draw_table
-from pages.shared.page import plain, typed
+from pages.shared.page import refuse
 from pages.shared.pick import choose, pick_head, pick_text, put
 from trainer.checkpoint import Checkpoint, CheckpointError
 
@@ -118,7 +118,7 @@ def training_curves(checkpoints: list[Checkpoint], selected: pd.DataFrame, recip
     try:
         curves = tables.curves([checkpoint for checkpoint in checkpoints if checkpoint.name in names])
     except CheckpointError as error:  # metrics.jsonl is damaged
-        st.error(plain(typed(str(error))))
+        refuse(error)
         return
     logged = [name for name in curves.columns if name not in ("name", "step", "tokens")]
     if not logged:

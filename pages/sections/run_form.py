@@ -8,7 +8,7 @@ import streamlit as st
 
 from analysis.runs import commands, progress
 from analysis.runs.background import Processes, tail
-from pages.shared.page import ROOT, folder, plain, typed
+from pages.shared.page import ROOT, folder, refuse, typed
 from trainer.config import Preset, TrainingConfig
 from trainer.recipes import RECIPES
 
@@ -35,7 +35,7 @@ def show() -> None:
     try:
         arguments, names = commands.compose(_choices(), folder().resolve(), out)
     except ValueError as error:
-        st.error(plain(typed(str(error))))
+        refuse(error)
         return
     st.code(commands.shell(arguments), language="bash", wrap_lines=True)
     st.text(f"Makes {', '.join(names)} in {out}/")
@@ -135,7 +135,7 @@ def _start_shown() -> None:
 def _draw_started() -> None:
     """The background trainings, with the end of their output."""
     if refused := st.session_state.pop("refused", None):
-        st.error(plain(typed(refused)))
+        refuse(refused)
     processes = _processes().all()
     if not processes:
         st.caption("Nothing was started from here yet. A training that is started goes on when this page is closed.")

@@ -9,7 +9,7 @@ import streamlit as st
 from analysis.runs import commands, progress, tables
 from pages.sections import run_form
 from pages.shared.columns import draw_table
-from pages.shared.page import ARROW, plain, typed
+from pages.shared.page import ARROW, refuse, typed
 from pages.shared.pick import pick_checkpoint, pick_row, readable
 from trainer.checkpoint import Checkpoint, CheckpointError
 
@@ -84,7 +84,7 @@ def _draw_log(run: Checkpoint) -> None:
     try:
         lines = tables.curves([run]).tail(8)
     except CheckpointError as error:
-        st.error(plain(typed(str(error))))
+        refuse(error)
         return
     if lines.empty:
         st.caption("Nothing is logged yet.")

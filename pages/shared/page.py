@@ -77,6 +77,11 @@ def plain(text: str | Path) -> str:
     return f"{fence}{edge}{line}{edge}{fence}"
 
 
+def refuse(why: object) -> None:
+    """Why something cannot be done: what it says of files and names is text, not Markdown."""
+    st.error(plain(typed(str(why))))
+
+
 @contextmanager
 def sentences(kinds: tuple[type[Exception], ...] = (CheckpointError,)) -> Iterator[None]:
     """What cannot be shown ends the page with its sentence, not with a traceback.
@@ -87,7 +92,7 @@ def sentences(kinds: tuple[type[Exception], ...] = (CheckpointError,)) -> Iterat
     try:
         yield
     except kinds as error:
-        st.error(plain(typed(str(error))))
+        refuse(error)
         st.stop()
 
 

@@ -8,8 +8,8 @@ from contextlib import closing
 import pandas as pd
 import pytest
 
-from analysis.export_csv import guarded, unguarded
 from analysis.labels import Label, Labels
+from analysis.spreadsheet import guarded, unguarded
 from tests.helpers import PATIENCE
 
 
