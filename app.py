@@ -2,6 +2,8 @@
 
 import streamlit as st
 
+from pages.shared.address import permalink
+
 # Pages have no icons of their own: Streamlit would fetch each as favicon from a font host.
 ICON = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 8 8">
 <rect width="8" height="8" rx="1" fill="#0072B2"/>
@@ -19,4 +21,5 @@ page = st.navigation(
     position="top",  # tables and charts need the width
 )
 st.set_page_config(page_title=f"{page.title} · Attention-head SAEs", page_icon=ICON, layout="wide")
-page.run()
+with permalink():
+    page.run()

@@ -3,11 +3,13 @@
 import streamlit as st
 
 from pages.sections import frontier
+from pages.shared.address import permalink
 from pages.shared.page import begin
 from pages.shared.pick import readable
 
 
 @st.fragment(run_every="5s")  # a run that is still training moves, and a new one appears
+@permalink()
 def page() -> None:
     """What follows the title."""
     checkpoints, figures = frontier.pick(readable())

@@ -10,6 +10,7 @@ from jaxtyping import install_import_hook
 # Every shape annotation of these packages is checked while the tests run: before anything of them is imported.
 install_import_hook(["trainer", "analysis"], "tests.check")
 
+from tests.browser import Visitor, browse, serve
 from tests.helpers import OTHERS, save_tiny_gemma2, save_tiny_gpt2, save_tiny_llama, tiny_run, write_text
 
 
@@ -100,3 +101,22 @@ def show_copy(tmp_path, monkeypatch):
 @pytest.fixture
 def folder(trained, show_copy):
     return show_copy(trained)
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    with browse() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def address(chromium, tmp_path_factory):
+    with serve(tmp_path_factory.mktemp("app") / "log") as address:
+        yield address
+
+
+@pytest.fixture
+def visitor(chromium, address):
+    fresh = Visitor(chromium, address)
+    yield fresh
+    fresh.leave()

@@ -8,6 +8,7 @@ import streamlit as st
 
 from analysis.runs import commands, progress, tables
 from pages.sections import run_form
+from pages.shared.address import permalink
 from pages.shared.columns import draw_table
 from pages.shared.page import ARROW, refuse, typed
 from pages.shared.pick import pick_checkpoint, pick_row, readable
@@ -15,6 +16,7 @@ from trainer.checkpoint import Checkpoint, CheckpointError
 
 
 @st.fragment(run_every="5s")  # runs go on while one looks
+@permalink()
 def show() -> None:
     """The table of all runs, what is not complete first; and one of them."""
     checkpoints = readable()

@@ -2,11 +2,9 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from typing import Any
 
 import streamlit as st
-from streamlit.errors import StreamlitAPIException
 
 from pages.shared.page import folder, plain, typed
 from trainer.checkpoint import Checkpoint, list_checkpoints
@@ -73,9 +71,6 @@ def pick_checkpoint(checkpoints: list[Checkpoint], label: str, key: str, index: 
     name = st.session_state.get(key, wanted)
     if name not in by_name:
         name = st.session_state[key] = default
-    if wanted is None:
-        with suppress(StreamlitAPIException):  # refused where the box is already bound to it
-            st.query_params[key] = name
     return by_name[st.selectbox(label, names, None, key=key, bind="query-params") or default]
 
 

@@ -1,0 +1,51 @@
+"""The address of a page holds whatever is chosen on it, also where the browser forgets to write it down."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import parse_qs, urlencode
+
+import streamlit as st
+from streamlit.runtime.scriptrunner import StopException, get_script_run_ctx
+from streamlit.runtime.state.query_params import _coerce_value_for_query_url as in_address
+
+
+@contextmanager
+def permalink() -> Iterator[None]:
+    """Around a page, and around what is run again by itself: once it is drawn, its bound widgets are in the address.
+
+    A browser writes the widget that a hand has changed. But where something appears above a widget (a spinner while a
+    prompt runs, a sentence), Streamlit's frontend makes its column anew and forgets that it is bound to the address:
+    https://github.com/streamlit/streamlit/blob/develop/frontend/lib/src/WidgetStateManager.ts. `st.query_params`
+    refuses to write what is bound, so this reaches for what Streamlit itself writes with.
+    """
+    try:
+        yield
+    except StopException:  # a sentence instead of the rest: what is above it was chosen too
+        _write()
+        raise
+    _write()  # not where the script is about to run again: half of the widgets may be missing
+
+
+def _write() -> None:
+    context: Any = get_script_run_ctx()
+    if context is None:  # a script without a browser
+        return
+    drawn = context.shared.widget_ids_this_run.snapshot()
+    with context.session_state.query_params() as address:
+        for key, binding in address._bindings_by_param.items():
+            if binding.widget_id not in drawn:
+                continue
+            widget = context.session_state._state._get_widget_metadata(binding.widget_id)
+            value = st.session_state[key]
+            if value == widget.deserializer(None):  # defaults are left out
+                address._query_params.pop(key, None)
+            else:
+                address._query_params[key] = in_address(widget.serializer(value), widget.value_type)
+        here = urlencode(address._query_params, doseq=True)
+        if _parsed(here) != _parsed(context.query_string):  # as the browser said, or was told since
+            address._send_query_param_msg()
+
+
+def _parsed(query: str) -> dict[str, list[str]]:
+    return parse_qs(query, keep_blank_values=True)
