@@ -1,5 +1,6 @@
 """A newcomer in a real browser: types a prompt on the embedded model and sees its features."""
 
+import http.client
 import os
 import re
 import subprocess
@@ -152,6 +153,23 @@ def test_markup_in_a_prompt_only_appears(visitor):
     visitor.idle()
     assert "owned" not in page.title()
     assert page.locator("[data-testid=stMain] img").count() == 0
+
+
+def test_another_sites_name_for_this_machine_gets_no_session(address):
+    port = int(address.rpartition(":")[2])
+    upgrade = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
+    for name, status in (
+        ("localhost", 101),
+        ("127.0.0.1", 101),
+        ("evil.example", 403),
+        ("localhost.evil.example", 403),
+    ):
+        connection = http.client.HTTPConnection("localhost", port, timeout=PATIENCE)
+        host = f"{name}:{port}"
+        more = {"Host": host, "Origin": f"http://{host}", "Sec-WebSocket-Key": "MDEyMzQ1Njc4OWFiY2RlZg=="}
+        connection.request("GET", "/_stcore/stream", headers=upgrade | more)
+        assert connection.getresponse().status == status, name
+        connection.close()
 
 
 @pytest.mark.parametrize("path", ["", "heads?show=Roles", "features", "compare", "runs"])
