@@ -9,12 +9,20 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from random import Random
 
-from playwright.sync_api import Browser, TimeoutError, sync_playwright
+from playwright.sync_api import Browser, Locator, TimeoutError, sync_playwright
+from streamlit.proto.BackMsg_pb2 import BackMsg
+from streamlit.proto.ForwardMsg_pb2 import ForwardMsg
 
 from tests.helpers import PATIENCE, ROOT, find_chromium
 
 ATTEMPTS = [3_000 * 2**i for i in range(9)]  # ms that what may go unnoticed is waited for, before it is done again
+
+PROMPTS = ["one two three four. one two three", "a *b* $c$ d a *b*", "Paris, London, Paris"]
+_KINDS = ("Selectbox", "MultiSelect", "ButtonGroup", "Checkbox", "Slider", "TextArea", "TextInput", "NumberInput")
+# Of a page, all that are bound to its address: labels and notes of a feature are written down elsewhere.
+CONTROLS = f":is({', '.join(f'[data-testid=st{kind}]' for kind in _KINDS)}):not([class*=st-key-text_] *, [class*=st-key-note_] *)"
 
 
 @contextmanager
@@ -67,19 +75,24 @@ class Visitor:
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.on("console", self._console)
         self.page.on("request", self._request)
+        self.page.on("websocket", self._connected)
+        self._asked = True  # for a run of the script that is not finished
 
     def open(self, path: str) -> None:
         self.page.goto(f"{self.address}/{path}")
 
     def idle(self) -> None:
         """Wait until the script has run and everything is drawn: a list that is open would close."""
-        self.page.wait_for_function(
-            "document.querySelector('[data-testid=stApp]')?.dataset.testScriptState === 'notRunning'"
-            " && !document.querySelector('[data-stale=true], [data-testid=stSkeleton], [data-testid=stSpinner]')"
-        )
+        while True:
+            self.page.wait_for_timeout(300)  # a change that was just made starts the script
+            self.page.wait_for_function(
+                "document.querySelector('[data-testid=stApp]')?.dataset.testScriptState === 'notRunning'"
+                " && !document.querySelector('[data-stale=true], [data-testid=stSkeleton], [data-testid=stSpinner]')"
+            )
+            if not self._asked:
+                return
 
     def choose(self, name: str, option: str) -> None:
-        self.page.wait_for_timeout(300)  # a change that was just made starts the script
         self.idle()
         box = self.page.get_by_role("combobox", name=name, exact=True).first  # an old one may still be fading
         for patience in ATTEMPTS:
@@ -100,6 +113,51 @@ class Visitor:
         box.fill(text)
         box.press("Control+Enter")
 
+    def shown(self) -> tuple[str, str, list[str]]:
+        """What a person sees, but for what is painted on a canvas: address, text, and what the controls hold."""
+        self.idle()
+        self.page.evaluate("document.activeElement.blur()")  # a field that is written in says how to apply it
+        main = self.page.get_by_test_id("stMain")
+        held = "all => all.map(one => one.type == 'checkbox' ? one.checked : one.value ?? one.ariaValueText)"
+        return self.page.url, main.inner_text(), main.locator("input, textarea, [role=slider]").evaluate_all(held)
+
+    def change(self, random: Random) -> str:
+        """Set one of the controls of the page by hand, which one and to what by chance; says which."""
+        self.idle()
+        controls = self.page.get_by_test_id("stMain").locator(CONTROLS).locator("visible=true")
+        control = controls.nth(random.randrange(controls.count()))
+        kind = control.get_attribute("data-testid") or ""
+        done = f"{kind}: {control.inner_text().splitlines()[:1]}"
+        control.scroll_into_view_if_needed()
+        match kind:
+            case "stSelectbox" | "stMultiSelect":
+                box, options = control.get_by_role("combobox"), self.page.get_by_role("option")
+                with suppress(TimeoutError):  # a list of what can be added may be empty
+                    box.click()
+                    options.first.wait_for(timeout=ATTEMPTS[0])
+                    options.nth(random.randrange(options.count())).click(timeout=ATTEMPTS[0])
+                self.page.keyboard.press("Escape")
+            case "stButtonGroup":
+                buttons = control.get_by_role("radio")
+                buttons.nth(random.randrange(buttons.count())).click()
+            case "stCheckbox":
+                control.locator("label").click()
+            case "stSlider":
+                thumbs = control.get_by_role("slider")
+                thumbs.nth(random.randrange(thumbs.count())).press(random.choice(["ArrowLeft", "ArrowRight"]))
+            case "stTextArea":
+                self._write(control, random.choice(PROMPTS), "Control+Enter")
+            case "stTextInput":
+                self._write(control, random.choice(["the", "0.5", "16, 32", "cpu"]), "Enter")
+            case "stNumberInput":
+                self._write(control, str(random.randrange(1, 9)), "Enter")
+        return done
+
+    def _write(self, control: Locator, text: str, apply: str) -> None:
+        box = control.locator("input, textarea")
+        box.fill(text)
+        box.press(apply)
+
     def leave(self) -> None:
         """Go, having seen no error and asked no other machine."""
         self.page.context.close()
@@ -110,6 +168,19 @@ class Visitor:
         # At a page's own address Streamlit asks for its health below that address first, and gets a 404.
         if message.type == "error" and "/_stcore/" not in message.location.get("url", ""):
             self.errors.append(message.text)
+
+    def _connected(self, socket) -> None:
+        socket.on("framesent", self._sent)
+        socket.on("framereceived", self._received)
+
+    def _sent(self, frame: bytes) -> None:
+        if BackMsg.FromString(frame).WhichOneof("type") == "rerun_script":
+            self._asked = True
+
+    def _received(self, frame: bytes) -> None:
+        message = ForwardMsg.FromString(frame)
+        if message.WhichOneof("type") == "script_finished":
+            self._asked = message.script_finished == ForwardMsg.FINISHED_EARLY_FOR_RERUN
 
     def _request(self, request) -> None:
         if not request.url.startswith((self.address, self.address.replace("http", "ws"), "data:", "blob:")):
