@@ -22,7 +22,7 @@ ATTEMPTS = [3_000 * 2**i for i in range(9)]  # ms that what may go unnoticed is 
 PROMPTS = ["one two three four. one two three", "a *b* $c$ d a *b*", "Paris, London, Paris"]
 _KINDS = ("Selectbox", "MultiSelect", "ButtonGroup", "Checkbox", "Slider", "TextArea", "TextInput", "NumberInput")
 # Of a page, all that are bound to its address: labels and notes of a feature are written down elsewhere.
-CONTROLS = f":is({', '.join(f'[data-testid=st{kind}]' for kind in _KINDS)}):not([class*=st-key-text_] *, [class*=st-key-note_] *)"
+_CONTROLS = ",".join(f"[data-testid=st{kind}]:not([class*=st-key-text_] *, [class*=st-key-note_] *)" for kind in _KINDS)
 
 
 @contextmanager
@@ -113,18 +113,25 @@ class Visitor:
         box.fill(text)
         box.press("Control+Enter")
 
-    def shown(self) -> tuple[str, str, list[str]]:
-        """What a person sees, but for what is painted on a canvas: address, text, and what the controls hold."""
+    def shown(self) -> tuple[str, list[str], list[str]]:
+        """What a person sees, but for what is painted on a canvas: address, text, and what the controls hold.
+
+        The lines are sorted: Vega draws the labels of an axis in any order.
+        """
         self.idle()
         self.page.evaluate("document.activeElement.blur()")  # a field that is written in says how to apply it
         main = self.page.get_by_test_id("stMain")
         held = "all => all.map(one => one.type == 'checkbox' ? one.checked : one.value ?? one.ariaValueText)"
-        return self.page.url, main.inner_text(), main.locator("input, textarea, [role=slider]").evaluate_all(held)
+        return (
+            self.page.url,
+            sorted(main.inner_text().splitlines()),
+            main.locator("input, textarea, [role=slider]").evaluate_all(held),
+        )
 
     def change(self, random: Random) -> str:
         """Set one of the controls of the page by hand, which one and to what by chance; says which."""
         self.idle()
-        controls = self.page.get_by_test_id("stMain").locator(CONTROLS).locator("visible=true")
+        controls = self.page.get_by_test_id("stMain").locator(_CONTROLS).locator("visible=true")
         control = controls.nth(random.randrange(controls.count()))
         kind = control.get_attribute("data-testid") or ""
         done = f"{kind}: {control.inner_text().splitlines()[:1]}"

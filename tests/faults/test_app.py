@@ -1,5 +1,7 @@
 """The app under abuse: controls set by hand in any order, and addresses that somebody else wrote."""
 
+from collections.abc import Sequence
+from difflib import ndiff
 from random import Random
 
 from tests.browser import Visitor
@@ -28,7 +30,8 @@ def _walk(visitor: Visitor, random: Random, path: str) -> int:
         url, *shown = visitor.shown()
         seen[url] = shown
     visitor.page.reload()
-    assert visitor.shown() == (url, *shown), f"after a reload, {path}: {done}"
+    now = visitor.shown()
+    assert now == (url, *shown), f"after a reload, {path}: {done}: {_differ((url, *shown), now)}"
     other = "Heads" if path != "heads" else "Prompt"
     visitor.page.get_by_role("link", name=other, exact=True).click()
     visitor.page.get_by_role("heading", name=other, exact=True).wait_for()
@@ -39,6 +42,14 @@ def _walk(visitor: Visitor, random: Random, path: str) -> int:
             break
         url, *shown = visitor.shown()
         if url in seen:  # else an entry of the history in between, which was corrected before anybody saw it
-            assert shown == seen[url], f"after {back} times Back, {path}: {done}"
+            assert shown == seen[url], (
+                f"after {back} times Back, {path}: {done}: {_differ((url, *seen[url]), (url, *shown))}"
+            )
             backs += 1
     return backs
+
+
+def _differ(before: Sequence, after: Sequence) -> list[str]:
+    """The lines that are other ones."""
+    texts = [[url, *text, *map(str, held)] for url, text, held in (before, after)]
+    return [line for line in ndiff(*texts) if line[0] != " "]
