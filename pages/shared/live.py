@@ -1,12 +1,14 @@
 """What is read or computed once for all sessions, which must not change it: SAEs, analyses, matches, prompts.
 
-Functions that say so end the page with a sentence where they fail. The model holds its own lock around hooks.
+Functions that say so end the page with a sentence where they fail. The model holds its own lock around hooks; prompts
+and ablations wait their turn before, so that a page can say for how many.
 """
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 import streamlit as st
@@ -17,12 +19,14 @@ from analysis.prompt import run as prompts
 from analysis.store import Analysis
 from analysis.tokens import visible
 from pages.shared.page import hint, plain, sentences
+from pages.shared.turns import Turns
 from trainer import embedded
 from trainer.block_diag import BlockDiagSAE
 from trainer.checkpoint import Checkpoint, CheckpointError
 from trainer.config import require
 
 _FORESEEN = (ValueError, RuntimeError, OSError)
+_T = TypeVar("_T")
 
 
 @st.cache_resource
@@ -132,9 +136,48 @@ def _layer(checkpoint: Checkpoint) -> Any:
     return _opened(checkpoint)[0].layer(checkpoint.layer)
 
 
-@st.cache_resource(max_entries=6, **_PER_CHECKPOINT | {"show_spinner": "Running the prompt"})
+@st.cache_resource
+def _turns() -> Turns:
+    return Turns()
+
+
+@st.cache_resource(max_entries=6, **_PER_CHECKPOINT)
+def _of_run(checkpoint: Checkpoint, prompt: str) -> list[prompts.PromptRun]:
+    return []
+
+
+@st.cache_resource(max_entries=64, **_PER_CHECKPOINT)
+def _of_ablation(
+    checkpoint: Checkpoint, prompt: str, kind: ablate.Kind, which: int, position: int
+) -> list[pd.DataFrame]:
+    return []
+
+
+def _in_turn(kept: list[_T], what: str, compute: Callable[[], _T]) -> _T:
+    """What is kept, or else computed once it is this session's turn, with `what` as its spinner.
+
+    Not in a function that is cached: a cache would replay what is drawn while one waits.
+    """
+
+    def wait(before: int) -> None:
+        are = "prompt is" if before == 1 else "prompts are"
+        place.text(f"Waiting for the language model: {before} {are} before this one.")
+
+    place = st.empty()  # also where nothing is to be said: else all that follows moves by one
+    if not kept:
+        with _turns().take(wait), place, st.spinner(what):
+            if not kept:  # another session asked for the same, and was before
+                kept.append(compute())
+    place.empty()
+    return kept[0]
+
+
 def _run(checkpoint: Checkpoint, prompt: str) -> prompts.PromptRun:
-    return prompts.run_prompt(_layer(checkpoint), read_sae(checkpoint), prompt)
+    return _in_turn(
+        _of_run(checkpoint, prompt),
+        "Running the prompt",
+        lambda: prompts.run_prompt(_layer(checkpoint), read_sae(checkpoint), prompt),
+    )
 
 
 @sentences(_FORESEEN)
@@ -144,7 +187,7 @@ def run_prompt(checkpoint: Checkpoint, prompt: str) -> prompts.PromptRun:
     Where the model is not found, a field asks where it lies now.
     """
     model = checkpoint.config.model
-    if model.name == embedded.NAME and not embedded.is_ready():  # not in `_run`: a cache would replay the bar
+    if model.name == embedded.NAME and not embedded.is_ready():
         with st.empty():
             bar = st.progress(0.0, "The embedded model is fetched once")
             embedded.ensure(lambda fraction, message: bar.progress(fraction, message))
@@ -161,14 +204,18 @@ def run_prompt(checkpoint: Checkpoint, prompt: str) -> prompts.PromptRun:
 
 
 @sentences(_FORESEEN)
-@st.cache_data(max_entries=64, **_PER_CHECKPOINT | {"show_spinner": "Ablating"})
 def ablation(checkpoint: Checkpoint, prompt: str, kind: ablate.Kind, which: int, position: int) -> pd.DataFrame:
     """The likeliest and the most changed next tokens after `position`, with and without; errors are a sentence."""
-    layer = _layer(checkpoint)
-    change = ablate.ablate(layer, read_sae(checkpoint), _run(checkpoint, prompt), kind, which, position)
-    table = change.table(change.most_changed())
-    table.insert(0, "token", [visible(text) for text in layer.lm.token_strings(table["id"].tolist())])
-    return table
+    run = _run(checkpoint, prompt)
+
+    def compute() -> pd.DataFrame:
+        layer = _layer(checkpoint)
+        change = ablate.ablate(layer, read_sae(checkpoint), run, kind, which, position)
+        table = change.table(change.most_changed())
+        table.insert(0, "token", [visible(text) for text in layer.lm.token_strings(table["id"].tolist())])
+        return table
+
+    return _in_turn(_of_ablation(checkpoint, prompt, kind, which, position), "Ablating", compute)
 
 
 def direct_effects(checkpoint: Checkpoint, prompt: str, token: int) -> Any:
