@@ -65,12 +65,16 @@ def pick_checkpoint(checkpoints: list[Checkpoint], label: str, key: str, index: 
     by_name = {checkpoint.name: checkpoint for checkpoint in checkpoints}
     names = list(by_name)
     default = names[(names.index(_default(checkpoints).name) + index) % len(names)]
-    wanted = st.query_params.get(key)
-    if wanted is not None and wanted not in by_name:
-        st.warning(f"There is no checkpoint {plain(wanted)} in {plain(folder().name)}: {plain(default)} is shown.")
+    wanted, missing = st.query_params.get(key), f"{key} that is not there"
     name = st.session_state.get(key, wanted)
     if name not in by_name:
         name = st.session_state[key] = default
+    if wanted is not None and wanted not in by_name:
+        st.session_state[missing] = wanted, name
+    # Said as long as it is so: the address has the other name once the page, or a part of it, is run again.
+    asked, instead = st.session_state.get(missing, (None, None))
+    if name == instead:
+        st.warning(f"There is no checkpoint {plain(asked)} in {plain(folder().name)}: {plain(name)} is shown.")
     return by_name[st.selectbox(label, names, None, key=key, bind="query-params") or default]
 
 

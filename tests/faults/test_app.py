@@ -3,21 +3,56 @@
 from collections.abc import Sequence
 from difflib import ndiff
 from random import Random
+from urllib.parse import quote
 
 from tests.browser import Visitor
 
-PATHS = ["prompt", "", "compare", "features", "heads", "runs"]
+# Of each page, what its address can hold.
+PARAMETERS = {
+    "prompt": "checkpoint prompt head token until from rank source next firing ablate which predict",
+    "": "site text head y log runs curve",
+    "runs": "run model dataset hook_layer name preset recipe k l1_coefficients block expansion_factor normalize lr "
+    "total_training_steps batch_size distinct_tokens eval_tokens context_size seed device wandb",
+    "compare": "a b c d show text criterion prompt head token against firing pair dense",
+    "features": "checkpoint head role fires reads promotes noted density order page feature kind attention whole",
+    "heads": "checkpoint show text of_head judged",
+}
+PATHS = list(PARAMETERS)
+HOSTILE = [
+    quote("![x](http://evil.example/x.png)"),
+    quote("<img src=http://evil.example/x onerror=document.title='owned'><script>1</script>"),
+    quote("$x$ :red[y] [a](http://evil.example) :material/home:"),
+    quote("` ``` \n\n# title\n\n| a | b |\n|---|---|"),
+    *("9" * 30, "-1", "1e999", "nan", "0.5", "%FF%FE%00", "%", "", "\u202e", "all", "true", "a%00b"),
+]
 
 
 def test_what_is_set_by_hand_survives_a_reload_and_a_way_back(chromium, address, tries, fault):
     """Every control, in any order: a reload shows the same, and so does Back, of the next page and of each entry."""
-    n, backs = tries(2, 30), 0
+    n, backs = tries(2, 18), 0
     for seed in range(n):
         visitor = Visitor(chromium, address)
         backs += _walk(visitor, Random(seed), PATHS[seed % len(PATHS)])
         visitor.leave()
     fault("app", "controls set by hand, in any order: reload", n, "the same address and page")
     fault("app", "controls set by hand, in any order: Back", backs, "what was shown")
+
+
+def test_an_address_can_bring_nothing_but_a_page_or_a_sentence(chromium, address, tries, fault):
+    """Every parameter of every page, with values that somebody chose to do harm."""
+    n, pages = tries(3, 48), list(PARAMETERS)
+    for seed in range(n):
+        random, visitor, page = Random(seed), Visitor(chromium, address), pages[seed % len(pages)]
+        values = {name: random.choice(HOSTILE) for name in PARAMETERS[page].split()}
+        values[random.choice(list(values))] = "x" * 10_000
+        visitor.open(f"{page}?{'&'.join(f'{name}={value}' for name, value in values.items())}")
+        visitor.page.get_by_role("button", name="Copy link").wait_for()
+        visitor.idle()
+        main = visitor.page.get_by_test_id("stMain")
+        assert main.get_by_test_id("stException").count() == 0, f"{page}: {values}"
+        assert main.locator("img, a[href*=evil], .katex, script").count() == 0, f"{page}: {values}"
+        visitor.leave()
+    fault("app", "addresses with markup, numbers beyond all bounds, broken bytes and 10,000 characters", n, "a page")
 
 
 def _walk(visitor: Visitor, random: Random, path: str) -> int:

@@ -77,6 +77,17 @@ def test_a_choice_that_is_not_there_gives_way(folder):
     assert "There is no checkpoint `77`" in said(open_page("pages/heads.py", checkpoint="77"))
 
 
+@pytest.mark.parametrize(("page", "key"), [("heads", "checkpoint"), ("runs", "run")])
+def test_that_a_checkpoint_is_not_there_is_said_until_another_is_picked(folder, page, key):
+    app = open_page(f"pages/{page}.py", **{key: "nothere"})
+    for _ in range(2):
+        assert "There is no checkpoint `nothere`" in said(app)
+        app.query_params[key] = app.selectbox(key=key).value  # as the page writes it
+        app.run()
+    other = next(name for name in app.selectbox(key=key).options if name != app.selectbox(key=key).value)
+    assert "nothere" not in said(app.selectbox(key=key).select(other).run())
+
+
 def test_short_names_are_told_apart():
     assert short_names(["m-L1-topk-k8", "m-L1-topk-k16", "m-L1-april-l1_2"]) == ["topk-k8", "topk-k16", "april-l1_2"]
     assert short_names(["m-L1", "m-L1-topk"]) == ["L1", "L1-topk"], "none is left without a name"
