@@ -50,14 +50,14 @@ def train(activations: ActivationsConfig, saes: list[SAEConfig], cfg: TrainingCo
         ValueError: the model, layer, text or an existing directory does not allow the run.
         Interrupted: Ctrl-C or SIGTERM; the state is saved.
     """
+    device = pick_device(cfg.device)
     with plan(activations, saes, cfg) as runs:
-        _train(activations, runs, cfg)
+        _train(activations, runs, cfg, device)
     return [run.path for run in runs]
 
 
-def _train(activations: ActivationsConfig, runs: list[Run], cfg: TrainingConfig) -> None:
+def _train(activations: ActivationsConfig, runs: list[Run], cfg: TrainingConfig, device: str) -> None:
     # Open: model, text. Everything that can be refused is refused before hours of work.
-    device = pick_device(cfg.device)
     mode = reachable(cfg.wandb)
     layers = sorted({run.sae.hook_layer for run in runs})
     print(f"Loading {activations.model} on {device}", flush=True)
