@@ -107,7 +107,7 @@ def harvest(
     w = reader.W_enc.mT[heads, index[:, None]]  # [feature, read, d_head]
     correlations = RollingCorrCoef(indices=features.tolist(), with_self=True)
     parts = []
-    for batch in tqdm(tokens.split(max(1, _BATCH_TOKENS // tokens.shape[1])), "Language model", disable=None):
+    for batch in tqdm(tokens.split(max(1, _BATCH_TOKENS // tokens.shape[1])), "Language model", dynamic_ncols=True):
         attention, resid_pre, final = layer.forward(batch)
         z, v, pattern, resid, scale = (part.float() for part in (*attention, final, layer.output_scale(resid_pre)))
         f = sae.encode(z).flatten(-2).cpu()
@@ -164,7 +164,7 @@ def vis_data(layer: Layer, sae: BlockDiagSAE, harvested: Harvest) -> SaeVisData:
     hook_name, last = layer.hook_name, f"blocks.{lm.n_layers - 1}.hook_resid_post"
     texts = lm.token_strings(list(range(lm.d_vocab)))
     strings = dict(enumerate(text if text.isprintable() else visible(text) for text in texts))
-    with _own_unembedding(lm), tqdm(desc="Features", total=len(features), disable=None) as bar:
+    with _own_unembedding(lm), tqdm(desc="Features", total=len(features), unit="feature", dynamic_ncols=True) as bar:
         data, _ = data_fetching_fns.parse_feature_data(
             model=SimpleNamespace(cfg=lm.model.cfg, W_U=pad(lm.model.W_U.float(), (0, 0, 0, 1))),
             cfg=SaeVisConfig(feature_centric_layout=layout),
