@@ -39,7 +39,7 @@ from trainer import cli
 from trainer.block_diag import BlockDiagSAE
 from trainer.checkpoint import Checkpoint
 from trainer.config import require
-from trainer.files import write_atomically
+from trainer.files import make_writable, write_atomically
 from trainer.model.lm import LanguageModel, Layer, pick_device
 
 _BATCH_TOKENS = 2048  # of one forward pass
@@ -307,6 +307,7 @@ def export(
     require(tokens >= 1, f"tokens must be at least 1, got {tokens}")
     require(not out.is_dir(), f"{out} is a folder: name the file to write")
     require(out.parent.is_dir(), f"the folder {out.parent} does not exist")
+    make_writable(out.parent)
     _scripts()  # refuse before minutes of work
     checkpoint = Checkpoint(path)
     sae = checkpoint.sae

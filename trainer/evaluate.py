@@ -20,7 +20,7 @@ from trainer import cli
 from trainer.block_diag import BlockDiagSAE
 from trainer.checkpoint import Checkpoint, by_origin
 from trainer.effects import MEASURABLE, Effects, effects, split
-from trainer.files import cache_dir, write_json
+from trainer.files import cache_dir, make_writable, write_json
 from trainer.model.lm import LanguageModel, Layer, pick_device
 
 _ENCODED_TOKENS = 1024  # at a time
@@ -66,7 +66,10 @@ def evaluate_checkpoints(
     Raises:
         ValueError: a checkpoint, its model or its text cannot be used.
     """
-    for group in by_origin([Checkpoint(path) for path in paths], model):
+    checkpoints = [Checkpoint(path) for path in paths]
+    for path in paths:
+        make_writable(path)
+    for group in by_origin(checkpoints, model):
         saes = [each.sae for each in group]
         lm = group[0].open_model(pick_device(device), model)
         corpus = group[0].open_text(lm.tokenizer, text)

@@ -40,6 +40,7 @@ from trainer import checkpoint
 from trainer.block_diag import BlockDiagSAE
 from trainer.checkpoint import Checkpoint
 from trainer.config import require
+from trainer.files import make_writable
 from trainer.model.lm import Layer, pick_device
 
 THRESHOLD = 0.5  # score from which two features are a pair: Jaccard 0.36 at cosine 0.7, 0.25 at cosine 1
@@ -212,7 +213,8 @@ def match(
         model, text: where they lie now, if elsewhere than in training.
 
     Raises:
-        ValueError: a checkpoint cannot be used, they are not of one model and layer, or the text has no tokens.
+        ValueError: a checkpoint cannot be used, they are not of one model and layer, the text has no tokens, or nothing
+            can be written there.
     """
     require(tokens >= 1, f"tokens must be at least 1, got {tokens}")
     saved = _load([first, *others])
@@ -224,13 +226,14 @@ def match(
         )
     corpus = saved[0].open_text(lm.tokenizer, text)
     saes = [one.sae for one in saved]
+    # The dense one is split.
+    orders = [(i, 0) if saes[i].is_dense and not saes[0].is_dense else (0, i) for i in range(1, len(saved))]
+    for a, b in orders:
+        make_writable(match_folder(saved[a], saved[b]).parent)
     cofiring = firings(lm.layer(saved[0].layer), corpus.held_out_tokens(tokens), saes)
     read = {"name": corpus.name, "fingerprint": corpus.fingerprint, "context_size": corpus.context_size}
     written = []
-    for i in range(1, len(saved)):
-        a, b = (0, i)
-        if saes[b].is_dense and not saes[a].is_dense:
-            a, b = b, a  # the dense one is split
+    for a, b in orders:
         fires = _matrices([cofiring[a], cofiring[b]], [saes[a].d_sae, saes[b].d_sae])
         fired = [Fired.of(saes[j], matrix, lm.n_heads) for j, matrix in zip((a, b), fires, strict=True)]
         same = saes[a].n_blocks == saes[b].n_blocks

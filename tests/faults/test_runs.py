@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 
 from tests.helpers import PATIENCE, ROOT, tiny_run
 from trainer.__main__ import main
+from trainer.data import buffer
+from trainer.optimise.stack import Stack
 
 AREA = "runs"
 # A file may have this many bytes and no more: to a writer it is a full disk, and no root is needed.
@@ -121,3 +123,39 @@ def test_full_disks(command, tries, fault):
         assert same(out / "whole", out / name)
     assert refused
     fault(AREA, "no room left, at a random size of file", n, "one sentence, resumed to the bit after room was made")
+
+
+def test_folders_that_vanish(command, fault, monkeypatch, capsys):
+    arguments, out = command
+    cache, steps = out.parent / "cache", "--total_training_steps=300"  # more than one shard
+    assert main(arguments("whole", steps)) == 0
+    whole = out.rename(out.parent / "whole") / "whole"
+    update, save = Stack.update, buffer.save_tensors
+
+    def while_training(stack, z):
+        update(stack, z)
+        if stack.step == 17:
+            shutil.rmtree(gone)
+
+    def while_harvesting(path, *more):
+        shutil.rmtree(cache)
+        save(path, *more)
+
+    for gone, module, name, instead in (
+        (out / "run", Stack, "update", while_training),
+        (out, Stack, "update", while_training),
+        (cache, Stack, "update", while_training),
+        (cache, buffer, "save_tensors", while_harvesting),
+    ):
+        if instead is while_harvesting:
+            shutil.rmtree(cache)
+        shutil.rmtree(out, ignore_errors=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, instead)
+            assert main(arguments("run", steps)) == 2
+        said = capsys.readouterr().err.strip().splitlines()[-1]
+        assert said.startswith("error: ") and str(gone) in said
+        assert main(arguments("run", steps, "--resume=true")) == 0
+        assert same(whole, out / "run")
+    fault(AREA, "the folder of the checkpoint, of all, or of the cache deleted in mid-run", 4,
+          "one sentence, to the bit with --resume=true")  # fmt: skip
