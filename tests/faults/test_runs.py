@@ -9,9 +9,11 @@ import time
 
 import pytest
 from safetensors.torch import load_file
+from transformers import GPT2LMHeadModel
 
-from tests.helpers import PATIENCE, ROOT, tiny_run
+from tests.helpers import OTHERS, PATIENCE, ROOT, tiny_run
 from trainer.__main__ import main
+from trainer.checkpoint import Checkpoint
 from trainer.data import buffer
 from trainer.optimise.stack import Stack
 
@@ -123,6 +125,27 @@ def test_full_disks(command, tries, fault):
         assert same(out / "whole", out / name)
     assert refused
     fault(AREA, "no room left, at a random size of file", n, "one sentence, resumed to the bit after room was made")
+
+
+def test_one_constant_head(gpt2_folder, text_file, tmp_path, tries, fault, monkeypatch, capsys):
+    """It costs the others nothing, neither in training nor at the end of it."""
+    monkeypatch.setenv("ATTN_SAES_CACHE", str(tmp_path / "cache"))
+    folder, out = shutil.copytree(gpt2_folder, tmp_path / "constant"), tmp_path / "checkpoints"
+    model = GPT2LMHeadModel.from_pretrained(folder)
+    model.transformer.h[1].attn.c_attn.weight.data[:, 64 + 16 : 64 + 24] = 0  # the values of head 2
+    model.save_pretrained(folder)
+    more = ("--total_training_steps=40", "--batch_size=128", "--lr=1e-3")
+    recipes = {"april": "--l1_coefficients=1", **OTHERS}
+    kinds = [(recipe, block) for recipe in recipes for block in ("head", "dense")]
+    kinds = [kind for kind in kinds if tries(kind[0] in ("april", "bricken"), True)]
+    for recipe, block in kinds:
+        name = f"{recipe}-{block}"
+        arguments = (*more, f"--recipe={recipe}", recipes[recipe], f"--block={block}", f"--name={name}")
+        assert main(tiny_run(folder, text_file, out, *arguments)) == 0, name
+        assert "head 2 is constant" in capsys.readouterr().out
+        figures = Checkpoint(out / name).eval
+        assert [fvu is None for fvu in figures["FVU_per_head"]] == [False, False, True, False]
+    fault(AREA, "one head of a layer is constant", len(kinds), "named; the others are trained and evaluated")
 
 
 def test_folders_that_vanish(command, fault, monkeypatch, capsys):
