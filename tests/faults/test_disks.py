@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import pytest
 
@@ -32,9 +33,11 @@ for line in sys.stdin:
     size, module, function, arguments = json.loads(line)
     call = getattr(importlib.import_module(module), function)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size or hard, hard))
-    with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(io.StringIO()):
-        status = call(*arguments)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    try:
+        with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(io.StringIO()):
+            status = call(*arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     print(json.dumps([status, said.getvalue()]), flush=True)
 """
 _TEXT = ("--tokens=300", "--device=cpu")
@@ -50,9 +53,10 @@ class Child:
     """A process in which commands run."""
 
     def __init__(self) -> None:
+        self._said = TemporaryFile("w+")  # a pipe that nobody reads would fill up
         self._process = subprocess.Popen(
             [sys.executable, "-c", _CHILD], cwd=ROOT, text=True, preexec_fn=_without_privileges,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said,
         )  # fmt: skip
 
     def run(self, module: str, *arguments: object, size: int = 0) -> tuple[int, str]:
@@ -65,7 +69,10 @@ class Child:
         assert self._process.stdin and self._process.stdout
         print(json.dumps([size, module, function, arguments]), file=self._process.stdin, flush=True)
         answer = self._process.stdout.readline()
-        assert answer, self._process.communicate(timeout=PATIENCE)[1][-3000:]  # a traceback
+        if not answer:
+            self._process.wait(PATIENCE)
+            self._said.seek(0)
+            raise AssertionError(self._said.read()[-3000:])  # a traceback
         return json.loads(answer)
 
     def end(self) -> None:
