@@ -53,7 +53,7 @@ class Child:
     """A process in which commands run."""
 
     def __init__(self) -> None:
-        self._said = TemporaryFile("w+")  # a pipe that nobody reads would fill up
+        self._said = TemporaryFile("w+")  # noqa: SIM115 - ends with the process; a pipe that nobody reads fills up
         self._process = subprocess.Popen(
             [sys.executable, "-c", _CHILD], cwd=ROOT, text=True, preexec_fn=_without_privileges,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said,
