@@ -133,11 +133,14 @@ def _start(runs: list[Run], z: Float[Tensor, "row head d_head"], cfg: TrainingCo
     scale = input_scale(z, sae.normalize)
     if sae.block == "dense":
         scale = scale.view(1, -1)
-    if not (z.amax(0) > z.amin(0)).any():
+    varies = (z.amax(0) > z.amin(0)).any(-1)
+    if not varies.any():
         raise ValueError(
             f"the activations of layer {sae.hook_layer} are constant over {len(z):,} rows: "
             "there is nothing to explain, train another layer"
         )
+    for head in (~varies).nonzero()[:, 0].tolist():  # the others are trained as without it
+        print(f"Layer {sae.hook_layer}: head {head} is constant over {len(z):,} rows, nothing of it is to be explained")
     n_features = scale.shape[1] * sae.expansion_factor
     x = z.reshape(len(z), *scale.shape) * scale
     # The points start equal: their sparsity is no part of the initialisation.

@@ -90,7 +90,7 @@ def resample(
             continue
         inputs = x[block % len(x)] - params["b_dec"][block]
         weight = error[block].pow(2).sum(-1).pow(2).cpu()
-        if not weight.isfinite().all():  # the block has exploded, which the training loop says
+        if not weight.isfinite().all() or not weight.any():  # exploded, which the training loop says, or exact
             continue
         # One draw per row sequence on the CPU, so that a resumed run draws the same.
         drawn = torch.multinomial(weight, len(which), replacement=True, generator=generator).to(x.device)
