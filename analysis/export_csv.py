@@ -10,6 +10,7 @@ before it.
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +21,15 @@ from analysis.spreadsheet import guarded
 from analysis.store import Analysis
 from trainer import cli
 from trainer.checkpoint import Checkpoint
+from trainer.files import make_writable, write_atomically
 
 
 def write_csv(path: Path, out: Path) -> list[Path]:
     """Write the CSV files of one checkpoint into the folder `out`; returns them.
 
     Raises:
-        CheckpointError: the checkpoint or its analysis cannot be read.
+        ValueError: the checkpoint or its analysis cannot be read, or nothing can be written there.
+        OSError: there is no room; the file is named.
     """
     frames: dict[str, pd.DataFrame] = {}
     checkpoint = Checkpoint(path)
@@ -45,9 +48,9 @@ def write_csv(path: Path, out: Path) -> list[Path]:
             if column.endswith("_ids"):
                 lists = lists.map(lambda ids: [texts[i] for i in ids if i >= 0])
             table[column] = lists.map(json.dumps)
-    out.mkdir(parents=True, exist_ok=True)
+    make_writable(out)
     for name, table in frames.items():
-        guarded(table).to_csv(out / f"{name}.csv", index=False)
+        write_atomically(out / f"{name}.csv", partial(guarded(table).to_csv, index=False))
     return [out / f"{name}.csv" for name in frames]
 
 

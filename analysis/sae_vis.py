@@ -39,7 +39,7 @@ from trainer import cli
 from trainer.block_diag import BlockDiagSAE
 from trainer.checkpoint import Checkpoint
 from trainer.config import require
-from trainer.files import write_atomically
+from trainer.files import make_writable, write_atomically
 from trainer.model.lm import LanguageModel, Layer, pick_device
 
 _BATCH_TOKENS = 2048  # of one forward pass
@@ -107,7 +107,7 @@ def harvest(
     w = reader.W_enc.mT[heads, index[:, None]]  # [feature, read, d_head]
     correlations = RollingCorrCoef(indices=features.tolist(), with_self=True)
     parts = []
-    for batch in tqdm(tokens.split(max(1, _BATCH_TOKENS // tokens.shape[1])), "Language model", disable=None):
+    for batch in tqdm(tokens.split(max(1, _BATCH_TOKENS // tokens.shape[1])), "Language model", dynamic_ncols=True):
         attention, resid_pre, final = layer.forward(batch)
         z, v, pattern, resid, scale = (part.float() for part in (*attention, final, layer.output_scale(resid_pre)))
         f = sae.encode(z).flatten(-2).cpu()
@@ -164,7 +164,7 @@ def vis_data(layer: Layer, sae: BlockDiagSAE, harvested: Harvest) -> SaeVisData:
     hook_name, last = layer.hook_name, f"blocks.{lm.n_layers - 1}.hook_resid_post"
     texts = lm.token_strings(list(range(lm.d_vocab)))
     strings = dict(enumerate(text if text.isprintable() else visible(text) for text in texts))
-    with _own_unembedding(lm), tqdm(desc="Features", total=len(features), disable=None) as bar:
+    with _own_unembedding(lm), tqdm(desc="Features", total=len(features), unit="feature", dynamic_ncols=True) as bar:
         data, _ = data_fetching_fns.parse_feature_data(
             model=SimpleNamespace(cfg=lm.model.cfg, W_U=pad(lm.model.W_U.float(), (0, 0, 0, 1))),
             cfg=SaeVisConfig(feature_centric_layout=layout),
@@ -307,6 +307,7 @@ def export(
     require(tokens >= 1, f"tokens must be at least 1, got {tokens}")
     require(not out.is_dir(), f"{out} is a folder: name the file to write")
     require(out.parent.is_dir(), f"the folder {out.parent} does not exist")
+    make_writable(out.parent)
     _scripts()  # refuse before minutes of work
     checkpoint = Checkpoint(path)
     sae = checkpoint.sae

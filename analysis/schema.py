@@ -15,7 +15,9 @@ from trainer.config import require
 from trainer.figures import Count, NotNegative, Positive
 from trainer.files import require_file
 
-_UNPACKED = 500  # times the size of a file: dead features alone pack 150-fold, a bomb a million-fold
+# What a table may unpack to: those of 13 SAEs unpack 5-fold, dead features 150-fold, a bomb a million-fold.
+_UNPACKED = 16  # bytes for each of its file
+_OF_A_FEATURE = 4096  # and bytes for each feature, whose weights are there
 _BOTH = ("", "repeated_")  # on text, and on repeated random tokens
 _MAY_BE_NONE = {"fires_on_ids", "reads_ids", "nearest", "partner", "document"}  # -1
 _Columns = dict[str, str]
@@ -153,7 +155,9 @@ def check_file(file: Path, name: str, expected: Expected) -> None:
     metadata = pq.read_metadata(file)
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
     values = sum(group.column(i).num_values for group in groups for i in range(group.num_columns))
-    require(values * 8 <= size * _UNPACKED, f"{size:,} bytes that unpack to {values:,} values")
+    unpacked = max(values * 8, sum(group.total_byte_size for group in groups))
+    most = size * _UNPACKED + expected.below["feature"] * _OF_A_FEATURE
+    require(unpacked <= most, f"{size:,} bytes that unpack to {values:,} values")
     rows = expected.rows.get(name, metadata.num_rows)
     require(metadata.num_rows == rows, f"{metadata.num_rows:,} rows, not {rows:,}")
     schema = metadata.schema.to_arrow_schema()

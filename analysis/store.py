@@ -43,21 +43,31 @@ def write(folder: Path, meta: dict[str, Any], tables: dict[str, pd.DataFrame | p
     Args:
         folder: `checkpoints/<name>/analysis`.
         tables: by file name without ending.
+
+    Raises:
+        OSError: they cannot be written; the folder is named, and those that are there stay.
     """
     new, old = (folder.with_name(f".{folder.name}.{what}") for what in ("new", "old"))
-    for left_over in (new, old):
-        shutil.rmtree(left_over, ignore_errors=True)
-    new.mkdir(parents=True)
-    for name, table in tables.items():
-        if isinstance(table, pd.DataFrame):
-            table = pa.Table.from_pandas(table, preserve_index=False)
-        size = _ROW_GROUP.get(name, 2**16)
-        file = new / f"{name}.parquet"
-        pq.write_table(table, file, compression="zstd", row_group_size=size, write_page_checksum=True)
-    write_json(new / "meta.json", {"schema_version": SCHEMA_VERSION, **meta})
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
+    if old.exists() and not folder.exists():
+        old.rename(folder)  # killed between the two renames below
+    try:
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+        for name, table in tables.items():
+            if isinstance(table, pd.DataFrame):
+                table = pa.Table.from_pandas(table, preserve_index=False)
+            size = _ROW_GROUP.get(name, 2**16)
+            file = new / f"{name}.parquet"
+            pq.write_table(table, file, compression="zstd", row_group_size=size, write_page_checksum=True)
+        write_json(new / "meta.json", {"schema_version": SCHEMA_VERSION, **meta})
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+    except OSError as error:
+        raise OSError(f"{folder} could not be written: {error}") from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
 
 

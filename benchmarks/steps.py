@@ -26,8 +26,8 @@ ONE_MATMUL = 2 * HEADS * D_HEAD * FEATURES  # floating-point operations of a tok
 ROUNDS = 5
 
 
-def inputs(batch: int) -> torch.Tensor:
-    return torch.randn(batch, HEADS, D_HEAD, generator=torch.Generator().manual_seed(0))
+def inputs(batch: int, device: str = "cpu") -> torch.Tensor:
+    return torch.randn(batch, HEADS, D_HEAD, generator=torch.Generator().manual_seed(0)).to(device)
 
 
 def plain_matmul(batch: int) -> Callable[[], object]:
@@ -47,15 +47,27 @@ def encoder(batch: int) -> Callable[[], object]:
 class Ours:
     """A step of `Stack`; `share` shifts the encoder biases so that about this share of features is active."""
 
-    def __init__(self, recipe: str, batch: int, share: float | None = None, below: float | None = None, **options):
-        self.z, self.below = inputs(batch), below
+    def __init__(
+        self,
+        recipe: str,
+        batch: int,
+        share: float | None = None,
+        below: float | None = None,
+        device: str = "cpu",
+        points: int = 1,
+        training: TrainingConfig | None = None,
+        **options,
+    ):
+        z = inputs(batch)
+        self.z, self.below = z.to(device), below
         (sae,) = SAEOptions(recipe=recipe, hook_layer=0, **{"expansion_factor": 32, "lr": 1e-9} | options).decide()
-        x = self.z * input_scale(self.z, "per_head")
+        x = z * input_scale(z, "per_head")
         params = initial_params(sae, x, FEATURES, torch.Generator().manual_seed(0))
         if share is not None:
             pre = torch.einsum("bhd,hdf->hbf", x[:256], params["W_enc"]) + params["b_enc"][:, None]
             params["b_enc"] -= pre.flatten(1).kthvalue(int((1 - share) * pre[0].numel()), dim=1).values[:, None]
-        self.stack = stack.Stack([sae], [params], input_scale(self.z, "per_head"), TrainingConfig(batch_size=batch))
+        scale = input_scale(z, "per_head").to(device)
+        self.stack = stack.Stack([sae] * points, [params] * points, scale, training or TrainingConfig(batch_size=batch))
         self.stack.active_share.zero_()  # the path is chosen by `below`, from the first step on
 
     def __call__(self) -> None:

@@ -422,6 +422,8 @@ def list_checkpoints(folder: Path | str) -> Listing:
         return listing
     except OSError as error:
         return Listing([], [CheckpointError(f"{folder} cannot be read: {error.strerror}")])
+    if paths and not os.access(folder, os.X_OK):  # names may be listed, but what they are is not told
+        return Listing([], [CheckpointError(f"{folder} may not be entered")])
     for path in paths:
         if not os.path.isdir(path):
             continue

@@ -114,6 +114,10 @@ class TrainingConfig:
     """Seed of initialisation and shuffling."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps, or auto for the best that is there."""
+    tf32: bool = True
+    """On a GPU: model and SAEs multiply in TF32 while training, several times as fast; the evaluation stays in float32."""
+    compile: bool = True
+    """On a GPU: torch.compile fuses the training step, which takes a minute at the start and a C compiler on the machine."""
     out: str = "checkpoints"
     """Folder in which each SAE gets its checkpoint directory."""
     name: str | None = None

@@ -20,10 +20,11 @@ from trainer import cli
 from trainer.block_diag import BlockDiagSAE
 from trainer.checkpoint import Checkpoint, by_origin
 from trainer.effects import MEASURABLE, Effects, effects, split
-from trainer.files import cache_dir, write_json
+from trainer.files import cache_dir, make_writable, write_json
 from trainer.model.lm import LanguageModel, Layer, pick_device
 
 _ENCODED_TOKENS = 1024  # at a time
+_CONSTANT = 1e-12  # of its squared norm: less variance is rounding
 
 
 def evaluate(
@@ -66,7 +67,10 @@ def evaluate_checkpoints(
     Raises:
         ValueError: a checkpoint, its model or its text cannot be used.
     """
-    for group in by_origin([Checkpoint(path) for path in paths], model):
+    checkpoints = [Checkpoint(path) for path in paths]
+    for path in paths:
+        make_writable(path)
+    for group in by_origin(checkpoints, model):
         saes = [each.sae for each in group]
         lm = group[0].open_model(pick_device(device), model)
         corpus = group[0].open_text(lm.tokenizer, text)
@@ -135,7 +139,7 @@ def _reconstruction(
 ) -> dict[str, Any]:
     """Sparsity and squared error over tokens; z is raw hook_z."""
     n_heads = z.shape[1]
-    error, deviation = torch.zeros(2, n_heads, dtype=torch.float64, device=z.device)
+    error, deviation, square = torch.zeros(3, n_heads, dtype=torch.float64, device=z.device)
     fired = torch.zeros(sae.n_blocks, sae.features_per_block, dtype=torch.int64, device=z.device)
     histogram = torch.zeros(sae.n_blocks, sae.features_per_block + 1, dtype=torch.int64, device=z.device)
     for part in z.split(_ENCODED_TOKENS):
@@ -143,11 +147,13 @@ def _reconstruction(
         f = sae.encode(part)
         error += (sae.decode(f).reshape(part.shape) - part).pow(2).sum(-1).double().sum(0)
         deviation += (part - mean).pow(2).sum(-1).double().sum(0)
+        square += part.pow(2).sum(-1).double().sum(0)
         active = f > 0
         fired += active.sum(0)
         histogram.scatter_add_(1, active.sum(-1).T, torch.ones_like(active[..., 0].T, dtype=torch.int64))
     dead = (fired == 0).double().mean(-1)
     l0 = fired.sum(-1).double() / len(z)
+    fvu_per_head = (error / deviation).where(deviation > _CONSTANT * square, torch.nan)  # of a constant head: none
     longest = int(histogram.sum(0).nonzero().max()) + 1
     return {
         "n_tokens": len(z),
@@ -157,7 +163,7 @@ def _reconstruction(
         "MSE": (error.sum() / len(z)).item(),
         "MSE_per_head": (error / len(z)).tolist(),
         "FVU": (error.sum() / deviation.sum()).item(),
-        "FVU_per_head": (error / deviation).tolist(),
+        "FVU_per_head": [fvu if fvu == fvu else None for fvu in fvu_per_head.tolist()],
         "dead_fraction": dead.mean().item(),
         "dead_fraction_per_head": dead.tolist(),
     }

@@ -27,7 +27,7 @@ class Figures:
     MSE: NotNegative
     MSE_per_head: list[NotNegative]
     FVU: NotNegative
-    FVU_per_head: list[NotNegative]
+    FVU_per_head: list[NotNegative | None]
     dead_fraction: Share
     dead_fraction_per_head: list[Share]
     CE_clean: float

@@ -1,6 +1,7 @@
 """Files that a reader sees whole or not at all, JSON that is checked against a type, and the folder for what can be
 made again."""
 
+import glob
 import json
 import os
 import re
@@ -9,7 +10,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any
 
 import msgspec
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, uint8
 
 _PARTIAL = re.compile(r"\..+\.(\d+)\.partial")
-_LARGEST_JSON = 2**26  # bytes; parsed it takes several times as much
+_LARGEST_JSON = 2**23  # bytes; parsed, lists of lists take 45 times as much
 
 
 def cache_dir() -> Path:
@@ -28,12 +29,13 @@ def cache_dir() -> Path:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write` on a name beside `path`, then move the result into place.
+    """Call `write` on a name beside `path`, then move the result into place; what a killed process left there goes.
 
     Raises:
         OSError: it cannot be written, also where safetensors says so by an error of its own; the file is named.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    sweep(path.parent, path.name)
     try:
         write(partial)
         partial.replace(path)
@@ -42,6 +44,20 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         with suppress(OSError):
             partial.unlink()
+
+
+def make_writable(folder: Path) -> None:
+    """Make a folder, where there is none, and see that files can be written there: before hours of work, not after.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"nothing can be written to {folder}: {error.strerror or error}") from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -54,11 +70,13 @@ def require_file(path: Path) -> os.stat_result:
 
     Raises:
         FileNotFoundError: there is none.
-        OSError: it is something else, or cannot be reached.
+        OSError: it is something else, or may not be read (which safetensors calls a file that is not there).
     """
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):
         raise OSError("it is no file")
+    if not os.access(path, os.R_OK):
+        raise OSError("it may not be read")
     return found
 
 
@@ -142,9 +160,9 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
     return f"{found:08x}"
 
 
-def sweep(folder: Path) -> None:
-    """Delete what `write_atomically` of processes that are no more left in a folder."""
-    for path in folder.glob(".*.partial"):
+def sweep(folder: Path, name: str | None = None) -> None:
+    """Delete what `write_atomically` of processes that are no more left in a folder, of one file or of all."""
+    for path in folder.glob(f".{glob.escape(name) if name else '*'}.*.partial"):
         found = _PARTIAL.fullmatch(path.name)
         if found and not _is_alive(int(found[1])):
             with suppress(OSError):
@@ -166,11 +184,11 @@ def new_folder(path: Path) -> Iterator[Path]:
     """A hidden folder beside `path` that takes its place in the end; after an error nothing is left.
 
     Raises:
-        ValueError: `path` exists.
+        ValueError: `path` exists, or nothing can be written beside it.
     """
     if path.exists():
         raise ValueError(f"{path} exists already: choose another name")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_writable(path.parent)
     with TemporaryDirectory(dir=path.parent, prefix=".new-") as hidden:
         partial = Path(hidden) / path.name
         partial.mkdir()

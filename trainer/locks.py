@@ -4,7 +4,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -23,8 +23,8 @@ def locked(paths: list[Path]) -> Iterator[None]:
     with ExitStack() as held:
         for path in paths:
             file = _lock_file(path)
-            file.parent.mkdir(parents=True, exist_ok=True)
             try:
+                file.parent.mkdir(parents=True, exist_ok=True)
                 held.enter_context(FileLock(file, blocking=False, fallback_to_soft=False))
             except Timeout as error:
                 raise ValueError(f"{path} is being trained {_holder(file)}: wait for it, or stop it first") from error
@@ -32,7 +32,8 @@ def locked(paths: list[Path]) -> Iterator[None]:
                 print(f"{path} cannot be locked ({error}): do not train it twice at once")
                 continue
             since = time.strftime("%Y-%m-%d %H:%M:%S")
-            file.write_text(f"by process {os.getpid()} on {socket.gethostname()} since {since}")
+            with suppress(OSError):  # no room: the lock holds without a name
+                file.write_text(f"by process {os.getpid()} on {socket.gethostname()} since {since}")
         yield
 
 

@@ -16,7 +16,7 @@ from trainer import checkpoint
 from trainer.block_diag import BlockDiagSAE
 from trainer.checkpoint import Checkpoint, CheckpointError, Config, Model, Options, Sizes, Text
 from trainer.config import ActivationsConfig, SAEConfig, TrainingConfig
-from trainer.files import load_tensors, save_tensors, sweep, write_atomically
+from trainer.files import load_tensors, make_writable, save_tensors, sweep, write_atomically
 from trainer.locks import locked
 from trainer.log import MetricsLog
 from trainer.tracking import Mode
@@ -197,13 +197,7 @@ def plan(activations: ActivationsConfig, saes: list[SAEConfig], training: Traini
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"two SAEs would both be called {twice[0]}: tell them apart with a label")
-    try:
-        Path(training.out).mkdir(parents=True, exist_ok=True)
-        probe = Path(training.out) / ".write-probe"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(f"checkpoints cannot be written to {training.out}: {error.strerror}") from error
+    make_writable(Path(training.out))
     with locked([run.path for run in runs]):
         left = [run for run in runs if run.check(training.resume)]
         if not left:

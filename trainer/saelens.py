@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError
 
 from trainer import cli
 from trainer.checkpoint import Checkpoint
@@ -78,10 +79,15 @@ def export_checkpoint(path: Path, folder: Path) -> None:
     """Write a checkpoint as a folder for `sae_lens.SAE.load_from_disk`.
 
     Raises:
-        ValueError: the checkpoint cannot be read or expressed, or the folder exists.
+        ValueError: the checkpoint cannot be read or expressed, or the folder exists or cannot be made.
+        OSError: there is no room; the folder is named.
     """
     with new_folder(folder) as partial:
-        to_saelens(Checkpoint(path)).save_model(partial)
+        theirs = to_saelens(Checkpoint(path))
+        try:
+            theirs.save_model(partial)
+        except (SafetensorError, OSError) as error:
+            raise OSError(f"{folder} could not be written: {error}") from error
 
 
 def main(argv: list[str] | None = None) -> int:

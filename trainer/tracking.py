@@ -6,6 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from trainer.errors import first_line
+
 Mode = Literal["online", "offline", "disabled"]
 
 _PATIENCE = 10  # seconds that W&B may take to answer
@@ -37,7 +39,7 @@ def reachable(mode: Mode | None) -> Mode:
     if found is True:
         return "online"
     if found is not False or mode == "online":
-        _say_offline(found or "not logged in")
+        _say_offline(first_line(found) if isinstance(found, Exception) else "not logged in")
     return "offline"
 
 
@@ -66,7 +68,7 @@ class Tracked:
         try:
             self._run = start(mode=mode)
         except wandb.Error as error:
-            _say_offline(error)
+            _say_offline(first_line(error))
             self._run = start(mode="offline")
 
     @property
@@ -81,5 +83,5 @@ class Tracked:
         try:
             what(self._run)
         except Exception as error:  # its disk, its network or its process
-            print(f"W&B receives no more figures of {self._name} ({error})", flush=True)
+            print(f"W&B receives no more figures of {self._name} ({first_line(error)})", flush=True)
             self._run = None

@@ -50,14 +50,14 @@ def train(activations: ActivationsConfig, saes: list[SAEConfig], cfg: TrainingCo
         ValueError: the model, layer, text or an existing directory does not allow the run.
         Interrupted: Ctrl-C or SIGTERM; the state is saved.
     """
+    device = pick_device(cfg.device)
     with plan(activations, saes, cfg) as runs:
-        _train(activations, runs, cfg)
+        _train(activations, runs, cfg, device)
     return [run.path for run in runs]
 
 
-def _train(activations: ActivationsConfig, runs: list[Run], cfg: TrainingConfig) -> None:
+def _train(activations: ActivationsConfig, runs: list[Run], cfg: TrainingConfig, device: str) -> None:
     # Open: model, text. Everything that can be refused is refused before hours of work.
-    device = pick_device(cfg.device)
     mode = reachable(cfg.wandb)
     layers = sorted({run.sae.hook_layer for run in runs})
     print(f"Loading {activations.model} on {device}", flush=True)
@@ -133,11 +133,14 @@ def _start(runs: list[Run], z: Float[Tensor, "row head d_head"], cfg: TrainingCo
     scale = input_scale(z, sae.normalize)
     if sae.block == "dense":
         scale = scale.view(1, -1)
-    if not (z.amax(0) > z.amin(0)).any():
+    varies = (z.amax(0) > z.amin(0)).any(-1)
+    if not varies.any():
         raise ValueError(
             f"the activations of layer {sae.hook_layer} are constant over {len(z):,} rows: "
             "there is nothing to explain, train another layer"
         )
+    for head in (~varies).nonzero()[:, 0].tolist():  # the others are trained as without it
+        print(f"Layer {sae.hook_layer}: head {head} is constant over {len(z):,} rows, nothing of it is to be explained")
     n_features = scale.shape[1] * sae.expansion_factor
     x = z.reshape(len(z), *scale.shape) * scale
     # The points start equal: their sparsity is no part of the initialisation.

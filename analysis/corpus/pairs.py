@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from scipy.sparse.csgraph import connected_components, minimum_spanning_tree
 from torch import Tensor
+from tqdm import tqdm
 
 from analysis.corpus.running_statistics import Cofiring
 
@@ -68,8 +69,9 @@ def compare_features(
     forests = {name: _empty_forest(len(head)) for name in CRITERIA}
     partners = np.zeros((n_heads, n_heads), dtype=int)
     neighbours = [_nearest(live[:0], live[:0], *np.zeros((4, 0, 0)))]
+    bar = tqdm(desc="Comparing features", total=len(live), unit="feature", dynamic_ncols=True)
     # Everything in the loop is [feature of the block, live feature].
-    for block, together in cofirings(binary.T.tocsr(), binary):
+    for block, together in cofirings(binary.T.tocsr(), binary, bar):
         jaccard = together / (count[block, None] + count - together)
         moment = (value_rows[block] @ matrix).toarray() / n_tokens
         correlation = (moment - mean[block, None] * mean) / (deviation[block, None] * deviation)
@@ -87,6 +89,7 @@ def compare_features(
         for name, score in (("both", both), ("jaccard", jaccard), ("cosine", cosine)):
             a, b = np.nonzero((score >= THRESHOLDS[-1]) & across & later)
             forests[name] = _spanning_forest(forests[name], live[row[a]], live[b], score[a, b])
+    bar.close()
     return Redundancy(
         pd.concat(neighbours, ignore_index=True),
         _merging_curve(counted, forests),
@@ -101,15 +104,18 @@ def firing(activations: sp.csr_matrix) -> sp.csr_matrix:
     return activations.astype(bool).astype(np.float32)
 
 
-def cofirings(rows: sp.csr_matrix, columns: sp.csr_matrix) -> Iterator[tuple[slice, np.ndarray]]:
+def cofirings(rows: sp.csr_matrix, columns: sp.csr_matrix, bar: tqdm) -> Iterator[tuple[slice, np.ndarray]]:
     """Tokens on which two features fire, for some features of `rows` at a time with all of `columns`.
 
     Args:
         rows, columns: [feature, token] and [token, feature], 1 where a feature fires.
+        bar: is told the features of `rows` that are done with.
     """
     for start in range(0, rows.shape[0], _ROWS):
         block = slice(start, start + _ROWS)
-        yield block, (rows[block] @ columns).toarray()
+        together = (rows[block] @ columns).toarray()
+        yield block, together
+        bar.update(len(together))
 
 
 def best_of_rows(score: np.ndarray, n: int, least: float) -> tuple[np.ndarray, np.ndarray]:

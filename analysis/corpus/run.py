@@ -33,7 +33,7 @@ from trainer.config import require
 from trainer.data.text import Corpus
 from trainer.errors import one_line
 from trainer.figures import Count
-from trainer.files import parse_json, write_atomically
+from trainer.files import make_writable, parse_json, write_atomically
 from trainer.interrupts import Interrupted, deferred_interrupts
 from trainer.model.lm import LanguageModel, Layer, pick_device
 from trainer.tracking import Mode, Tracked, reachable
@@ -174,7 +174,10 @@ def analyse(
     """
     require(text is None or cfg.dataset is None, "--text is where the text trained on lies, --dataset another text")
     wandb = reachable(wandb)
-    for group in by_origin([Checkpoint(path) for path in paths], model):
+    checkpoints = [Checkpoint(path) for path in paths]
+    for path in paths:
+        make_writable(path)
+    for group in by_origin(checkpoints, model):
         lm = group[0].open_model(pick_device(device), model)
         layer = lm.layer(group[0].layer)
         corpus = _another(cfg, group[0], lm) if cfg.dataset else group[0].open_text(lm.tokenizer, text)

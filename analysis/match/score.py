@@ -40,6 +40,7 @@ from trainer import checkpoint
 from trainer.block_diag import BlockDiagSAE
 from trainer.checkpoint import Checkpoint
 from trainer.config import require
+from trainer.files import make_writable
 from trainer.model.lm import Layer, pick_device
 
 THRESHOLD = 0.5  # score from which two features are a pair: Jaccard 0.36 at cosine 0.7, 0.25 at cosine 1
@@ -109,10 +110,10 @@ def one_to_one(a: Fired, b: Fired) -> Tables:
     say nothing.
     """
     rows, columns = (a.rows, b.rows), b.columns
-    blocks = [
-        _match_block(a, b, rows[0], columns, a.live(block), b.live(block))
-        for block in tqdm(range(a.n_blocks), "Pairing heads", unit="head")
-    ]
+    with tqdm(desc="Pairing", total=int((a.firings > 0).sum()), unit="feature", dynamic_ncols=True) as bar:
+        blocks = [
+            _match_block(a, b, rows[0], columns, a.live(block), b.live(block), bar) for block in range(a.n_blocks)
+        ]
     of_a, of_b = np.concatenate([block.pairs for block in blocks]).T
     together = _together(rows, of_a, of_b)
     cosine = np.einsum("id,id->i", a.direction[of_a], b.direction[of_b])
@@ -149,8 +150,9 @@ def split(a: Fired, b: Fired) -> Tables:
     norm_shares = np.square(slices).sum(-1)
     unit = slices / np.sqrt(np.maximum(norm_shares, 1e-30))[..., None]
     chosen = [np.zeros((0, 2), dtype=np.int64)]
+    bar = tqdm(desc="Splitting", total=len(judged), unit="feature", dynamic_ncols=True)
     # In the loop: [dense feature of the block, candidate].
-    for block, together in cofirings(rows[0][judged], b.columns[:, candidates]):
+    for block, together in cofirings(rows[0][judged], b.columns[:, candidates], bar):
         whole = judged[block]
         ochiai = together / np.sqrt(np.outer(a.firings[whole], b.firings[candidates]))
         cosine = np.empty_like(ochiai)
@@ -159,6 +161,7 @@ def split(a: Fired, b: Fired) -> Tables:
             cosine[:, of_head] = unit[whole, head] @ b.direction[candidates[of_head]].T
         row, column = best_of_rows(np.sqrt(np.maximum(cosine, 0) * ochiai), N_PARTS, PART)
         chosen.append(np.stack([whole[row], candidates[column]], 1))
+    bar.close()
     dense, part = np.concatenate(chosen).T
     together = _together(rows, dense, part)
     head = b.head[part]
@@ -210,7 +213,8 @@ def match(
         model, text: where they lie now, if elsewhere than in training.
 
     Raises:
-        ValueError: a checkpoint cannot be used, they are not of one model and layer, or the text has no tokens.
+        ValueError: a checkpoint cannot be used, they are not of one model and layer, the text has no tokens, or nothing
+            can be written there.
     """
     require(tokens >= 1, f"tokens must be at least 1, got {tokens}")
     saved = _load([first, *others])
@@ -222,13 +226,14 @@ def match(
         )
     corpus = saved[0].open_text(lm.tokenizer, text)
     saes = [one.sae for one in saved]
+    # The dense one is split.
+    orders = [(i, 0) if saes[i].is_dense and not saes[0].is_dense else (0, i) for i in range(1, len(saved))]
+    for a, b in orders:
+        make_writable(match_folder(saved[a], saved[b]).parent)
     cofiring = firings(lm.layer(saved[0].layer), corpus.held_out_tokens(tokens), saes)
     read = {"name": corpus.name, "fingerprint": corpus.fingerprint, "context_size": corpus.context_size}
     written = []
-    for i in range(1, len(saved)):
-        a, b = (0, i)
-        if saes[b].is_dense and not saes[a].is_dense:
-            a, b = b, a  # the dense one is split
+    for a, b in orders:
         fires = _matrices([cofiring[a], cofiring[b]], [saes[a].d_sae, saes[b].d_sae])
         fired = [Fired.of(saes[j], matrix, lm.n_heads) for j, matrix in zip((a, b), fires, strict=True)]
         same = saes[a].n_blocks == saes[b].n_blocks
@@ -291,7 +296,13 @@ class _Matched(NamedTuple):
 
 
 def _match_block(
-    a: Fired, b: Fired, rows_a: sp.csr_matrix, columns_b: sp.csr_matrix, of_a: np.ndarray, of_b: np.ndarray
+    a: Fired,
+    b: Fired,
+    rows_a: sp.csr_matrix,
+    columns_b: sp.csr_matrix,
+    of_a: np.ndarray,
+    of_b: np.ndarray,
+    bar: tqdm,
 ) -> _Matched:
     """Match the features `of_a` with those `of_b`."""
     score_a, best_a = np.zeros(len(of_a), dtype=np.float32), np.zeros(len(of_a), dtype=int)
@@ -302,7 +313,7 @@ def _match_block(
     whole = np.zeros((len(of_a), len(of_b)) if exact else 0, dtype=np.float32)
     candidates = []
     # In the loop: [feature of a in this part of the block, feature of b].
-    for part, together in cofirings(rows_a[of_a], columns_b[:, of_b]):
+    for part, together in cofirings(rows_a[of_a], columns_b[:, of_b], bar):
         count_a, count_b = a.firings[of_a[part], None], b.firings[of_b]
         cosine, jaccard = a.direction[of_a[part]] @ b.direction[of_b].T, together / (count_a + count_b - together)
         score = np.sqrt(np.maximum(cosine, 0) * jaccard).astype(np.float32)

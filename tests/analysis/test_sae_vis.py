@@ -226,7 +226,9 @@ def test_command_line_writes_a_page_that_works_offline(saved, tmp_path, capsys, 
     out, strings = tmp_path / "page.html", LanguageModel.token_strings
     monkeypatch.setattr(LanguageModel, "token_strings", lambda lm, ids: ["</s>", *strings(lm, ids)[1:]])  # 0 is BOS
     assert sae_vis.main([str(saved), str(out), "--features_per_head=2", "--tokens=400"]) == 0
-    assert "2 of 8 do not fire there" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert "2 of 8 do not fire there" in told.out
+    assert "Language model: 100%" in told.err and "Features: 100%" in told.err  # where no terminal is, too
     chromium = find_chromium()
     from playwright.sync_api import sync_playwright
 

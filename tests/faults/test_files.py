@@ -317,7 +317,7 @@ from pathlib import Path
 from analysis.store import Analysis
 from trainer.checkpoint import Checkpoint, CheckpointError, list_checkpoints
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, -1))
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**29, -1))
 listing = list_checkpoints(sys.argv[1])
 print(*listing.errors, sep="\\n")
 for checkpoint in listing.readable:
@@ -330,7 +330,10 @@ for checkpoint in listing.readable:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is limited as on Linux")
 def test_sizes_that_lie_cost_no_memory(analysed, tmp_path, fault):
-    copies = {name: shutil.copytree(analysed / NAME, tmp_path / name) for name in ("config", "header", "table", "eval")}
+    copies = {
+        name: shutil.copytree(analysed / NAME, tmp_path / name)
+        for name in ("config", "header", "table", "eval", "lists", "packed")
+    }
     config = json.loads((copies["config"] / "config.json").read_text())
     config["sae"]["features_per_block"] = 10**9
     (copies["config"] / "config.json").write_text(json.dumps(config))
@@ -340,14 +343,19 @@ def test_sizes_that_lie_cost_no_memory(analysed, tmp_path, fault):
     (copies["header"] / "sae.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + weights[8 + n :])
     table = pa.table({"feature": pa.array(np.zeros(50_000_000, dtype=np.int8))})
     pq.write_table(table, copies["table"] / "analysis" / "features.parquet")
+    packed = np.concatenate([np.random.default_rng(0).integers(2**62, size=1000), np.zeros(200_000, dtype=int)])
+    pq.write_table(pa.table({"feature": packed}), copies["packed"] / "analysis" / "features.parquet")
     os.truncate(copies["eval"] / "eval.json", 2**36)
+    (copies["lists"] / "eval.json").write_text('{"L0": [' + ",".join(["[" * 40 + "]" * 40] * 100_000) + "]}")
     done = subprocess.run([sys.executable, "-c", _LIMITED, tmp_path], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     for said in (
         "but config.json describes",
         "sae.safetensors is damaged",
         "unpack to 50,000,000",
-        "larger than 64 MB",
+        "unpack to 201,000",
+        "larger than 8 MB",
+        "lists/eval.json is damaged",
     ):
         assert said in done.stdout, done.stdout
-    fault("files", "sizes that lie, with 256 MB to spare", len(copies), "a sentence")
+    fault("files", "sizes that lie, with 512 MB to spare", len(copies), "a sentence")

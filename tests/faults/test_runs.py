@@ -9,9 +9,13 @@ import time
 
 import pytest
 from safetensors.torch import load_file
+from transformers import GPT2LMHeadModel
 
-from tests.helpers import PATIENCE, ROOT, tiny_run
+from tests.helpers import OTHERS, PATIENCE, ROOT, tiny_run
 from trainer.__main__ import main
+from trainer.checkpoint import Checkpoint
+from trainer.data import buffer
+from trainer.optimise.stack import Stack
 
 AREA = "runs"
 # A file may have this many bytes and no more: to a writer it is a full disk, and no root is needed.
@@ -121,3 +125,60 @@ def test_full_disks(command, tries, fault):
         assert same(out / "whole", out / name)
     assert refused
     fault(AREA, "no room left, at a random size of file", n, "one sentence, resumed to the bit after room was made")
+
+
+def test_one_constant_head(gpt2_folder, text_file, tmp_path, tries, fault, monkeypatch, capsys):
+    """It costs the others nothing, neither in training nor at the end of it."""
+    monkeypatch.setenv("ATTN_SAES_CACHE", str(tmp_path / "cache"))
+    folder, out = shutil.copytree(gpt2_folder, tmp_path / "constant"), tmp_path / "checkpoints"
+    model = GPT2LMHeadModel.from_pretrained(folder)
+    model.transformer.h[1].attn.c_attn.weight.data[:, 64 + 16 : 64 + 24] = 0  # the values of head 2
+    model.save_pretrained(folder)
+    more = ("--total_training_steps=40", "--batch_size=128", "--lr=1e-3")
+    recipes = {"april": "--l1_coefficients=1", **OTHERS}
+    kinds = [(recipe, block) for recipe in recipes for block in ("head", "dense")]
+    kinds = [kind for kind in kinds if tries(kind[0] in ("april", "bricken"), True)]
+    for recipe, block in kinds:
+        name = f"{recipe}-{block}"
+        arguments = (*more, f"--recipe={recipe}", recipes[recipe], f"--block={block}", f"--name={name}")
+        assert main(tiny_run(folder, text_file, out, *arguments)) == 0, name
+        assert "head 2 is constant" in capsys.readouterr().out
+        figures = Checkpoint(out / name).eval
+        assert [fvu is None for fvu in figures["FVU_per_head"]] == [False, False, True, False]
+    fault(AREA, "one head of a layer is constant", len(kinds), "named; the others are trained and evaluated")
+
+
+def test_folders_that_vanish(command, fault, monkeypatch, capsys):
+    arguments, out = command
+    cache, steps = out.parent / "cache", "--total_training_steps=300"  # more than one shard
+    assert main(arguments("whole", steps)) == 0
+    whole = out.rename(out.parent / "whole") / "whole"
+    update, save = Stack.update, buffer.save_tensors
+
+    def while_training(stack, z):
+        update(stack, z)
+        if stack.step == 17:
+            shutil.rmtree(gone)
+
+    def while_harvesting(path, *more):
+        shutil.rmtree(cache)
+        save(path, *more)
+
+    for gone, module, name, instead in (
+        (out / "run", Stack, "update", while_training),
+        (out, Stack, "update", while_training),
+        (cache, Stack, "update", while_training),
+        (cache, buffer, "save_tensors", while_harvesting),
+    ):
+        if instead is while_harvesting:
+            shutil.rmtree(cache)
+        shutil.rmtree(out, ignore_errors=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, instead)
+            assert main(arguments("run", steps)) == 2
+        said = capsys.readouterr().err.strip().splitlines()[-1]
+        assert said.startswith("error: ") and str(gone) in said
+        assert main(arguments("run", steps, "--resume=true")) == 0
+        assert same(whole, out / "run")
+    fault(AREA, "the folder of the checkpoint, of all, or of the cache deleted in mid-run", 4,
+          "one sentence, to the bit with --resume=true")  # fmt: skip

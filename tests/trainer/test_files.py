@@ -33,6 +33,10 @@ def test_partial_files_of_dead_processes_are_swept(tmp_path):
         (tmp_path / name).touch()
     sweep(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == names[1:]
+    for name in (names[0], f".b.json.{dead.pid}.partial"):
+        (tmp_path / name).touch()
+    write_json(tmp_path / "a.json", {})
+    assert {path.name for path in tmp_path.iterdir()} == {"a.json", f".b.json.{dead.pid}.partial"}
 
 
 def test_a_file_that_cannot_be_written_is_named(tmp_path):

@@ -335,7 +335,7 @@ def test_wandb_writes_an_offline_run(command):
         (["--batch_size=0"], "batch_size must be at least 1"),
         (["--buffer_tokens=10"], "must hold at least one batch"),
         (["--device=gpu"], "device 'gpu' cannot be used"),
-        (["--out=/proc/nowhere"], "cannot be written to /proc/nowhere"),
+        (["--out=/proc/nowhere"], "nothing can be written to /proc/nowhere"),
         (["--eval_tokens=100000000"], "ask for fewer"),
         (["--batch_size=100000", "--buffer_tokens=100000"], "fewer than one batch"),
     ],

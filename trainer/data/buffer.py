@@ -25,9 +25,10 @@ from trainer.config import ActivationsConfig
 from trainer.data.text import Corpus
 from trainer.files import cache_dir, load_tensors, save_tensors, sweep, write_json
 from trainer.model.lm import LanguageModel
+from trainer.precision import matmuls_are_tf32
 
 _SHARD_CONTEXTS = 256
-_LM_BATCH_TOKENS = 4096  # tokens of one forward: enough to fill the cores, small enough for a laptop
+_LM_BATCH_TOKENS = {"cpu": 4096, "mps": 4096, "cuda": 16_384}  # of one forward: fills the device, fits a laptop
 
 Progress = Callable[[int, int], None]
 
@@ -63,7 +64,7 @@ def open_source(
             context_size=corpus.context_size,
             n_heads=lm.n_heads,
             d_head=lm.d_head,
-            versions=", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "transformer-lens")),
+            versions=", ".join([*_versions(), *(["TF32"] if matmuls_are_tf32(lm.device) else [])]),
         )
         for layer in layers
     ]
@@ -137,6 +138,10 @@ class CacheKey:
     d_head: int
     versions: str
     """of the libraries that compute the activations"""
+
+
+def _versions() -> list[str]:
+    return [f"{name} {version(name)}" for name in ("torch", "transformers", "transformer-lens")]
 
 
 class CachedActivations:
@@ -213,7 +218,7 @@ class CachedActivations:
                     )
                 rows = []
                 for chunk in harvest(lm, [self.layers[folder] for folder in folders], torch.stack(found)):
-                    rows.append(chunk)
+                    rows.append(chunk.cpu())
                     done += len(chunk)
                     progress(done, total)
                 for folder, z in zip(folders, torch.cat(rows).unbind(1), strict=True):
@@ -285,8 +290,8 @@ class LiveActivations:
 
     def groups(self, start: int) -> Iterator[Float[Tensor, "row layer head d_head"]]:
         contexts = self._endless(start * self._contexts % self._pass)
-        while True:
-            block = torch.stack(list(islice(contexts, self._contexts)))
+        blocks = (torch.stack(list(islice(contexts, self._contexts))) for _ in count())
+        for block in _read_ahead(blocks):  # text becomes tokens while the model and the SAEs compute
             yield torch.cat(list(harvest(self._lm, self._layers, block)))
 
     def _endless(self, start: int) -> Iterator[Int[Tensor, " pos"]]:
@@ -310,13 +315,13 @@ Source = CachedActivations | LiveActivations
 def harvest(
     lm: LanguageModel, layers: list[int], contexts: Int[Tensor, "context pos"]
 ) -> Iterator[Float[Tensor, "row layer head d_head"]]:
-    """Head outputs of every position but BOS, in float16 on the CPU, one forward at a time.
+    """Head outputs of every position but BOS, in float16 on the model's device, one forward at a time.
 
     Raises:
         ValueError: a value does not fit in float16.
     """
-    for chunk in contexts.split(max(1, _LM_BATCH_TOKENS // contexts.shape[1])):
-        z = torch.stack(lm.z_of(chunk, layers), dim=2)[:, 1:].flatten(0, 1).half().cpu()
+    for chunk in contexts.split(max(1, _LM_BATCH_TOKENS[lm.device.type] // contexts.shape[1])):
+        z = torch.stack(lm.z_of(chunk, layers), dim=2)[:, 1:].flatten(0, 1).half()
         if not z.isfinite().all():
             raise ValueError(f"head outputs of {lm.name} layer {', '.join(map(str, layers))} do not fit in float16")
         yield z

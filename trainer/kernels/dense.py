@@ -9,7 +9,7 @@ Shapes: `block` is (point, head), blocks of one point together; x is shared by a
 means over the batch of B tokens of the sums that the recipes name.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -49,16 +49,72 @@ def empty_outcome(params: Params, x: Float[Tensor, "head batch width"]) -> Outco
     return Outcome(grads, error, torch.zeros_like(params["b_enc"]), {})
 
 
+def in_tiles(x: Tensor) -> bool:
+    """Whether work is done tile by tile and on active features alone, as suits a CPU, or on everything at once."""
+    return x.device.type == "cpu"
+
+
 def tiles(x: Float[Tensor, "head batch width"], n_blocks: int) -> Iterator[Tile]:
-    """On a CPU one block and some rows at a time; elsewhere everything at once."""
+    """One block and some rows at a time, or everything."""
     n_heads, batch, _ = x.shape
-    if x.device.type != "cpu":
+    if not in_tiles(x):
         yield Tile(slice(0, n_blocks), slice(0, batch), x.repeat(n_blocks // n_heads, 1, 1))
         return
     for block in range(n_blocks):
         for start in range(0, batch, _TILE_ROWS):
             rows = slice(start, min(start + _TILE_ROWS, batch))
             yield Tile(slice(block, block + 1), rows, x[block % n_heads, None, rows])
+
+
+def gradients(
+    params: Params,
+    x: Float[Tensor, "head batch width"],
+    activate: Callable[[Tensor], Tensor],
+    slope: Float[Tensor, "block feature"] | None = None,
+    centred: bool = False,
+) -> tuple[Outcome, Float[Tensor, "block feature"]]:
+    """|x - x_hat|^2 + sum_i slope_i f_i, mean over the batch, f = activate(x W_enc + b_enc).
+
+    Args:
+        activate: turns the pre-activations of a tile into activations, in place or not: each either stays what it is,
+            and is then positive, or becomes 0.
+        slope: derivative of the penalty by the activations (with its coefficient).
+        centred: b_dec is subtracted from the input of the encoder.
+
+    Returns:
+        What the batch says, and the sum of each feature's activations.
+    """
+    out, total = empty_outcome(params, x), torch.zeros_like(params["b_enc"])
+    for tile in tiles(x, len(total)):
+        _add(tile, params, activate, slope, centred, out, total)
+    into_b_dec(out, params, centred)
+    return out, total
+
+
+def _add(
+    tile: Tile,
+    params: Params,
+    activate: Callable[[Tensor], Tensor],
+    slope: Float[Tensor, "block feature"] | None,
+    centred: bool,
+    out: Outcome,
+    total: Float[Tensor, "block feature"],
+) -> None:
+    """What a tile adds to the outcome; a function of its own, because torch.compile gives up on a loop that it cannot
+    follow to its end (a selection may wait for the device), but not on what the loop calls."""
+    blocks, rows, target = tile
+    W_enc, b_enc, W_dec, b_dec = (params[name][blocks] for name in ("W_enc", "b_enc", "W_dec", "b_dec"))
+    inputs = target - b_dec[:, None] if centred else target
+    f = activate(linear(inputs, W_enc, b_enc))
+    error = torch.sub(linear(f, W_dec, b_dec), target, out=out.error[blocks, rows])
+    g = error * (2 / out.error.shape[1])
+    total[blocks] += f.sum(1)
+    out.grads["W_dec"][blocks].baddbmm_(f.mT, g)
+    dpre = torch.bmm(g, W_dec.mT) if slope is None else linear(g, W_dec.mT, slope[blocks])
+    # The gradient of relu, in place: f is positive exactly where it passes its input on.
+    torch.ops.aten.threshold_backward.grad_input(dpre, f, 0.0, grad_input=dpre)
+    into_encoder(out.grads, blocks, inputs, dpre)
+    out.fired[blocks] += f.sign_().sum(1)
 
 
 def linear(

@@ -1,4 +1,4 @@
-"""Selection of active features, and gradients that touch nothing else.
+"""Selection of active features, and gradients that touch nothing else: as a CPU does it.
 
 With L0 active features of thousands, decoding and all gradients are sums over (token, feature) pairs:
 weighted embedding bags over the rows of W_dec, of the error and of the input. Only the encoder is a
@@ -105,7 +105,7 @@ def top_k(params: Params, x: Float[Tensor, "head batch width"], k: Int[Tensor, "
     for _, _, pre in _pre_activations(params, x, whole=layer):  # [block, token, feature]
         if layer:  # a row is a token of a point, with the features of all its heads: [point, token, head * feature]
             pre = pre.view(-1, n_heads, *pre.shape[1:]).transpose(1, 2).flatten(2)
-        value, index = _top_of_rows(pre, largest)
+        value, index = top_of_rows(pre, largest)
         values.append(value)
         indices.append(index)
     n_rows = len(k) if layer else n_blocks
@@ -177,14 +177,13 @@ def _pre_activations(
 ) -> Iterator[tuple[int, int, Float[Tensor, "block token feature"]]]:
     """x W_enc + b_enc in tiles: first block, first token, and `[block, token, feature]`.
 
-    On a CPU a tile fits in the cache: one block, or with `whole` few tokens of all blocks.
+    A tile fits in the cache: one block, or with `whole` few tokens of all blocks.
     """
     W_enc, b_enc = params["W_enc"], params["b_enc"]
     n_blocks, _, n_features = W_enc.shape
     n_heads, batch, _ = x.shape
-    on_cpu = x.device.type == "cpu"
-    chunk = 1 if on_cpu and not whole else n_blocks
-    step = max(64, _TILE // (chunk * n_features)) if on_cpu else batch
+    chunk = n_blocks if whole else 1
+    step = max(64, _TILE // (chunk * n_features))
     for block in range(0, n_blocks, chunk):
         inputs = x[block % n_heads, None] if chunk == 1 else x.repeat(n_blocks // n_heads, 1, 1)
         for start in range(0, batch, step):
@@ -192,17 +191,19 @@ def _pre_activations(
             yield block, start, torch.baddbmm(b_enc[block : block + chunk, None], tile, W_enc[block : block + chunk])
 
 
-def _top_of_rows(x: Float[Tensor, "a b n"], k: int) -> tuple[Tensor, Tensor]:
+def top_of_rows(x: Float[Tensor, "*rows n"], k: int) -> tuple[Tensor, Tensor]:
     """`x.topk(k)`, exactly, at a third of its cost on a CPU.
 
     The k largest lie in the k groups with the largest maxima, so only those groups are searched.
     """
     n = x.shape[-1]
-    size = max((s for s in (4, 8, 16, 32) if n % s == 0 and n // s >= k), key=lambda s: -(n // s + k * s), default=1)
-    if size == 1 or n // size + k * size > n // 2:
+    sizes = [s for s in (4, 8, 16, 32) if n % s == 0 and n // s >= k]
+    searched = [n // s + k * s for s in sizes]
+    if not sizes or min(searched) > n // 2:
         return x.topk(k, dim=-1)
+    size = sizes[searched.index(min(searched))]
     grouped = x.view(*x.shape[:-1], size, n // size)  # a group is every (n / size)-th value
-    _, best = _top_of_rows(grouped.amax(-2), k)
+    _, best = top_of_rows(grouped.amax(-2), k)
     members = grouped.gather(-1, best[..., None, :].expand(*best.shape[:-1], size, k)).flatten(-2)
     value, at = members.topk(k, dim=-1)
     return value, at // k * (n // size) + best.gather(-1, at % k)

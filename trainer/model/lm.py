@@ -8,6 +8,7 @@ import hashlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from math import isclose
 from typing import Any, NamedTuple
 
 import torch
@@ -57,6 +58,22 @@ class Forward(NamedTuple):
 
 class _StopForward(Exception):
     """Raised inside a hook once everything asked for is there."""
+
+
+def _unusual(cfg: Any) -> list[tuple[str, Any]]:
+    """Scalars of a configuration that few models have: those of the others are hashed as if there were none.
+
+    Windows (GPT-Neo) and partly rotated heads (Pythia) are left out: checkpoints of such models have no other hash.
+    """
+    names = [name for name in ("attn_scores_soft_cap", "output_logits_soft_cap") if getattr(cfg, name) > 0]
+    if cfg.attn_scale > 0 and not isclose(cfg.attn_scale, cfg.d_head**0.5):
+        names.append("attn_scale")
+    if cfg.rotary_base_local is not None:
+        names.append("rotary_base_local")
+    if cfg.use_NTK_by_parts_rope:
+        of_rope = ("factor", "low_freq_factor", "high_freq_factor")
+        names += [*(f"NTK_by_parts_{name}" for name in of_rope), "NTK_original_ctx_len"]
+    return [(name, getattr(cfg, name)) for name in names]
 
 
 class LanguageModel:
@@ -119,9 +136,13 @@ class LanguageModel:
         return str(self.model.cfg.dtype).removeprefix("torch.")
 
     def fingerprint(self) -> str:
-        """A hash of the architecture and a sample of the weights that z depends on: another z, another hash."""
+        """A hash of the architecture and a sample of the weights that z depends on: another z, another hash.
+
+        Of what comes after z only the soft cap of the logits is part of it.
+        """
         cfg = self.model.cfg
         digest = hashlib.sha256(f"{cfg.rotary_base} {cfg.eps} {cfg.act_fn} {cfg.normalization_type}".encode())
+        digest.update("".join(f" {name} {value}" for name, value in _unusual(cfg)).encode())
         for key, parameter in self.model.named_parameters():
             if key.startswith(("ln_final", "unembed")):
                 continue  # centring them sums in an order that depends on the machine

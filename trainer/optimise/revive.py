@@ -5,7 +5,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from trainer.kernels.dense import Params
+from trainer.kernels.dense import Params, in_tiles
 
 _AUX_COEFFICIENT = 1 / 32
 
@@ -46,7 +46,7 @@ def aux_k(
     k = min(max(1, width // 2), n_dead)
     term = x.new_zeros(n_blocks)
     with torch.enable_grad():
-        for rows in torch.arange(batch, device=x.device).split(512):
+        for rows in torch.arange(batch, device=x.device).split(512 if in_tiles(x) else batch):
             pre = torch.baddbmm(leaves["b_enc"][:, None], inputs[:, rows], leaves["W_enc"].mT)
             pre = pre.masked_fill(~real[:, None], float("-inf"))
             top = pre.topk(k, dim=-1)
@@ -90,7 +90,7 @@ def resample(
             continue
         inputs = x[block % len(x)] - params["b_dec"][block]
         weight = error[block].pow(2).sum(-1).pow(2).cpu()
-        if not weight.isfinite().all():  # the block has exploded, which the training loop says
+        if not weight.isfinite().all() or not weight.any():  # exploded, which the training loop says, or exact
             continue
         # One draw per row sequence on the CPU, so that a resumed run draws the same.
         drawn = torch.multinomial(weight, len(which), replacement=True, generator=generator).to(x.device)

@@ -5,10 +5,12 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
 
 from trainer.block_diag import BlockDiagSAE
 from trainer.config import SAEConfig, TrainingConfig
-from trainer.kernels.dense import Outcome, Params
+from trainer.errors import first_line
+from trainer.kernels.dense import Outcome, Params, in_tiles
 from trainer.optimise.revive import aux_k, resample
 from trainer.recipes import RECIPES
 from trainer.recipes.recipe import Step
@@ -50,6 +52,8 @@ class Stack:
     ) -> None:
         self.cfg, self.cfgs, self.training, self.scale = cfgs[0], cfgs, training, scale
         self.recipe = RECIPES[self.cfg.recipe]
+        compiled = training.compile and scale.device.type == "cuda"
+        self._gradients_of = torch.compile(self.recipe.gradients, dynamic=False) if compiled else self.recipe.gradients
         self.n_points, self.n_heads = len(cfgs), len(scale)
         # In a fixed order: the gradient norm is a sum over it, and a resumed run has to round as the whole one did.
         self.params = {name: torch.cat([each[name] for each in params]).to(scale.device) for name in sorted(params[0])}
@@ -59,7 +63,9 @@ class Stack:
         self.step = 0
         self.resampled_at = -1
         self.unfired = torch.zeros_like(self.params["b_enc"], dtype=torch.int64)
-        self.active_share = torch.ones(self.n_points)
+        self.active_share = torch.ones(self.n_points, device=scale.device)
+        # Made once: what is copied to a device waits for it.
+        self._coefficients = torch.tensor([cfg.l1_coefficient or 0.0 for cfg in cfgs], device=scale.device)
         self.threshold = torch.zeros(self._n_groups, device=scale.device)
         self._guess = torch.full_like(self.threshold, float("nan"))
         self._last: Batch
@@ -73,7 +79,11 @@ class Stack:
 
     @torch.no_grad()
     def update(self, z: Float[Tensor, "batch head d_head"]) -> None:
-        """One optimizer step of every point on raw activations."""
+        """One optimizer step of every point on raw activations.
+
+        Raises:
+            ValueError: torch.compile failed.
+        """
         x = (z.reshape(len(z), *self.scale.shape) * self.scale).transpose(0, 1).contiguous()
         out = _join([self._gradients(points, x) for points in self._passes])
         dead = self.unfired >= self.training.dead_after_tokens
@@ -85,7 +95,7 @@ class Stack:
         grad_norm = self._clip(out.grads)
         self._descend(out.grads)
         self.unfired = torch.where(out.fired > 0, 0, self.unfired + len(z))
-        self.active_share = out.fired.view(self.n_points, -1).mean(1).cpu() / len(z)
+        self.active_share = out.fired.view(self.n_points, -1).mean(1) / len(z)
         self.step += 1
         self._resample(x, out.error)
         self._last = Batch(z, out, grad_norm)
@@ -93,20 +103,23 @@ class Stack:
     def _gradients(self, points: slice, x: Float[Tensor, "head batch width"]) -> Outcome:
         blocks = slice(points.start * self.n_heads, points.stop * self.n_heads)
         groups = slice(*(each * self._n_groups // self.n_points for each in (points.start, points.stop)))
-        cfgs = self.cfgs[points]
-        coefficient = torch.tensor([cfg.l1_coefficient or 0.0 for cfg in cfgs], device=x.device)
         # Long runs average thresholds over 1,000 steps (Bussmann et al.); a short one cannot look back that far.
         rate = 1.0 if self.step == 0 else max(0.001, min(1.0, 20 / self.training.total_training_steps))
         step = Step(
-            coefficient=(coefficient * self._sparsity_factor(self.step)).repeat_interleave(self.n_heads),
-            k=torch.tensor([cfg.k or 0 for cfg in cfgs], device=x.device),
+            coefficient=(self._coefficients[points] * self._sparsity_factor(self.step)).repeat_interleave(self.n_heads),
+            k=tuple(cfg.k or 0 for cfg in self.cfgs[points]),
             over_layer=self.cfg.k_scope == "layer",
-            active_share=self.active_share[points].max().item(),
+            active_share=self.active_share[points].max().item() if in_tiles(x) else 1.0,
             threshold=self.threshold[groups],
             guess=self._guess[groups],
             rate=rate,
         )
-        return self.recipe.gradients({name: value[blocks] for name, value in self.params.items()}, x, step)
+        try:
+            return self._gradients_of({name: value[blocks] for name, value in self.params.items()}, x, step)
+        except TorchDynamoException as error:
+            raise ValueError(
+                f"torch.compile failed ({first_line(error)}): --compile=false trains without it"
+            ) from error
 
     def _clip(self, grads: Params) -> Float[Tensor, " point"]:
         """Scale the gradient of each point to at most max_grad_norm; returns the norms before.
@@ -256,7 +269,7 @@ class Stack:
 
         self.scale = states[0]["scale"].to(device)
         self.unfired, self.threshold = joined("unfired"), joined("threshold")
-        self.active_share = joined("active_share").cpu()
+        self.active_share = joined("active_share")
         self.resampled_at = int(states[0]["resampled_at"])
         for name, parameter in self.params.items():
             parameter.copy_(joined(name))

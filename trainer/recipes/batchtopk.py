@@ -4,22 +4,36 @@ In use f = pre where pre > theta, the running mean of the smallest activation th
 Bussmann et al. 2024 (arXiv:2412.06410).
 """
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from trainer.kernels import sparse
+from trainer.kernels import dense, select, sparse
 from trainer.kernels.dense import Outcome, Params
 from trainer.recipes.recipe import Recipe, Step
 
 
 def gradients(params: Params, x: Float[Tensor, "head batch width"], step: Step) -> Outcome:
     """Of the squared error; moves the running threshold."""
-    counts = step.k.repeat_interleave(len(step.threshold) // len(step.k)) * x.shape[1]
-    guess = sparse.first_guess(params, x, counts) if step.guess.isnan().any() else step.guess
-    active, smallest = sparse.batch_top_k(params, x, counts, guess)
+    counts = [k * x.shape[1] for k in step.k for _ in range(len(step.threshold) // len(step.k))]
+    if dense.in_tiles(x):
+        few = torch.tensor(counts)
+        guess = sparse.first_guess(params, x, few) if step.guess.isnan().any() else step.guess
+        active, smallest = sparse.batch_top_k(params, x, few, guess)
+        _remember(step, smallest)
+        return sparse.gradients(params, x, active)
+
+    def activate(pre: Tensor) -> Tensor:
+        smallest = select.smallest_kept(pre, counts, step.guess)
+        _remember(step, smallest)
+        return select.at_least(pre, smallest)
+
+    return dense.gradients(params, x, activate)[0]
+
+
+def _remember(step: Step, smallest: Float[Tensor, " group"]) -> None:
     step.guess.copy_(smallest * 0.9)
     step.threshold.add_(step.rate * (smallest - step.threshold))
-    return sparse.gradients(params, x, active)
 
 
 def for_use(params: Params, threshold: Float[Tensor, " group"]) -> Params:

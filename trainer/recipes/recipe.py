@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from trainer.kernels.dense import Outcome, Params
@@ -15,11 +15,12 @@ class Step(NamedTuple):
 
     coefficient: Float[Tensor, " block"]
     """of the sparsity penalty, warmed up"""
-    k: Int[Tensor, " point"]
+    k: tuple[int, ...]
+    """of each point"""
     over_layer: bool
     """k counts features of a token over all heads, which compete; else each head has k"""
     active_share: float
-    """of the features, on the batch before"""
+    """of the features, on the batch before; only where work is done in tiles"""
     threshold: Float[Tensor, " group"]
     """running mean of the smallest activation that is kept, of the points (over_layer) or blocks; updated in place"""
     guess: Float[Tensor, " group"]

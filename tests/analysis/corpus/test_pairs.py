@@ -35,9 +35,10 @@ def compare(f: torch.Tensor, directions: torch.Tensor) -> pairs.Redundancy:
     return pairs.compare_features(cofiring, directions, HEAD, 2)
 
 
-def test_planted_redundancy():
+def test_planted_redundancy(capsys):
     f, directions = planted()
     found = compare(f, directions)
+    assert "Comparing features: 100%" in capsys.readouterr().err
     flat = f[:, 1:].flatten(0, 1).flatten(1)
     assert found.l0 == pytest.approx(float((flat > 0).sum(1).float().mean()))
     curve = found.merging.set_index(["criterion", "threshold"])

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from analysis import attribution as dfa
+from analysis import store
 from analysis.__main__ import main
 from analysis.corpus import run
 from analysis.corpus.features import describe
@@ -306,6 +307,15 @@ def test_a_damaged_artefact_is_one_sentence(analysed, tmp_path):
     (path / "analysis" / "examples.parquet").unlink()
     with pytest.raises(CheckpointError, match=r"examples.parquet is missing"):
         Analysis(Checkpoint(path)).examples(0)
+
+
+def test_tables_of_a_process_killed_between_two_renames_come_back(tmp_path):
+    store.write(tmp_path / "analysis", {"of": "before"}, {})
+    (tmp_path / "analysis").rename(tmp_path / ".analysis.old")
+    with pytest.raises(OSError, match="analysis could not be written"):
+        store.write(tmp_path / "analysis", {}, {"a/b": pd.DataFrame()})  # a name that cannot be
+    assert '"before"' in (tmp_path / "analysis" / "meta.json").read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["analysis"]
 
 
 def test_resuming_another_analysis_is_refused(trained, tmp_path, monkeypatch, capsys):

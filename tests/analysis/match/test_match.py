@@ -252,6 +252,14 @@ def test_either_order_is_found_and_names_follow_it(matched):
     assert splits[0].pairs.equals(splits[1].pairs)
 
 
+def test_every_phase_says_how_far_it_is(matched, tmp_path, capsys):
+    shutil.copytree(matched, tmp_path / "own")
+    assert main([*(str(tmp_path / "own" / name) for name in ("copy", "block-l1_1", "dense")), *OPTIONS]) == 0
+    told = capsys.readouterr().err
+    for phase in ("Matching", "Pairing", "Splitting"):
+        assert f"{phase}: 100%" in told
+
+
 def test_matching_again_in_the_other_order_leaves_one(matched, tmp_path):
     for name in ("copy", "block-l1_1"):
         shutil.copytree(matched / name, tmp_path / name)

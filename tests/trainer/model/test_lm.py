@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from trainer.model.lm import LanguageModel
+from trainer.model.lm import LanguageModel, _unusual
 
 
 @pytest.fixture(params=["gpt2", "llama"])
@@ -67,6 +67,22 @@ def test_no_hook_stays_behind(gpt2):
 
 def test_sizes_are_read_from_the_model(llama):
     assert (llama.n_layers, llama.n_heads, llama.d_head, llama.d_vocab) == (3, 6, 8, 257)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("attn_scores_soft_cap", 4.0), ("output_logits_soft_cap", 4.0), ("attn_scale", 3.0), ("rotary_base_local", 1e4),
+     ("use_NTK_by_parts_rope", True)],
+)  # fmt: skip
+def test_the_fingerprint_tells_what_no_weight_does(llama, monkeypatch, name, value):
+    before = llama.fingerprint()
+    assert _unusual(llama.model.cfg) == []  # so that the hashes in checkpoints of such models hold
+    monkeypatch.setattr(llama.model.cfg, name, value)
+    assert llama.fingerprint() != before
+    if name == "use_NTK_by_parts_rope":
+        before = llama.fingerprint()
+        monkeypatch.setattr(llama.model.cfg, "NTK_by_parts_factor", 32.0)
+        assert llama.fingerprint() != before
 
 
 def test_a_folder_that_transformer_lens_gets_wrong_is_refused(llama_folder, tmp_path, monkeypatch):

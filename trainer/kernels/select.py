@@ -1,0 +1,64 @@
+"""Selection among all pre-activations at once, as a GPU does it; the rest of the step then is dense.
+
+A block-diagonal matmul costs a GPU less than gathering the rows of active features, so nothing is made of pairs.
+Pre-activations are `[block, token, feature]`; what is not selected becomes 0.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from trainer.kernels.sparse import top_of_rows
+
+Pre = Float[Tensor, "block token feature"]
+
+
+def top_k(pre: Pre, k: Sequence[int], layer: bool) -> Pre:
+    """The k largest pre-activations of each token, of each head or over the heads of a point, where positive.
+
+    Gao et al. 2024 (arXiv:2406.04093). Where the k-th is met twice, both are kept.
+
+    Args:
+        k: of each point.
+    """
+    points = pre.view(len(k), -1, *pre.shape[1:])  # [point, head, token, feature]
+    rows = points.transpose(1, 2).flatten(2)[:, None] if layer else points
+    largest, _ = top_of_rows(rows, max(k))
+    smallest = torch.stack([values[..., n - 1, None] for values, n in zip(largest, k, strict=True)])
+    return _at_least(points, smallest).view_as(pre)
+
+
+def at_least(pre: Pre, smallest: Float[Tensor, " group"]) -> Pre:
+    """What reaches the threshold of its group of blocks, where positive."""
+    return _at_least(pre.view(len(smallest), -1, *pre.shape[1:]), smallest[:, None, None, None]).view_as(pre)
+
+
+def _at_least(pre: Tensor, smallest: Tensor) -> Tensor:
+    return torch.where(pre >= smallest.clamp_min(torch.finfo(pre.dtype).tiny), pre, 0.0)
+
+
+@torch.compiler.disable
+def smallest_kept(pre: Pre, counts: Sequence[int], guess: Float[Tensor, " group"]) -> Float[Tensor, " group"]:
+    """The `counts[g]`-th largest pre-activation of the batch in every group of blocks; where fewer are positive, the
+    least positive one, or 0.
+
+    Bussmann et al. 2024 (arXiv:2412.06410). As in `sparse.batch_top_k` only what exceeds a guess is sorted.
+
+    Args:
+        counts: features to keep, k times the batch; groups are the blocks, or the points.
+        guess: a threshold for every group; NaN where there is none.
+    """
+    found = []
+    for row, count, low in zip(pre.view(len(counts), -1), counts, guess.tolist(), strict=True):
+        low = 0.0 if math.isnan(low) else max(low, 0.0)
+        values = row[row > low]
+        while len(values) < count and low > 0:
+            low = low * 0.7 if low > 1e-3 else 0.0
+            values = row[row > low]
+        # Sorted, because kthvalue of one row occupies one multiprocessor: 7.6 ms of 790,000 values on an H200.
+        ranked = values.sort(descending=True).values
+        found.append(ranked[min(count, len(ranked)) - 1] if len(ranked) else row.new_zeros(()))
+    return torch.stack(found)
