@@ -198,14 +198,19 @@ def source_attribution(run: PromptRun, block: int, index: int, position: int) ->
     return pd.concat(parts, ignore_index=True)
 
 
+def positive_dfa(run: PromptRun) -> Float[Tensor, "head query source"]:
+    """Sum over the features that fire at a destination of max(0, DFA) from a source."""
+    heads = range(len(run.pattern))
+    active = (run.f > 0).float().expand(-1, len(heads), -1)  # every head is read by every feature if dense
+    return torch.cat([dfa.positive_mass(run.pattern[[h]], run.reads(h)[None], active[:, [h]]) for h in heads])
+
+
 def roles(run: PromptRun) -> pd.DataFrame:
     """What each head does on this prompt: the share of its attention, and of its features' positive
     DFA, that falls on each source slot. One row per head and slot."""
     heads = range(len(run.pattern))
-    active = (run.f > 0).float().expand(-1, len(heads), -1)  # every head is read by every feature if dense
-    positive = [dfa.positive_mass(run.pattern[[h]], run.reads(h)[None], active[:, [h]]) for h in heads]
     attention, attribution = (
-        dfa.shares(dfa.mass_per_slot(mass, run.slots)).flatten().tolist() for mass in (run.pattern, torch.cat(positive))
+        dfa.shares(dfa.mass_per_slot(mass, run.slots)).flatten().tolist() for mass in (run.pattern, positive_dfa(run))
     )
     head, slot = np.repeat(heads, len(dfa.SLOTS)), len(heads) * dfa.SLOTS
     return pd.DataFrame({"head": head, "slot": slot, "attention": attention, "dfa": attribution})

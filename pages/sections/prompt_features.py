@@ -23,10 +23,8 @@ def tokens(run: PromptRun) -> list[str]:
     return [run.label(position) for position in range(1, len(run.strings))]
 
 
-def pick_firings(checkpoint: Checkpoint, prompt: str, run: PromptRun) -> pd.DataFrame:
-    """The map, and the features that fire in the head and at the tokens picked, as ranked."""
-    st.subheader("Features that fire", anchor=False)
-    _draw_map(run)
+def pick_place(run: PromptRun) -> tuple[int | None, tuple[int, int] | None]:
+    """The head, and the first and last position; None for all."""
     left, middle, right = st.columns(3)
     head = pick_head(0 if run.dense else len(run.pattern), column=left)
     labels = tokens(run)
@@ -36,6 +34,13 @@ def pick_firings(checkpoint: Checkpoint, prompt: str, run: PromptRun) -> pd.Data
         first = labels.index(token)
         until = select(right, "to token", labels[first:], "until")
         span = (1 + first, 1 + labels.index(until))
+    return head, span
+
+
+def rank_firings(
+    checkpoint: Checkpoint, prompt: str, run: PromptRun, head: int | None, span: tuple[int, int] | None
+) -> pd.DataFrame:
+    """The features that fire in the head and at the tokens picked, as ranked."""
     return active_features(run, head, span, **_pick_rank(checkpoint, prompt, run, span))
 
 
@@ -65,8 +70,9 @@ def pick_firing(checkpoint: Checkpoint, run: PromptRun, firings: pd.DataFrame) -
     return firing
 
 
-def _draw_map(run: PromptRun) -> None:
+def draw_map(run: PromptRun) -> None:
     """Counts of features by head and token; a click on a cell picks its head and token, one beside them all."""
+    st.subheader("How many features fire", anchor=False)
 
     def clicked() -> None:
         cells = st.session_state["map"]["selection"]["cell"]

@@ -38,6 +38,7 @@ _copy_link = st.components.v2.component(
 def begin(title: str, what: str) -> None:
     """The top of a page: its title and one sentence on what it shows."""
     _through_app_py()
+    st.html("<style>[data-testid=stMainBlockContainer] { padding-top: 3.5rem; }</style>")
     left, right = st.columns([6, 1], vertical_alignment="bottom")
     left.title(title)
     with right:

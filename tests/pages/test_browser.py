@@ -178,3 +178,39 @@ def test_every_page_comes_up_without_errors(visitor, path):
     visitor.page.get_by_role("button", name="Copy link").wait_for()
     visitor.idle()
     assert visitor.page.locator("[data-testid=stException]").count() == 0
+
+
+def test_the_prompt_is_text_that_one_hovers_and_clicks(visitor):
+    """By mouse and by keyboard: a token, a span, a head, each as the boxes below choose it, and after a reload too."""
+    page = visitor.page
+    visitor.open("prompt")
+    token = page.locator(".token")
+    token.nth(19).wait_for()
+    assert token.nth(6).text_content() == " mat"
+    page.get_by_role("button", name="Pattern of head 4").click()
+    page.wait_for_url("**head=4*")
+    visitor.idle()
+    page.get_by_text("DFA of the features that fire", exact=True).click()
+    page.wait_for_url("**reads=DFA+of+the+features+that+fire*")
+    visitor.idle()
+    token.nth(19).hover()
+    page.get_by_text(re.compile(r"19: the reads 6: mat \(")).wait_for()
+    token.nth(19).click()
+    page.wait_for_url("**token=19*")
+    visitor.idle()
+    token.nth(5).focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    page.wait_for_url("**token=6*")
+    visitor.idle()
+    token.nth(8).click(modifiers=["Shift"])
+    page.wait_for_url("**until=8*")
+    for again in (False, True):
+        if again:
+            page.reload()
+        visitor.idle()
+        page.locator(".token.chosen").nth(2).wait_for()
+        assert page.locator(".token.chosen").all_text_contents() == [" mat", ".", " The"]
+        assert page.get_by_role("button", name="Pattern of head 4").get_attribute("aria-pressed") == "true"
+    page.get_by_role("button", name="Pattern of head 4").click()
+    page.wait_for_function("!location.href.includes('head=')")

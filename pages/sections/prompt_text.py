@@ -1,0 +1,36 @@
+"""The prompt as text, and the patterns of its heads."""
+
+import pandas as pd
+import streamlit as st
+
+from analysis.prompt.patterns import FEATURE, KINDS, matrices
+from analysis.prompt.run import PromptRun
+from analysis.tokens import visible
+from pages.components.reading import reading
+from pages.shared.pick import ALL, choose, put
+
+_DENSE_HEAD = "head shown"  # a dense SAE has features of no head, but its model has heads
+
+
+def show(run: PromptRun, head: int | None, span: tuple[int, int] | None, firing: pd.Series | None) -> None:
+    """Tokens and patterns: a click on one picks it as the boxes below do, a click with shift a span."""
+    kind = choose("What a token reads", KINDS, "reads")
+    feature = None
+    if kind == FEATURE:
+        if firing is None:
+            st.info("No feature fires here: pick another head or token, or show attention.")
+            return
+        feature = int(firing["head"]), int(firing["feature"]) % run.features_per_block
+    if run.dense:
+        head = st.session_state.get(_DENSE_HEAD)
+
+    def picked(first: int, last: int) -> None:
+        put("token", run.label(first))
+        put("until", run.label(last))
+
+    def picked_head(clicked: int | None) -> None:
+        put(_DENSE_HEAD, clicked) if run.dense else put("head", ALL if clicked is None else str(clicked))
+
+    what = kind if feature is None or firing is None else f"DFA of feature {firing['feature']}"
+    shown = [visible(token).replace("\u00b7", " ") for token in run.strings]
+    reading(shown, matrices(run, kind, feature), what, head, span, "reading", picked, picked_head)
