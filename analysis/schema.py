@@ -83,6 +83,7 @@ def _each(names: str, prefixes: tuple[str, ...] = _BOTH) -> str:
     return " ".join(prefix + name for prefix in prefixes for name in names.split())
 
 
+_ROLES = _each("role_attention role_dfa role_attention_besides_bos mono_role")
 _DFA, _ATTENTION = (" ".join(f"{what}_{slot}" for slot in SLOTS) for what in ("dfa", "attention"))
 _ANALYSIS = {
     "features": _columns(
@@ -108,7 +109,7 @@ _ANALYSIS = {
         + _each(
             f"{_ATTENTION} {_DFA} mono_share mono_low mono_high mono_weighted mono_weighted_low mono_weighted_high"
         ),
-        maybe_str=_each("role_attention role_dfa role_attention_besides_bos mono_role"),
+        maybe_str=_ROLES,
         bool=_each("agree"),
         ints=_each("mono_deviants"),
     ),
@@ -169,7 +170,7 @@ def check_file(file: Path, name: str, expected: Expected) -> None:
 
 
 def check_values(table: pa.Table, name: str, expected: Expected) -> pa.Table:
-    """The table, if no cell is empty that may not be and ids lie where they can.
+    """The table, if no cell is empty that may not be, ids lie where they can, and roles are source slots.
 
     Raises:
         ValueError: they do not.
@@ -186,6 +187,8 @@ def check_values(table: pa.Table, name: str, expected: Expected) -> pa.Table:
             span, below = pc.min_max(cells).as_py(), expected.below.get(column, 2**53)
             first = -1 if column in _MAY_BE_NONE else 0
             require(first <= span["min"] and span["max"] < below, f"column {column} has {span['min']} to {span['max']}")
+        if column in ("role", "repeated_role", *_ROLES.split()):
+            require(set(pc.unique(cells).to_pylist()) <= {None, *SLOTS}, f"column {column} has what is no source slot")
     return table
 
 

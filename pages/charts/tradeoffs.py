@@ -88,7 +88,8 @@ def picked(frame: pd.DataFrame, selection: dict[str, Any]) -> list[str]:
 def training_curves(frame: pd.DataFrame, figure: str, recipes: list[str]) -> alt.Chart:
     """One logged figure over training tokens, a line per checkpoint.
 
-    Lines have a colour each while there are enough colours, else that of their recipe in `tradeoff`.
+    Its name comes from a file, and as that of a field Altair and Vega would read signs of their own in it. Lines have
+    a colour each while there are enough colours, else that of their recipe in `tradeoff`.
 
     Args:
         frame: `tables.curves` with a column `recipe`.
@@ -100,19 +101,20 @@ def training_curves(frame: pd.DataFrame, figure: str, recipes: list[str]) -> alt
         field, domain, columns = "name:N", names, 2
     else:
         field, domain, columns = "recipe:N", recipes, 5
+    drawn = frame[["name", "recipe", "step", "tokens"]].assign(value=frame[figure])
     return (
-        alt.Chart(frame)
+        alt.Chart(drawn)
         .mark_line(interpolate="monotone")
         .encode(
             x=alt.X("tokens:Q", title="Training tokens", axis=alt.Axis(format="~s")),
-            y=alt.Y(f"{figure}:Q", title=f"{figure.replace('_', ' ')}{on}", scale=alt.Scale(zero=False)),
+            y=alt.Y("value:Q", title=f"{figure.replace('_', ' ')}{on}", scale=alt.Scale(zero=False)),
             color=alt.Color(
                 field,
                 scale=alt.Scale(domain=domain, range=_colours(len(domain))),
                 legend=alt.Legend(title=None, orient="top", columns=columns, symbolOpacity=1, labelLimit=400),
             ),
             detail="name:N",
-            tooltip=["name:N", "recipe:N", "step:Q", alt.Tooltip(f"{figure}:Q", format=".4g")],
+            tooltip=["name:N", "recipe:N", "step:Q", alt.Tooltip("value:Q", title=figure, format=".4g")],
         )
         .properties(height=300)
     )

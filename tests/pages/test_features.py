@@ -166,6 +166,18 @@ def test_a_damaged_analysis_is_a_sentence(folder):
     assert "examples.parquet is damaged" in said(app)
 
 
+@pytest.mark.parametrize(
+    ("page", "table", "column"), [("features", "features", "role"), ("heads", "heads", "role_dfa")]
+)
+def test_a_role_is_a_slot_and_no_markdown(folder, page, table, column):
+    file = folder / "batchtopk" / "analysis" / f"{table}.parquet"
+    changed = pd.read_parquet(file).assign(**{column: "![x](http://evil.example/x)"})
+    changed.to_parquet(file)
+    app = open_page(f"pages/{page}.py", checkpoint="batchtopk", **{"show": "Roles"} if page == "heads" else {})
+    assert not app.exception
+    assert f"column {column} has what is no source slot" in said(app)
+
+
 def test_a_feature_that_never_fires_says_so(folder):
     file = folder / "batchtopk" / "analysis" / "features.parquet"
     table = pd.read_parquet(file)

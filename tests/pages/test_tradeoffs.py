@@ -235,3 +235,19 @@ def test_every_recipe_has_its_colour_and_dense_its_shape(folder):
     assert set(shapes) == {"april", "april (dense)", *OTHERS}
     assert {recipe for recipe, mark in shapes.items() if mark == "square"} == {"april (dense)"}
     assert len(set(points["encoding"]["color"]["scale"]["range"])) == len(shapes)
+
+
+@pytest.mark.parametrize(
+    "figure", ["a:N", "mean(a)", "datum['a'].b", "a\\.b[0]", "step:Q", "![x](http://a.b/c)", "value"]
+)
+def test_a_logged_figure_may_have_any_name(figure):
+    frame = pd.DataFrame({"name": "x", "recipe": "topk", "step": [1, 2], "tokens": [8, 16], figure: [0.5, 0.25]})
+    spec = tradeoff_charts.training_curves(frame, figure, ["topk"]).to_dict()
+    encoding = spec["encoding"]
+    assert encoding["y"] | {"scale": None} == {
+        "field": "value", "type": "quantitative", "scale": None,
+        "title": f"{figure.replace('_', ' ')} (training batch)",
+    }  # fmt: skip
+    assert (encoding["tooltip"][3]["field"], encoding["tooltip"][3]["title"]) == ("value", figure)
+    (rows,) = spec["datasets"].values()
+    assert [row["value"] for row in rows] == [0.5, 0.25]
