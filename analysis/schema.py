@@ -15,9 +15,11 @@ from trainer.config import require
 from trainer.figures import Count, NotNegative, Positive
 from trainer.files import require_file
 
+ANALYSIS_VERSION = 2  # 1 had seven source slots and no counts of tokens
+MATCH_VERSION = 1
 _UNPACKED = 500  # times the size of a file: dead features alone pack 150-fold, a bomb a million-fold
 _BOTH = ("", "repeated_")  # on text, and on repeated random tokens
-_MAY_BE_NONE = {"fires_on_ids", "reads_ids", "nearest", "partner", "document"}  # -1
+_MAY_BE_NONE = {"fires_on_ids", "reads_ids", "nearest", "partner", "document", "query_ids", "key_ids"}  # -1
 _Columns = dict[str, str]
 
 
@@ -65,6 +67,7 @@ class Expected:
     """
 
     meta: type
+    version: int
     tables: dict[str, _Columns]
     below: dict[str, int]
     """ids in the columns of these names are smaller"""
@@ -81,6 +84,7 @@ def _each(names: str, prefixes: tuple[str, ...] = _BOTH) -> str:
     return " ".join(prefix + name for prefix in prefixes for name in names.split())
 
 
+_INTERVALS = "mono_share mono_low mono_high mono_weighted mono_weighted_low mono_weighted_high"
 _DFA, _ATTENTION = (" ".join(f"{what}_{slot}" for slot in SLOTS) for what in ("dfa", "attention"))
 _ANALYSIS = {
     "features": _columns(
@@ -88,6 +92,7 @@ _ANALYSIS = {
         float="head_share density mean_activation max_activation constant histogram_end " + _each(f"role_share {_DFA}"),
         str="description",
         maybe_str=_each("role"),
+        bool=_each("near_tie"),
         ints="histogram fires_on_ids fires_on_counts reads_ids reads_counts top_logit_ids bottom_logit_ids "
         "logit_histogram",
         floats="top_logits bottom_logits",
@@ -103,12 +108,12 @@ _ANALYSIS = {
     "heads": _columns(
         int=f"head features dead {_each('mono_n')}",
         float="L0 L0_share MSE FVU explained_share KL_score KL_share copying copying_se copying_top10 copying_bottom10 "
-        + _each(
-            f"{_ATTENTION} {_DFA} mono_share mono_low mono_high mono_weighted mono_weighted_low mono_weighted_high"
-        ),
+        + _each(f"{_ATTENTION} {_DFA} entropy maximum distance {_INTERVALS}"),
         maybe_str=_each("role_attention role_dfa role_attention_besides_bos mono_role"),
-        bool=_each("agree"),
-        ints=_each("mono_deviants"),
+        str=_each("mono_verdict"),
+        bool=_each("agree mono_unclassified mono_near_tie"),
+        ints="query_ids key_ids " + _each("mono_deviants"),
+        floats="query_shares key_shares",
     ),
     "copying": _columns(int="head context query source rank", float="attention"),
     "pairs": _columns(int="feature other", bool="across", float="jaccard correlation cosine"),
@@ -131,7 +136,7 @@ def of_analysis(checkpoint: Checkpoint) -> Expected:
     """Of `checkpoints/<name>/analysis`."""
     n_features, n_heads = checkpoint.config.sae.d_sae, checkpoint.n_heads
     below = {"head": n_heads, **dict.fromkeys(("feature", "other", *_each("mono_deviants").split()), n_features)}
-    return Expected(AnalysisMeta, _ANALYSIS, below, {"features": n_features, "heads": n_heads})
+    return Expected(AnalysisMeta, ANALYSIS_VERSION, _ANALYSIS, below, {"features": n_features, "heads": n_heads})
 
 
 def of_match(a: Checkpoint, b: Checkpoint) -> Expected:
@@ -139,7 +144,8 @@ def of_match(a: Checkpoint, b: Checkpoint) -> Expected:
     sizes = a.config.sae.d_sae, b.config.sae.d_sae
     below = {"head": a.n_heads, "a": sizes[0], "b": sizes[1]}
     below |= dict.fromkeys(("feature", "nearest", "partner"), max(sizes))
-    return Expected(MatchMeta, _ONE_TO_ONE if a.is_dense == b.is_dense else _SPLIT, below, {})
+    tables = _ONE_TO_ONE if a.is_dense == b.is_dense else _SPLIT
+    return Expected(MatchMeta, MATCH_VERSION, tables, below, {})
 
 
 def check_file(file: Path, name: str, expected: Expected) -> None:

@@ -32,16 +32,16 @@ from trainer.checkpoint import Checkpoint, CheckpointError
 from trainer.config import require
 from trainer.files import read_json, write_json
 
-SCHEMA_VERSION = 1
 _LOGITS = (("top_logit_ids", "top_logits"), ("bottom_logit_ids", "bottom_logits"))
 _ROW_GROUP = {"features": 256, "examples": 2048, "contexts": 256, "pairs": 4096}
 
 
-def write(folder: Path, meta: dict[str, Any], tables: dict[str, pd.DataFrame | pa.Table]) -> None:
+def write(folder: Path, schema_version: int, meta: dict[str, Any], tables: dict[str, pd.DataFrame | pa.Table]) -> None:
     """Put all artefacts in place of those that are there, in one step.
 
     Args:
         folder: `checkpoints/<name>/analysis`.
+        schema_version: `schema.ANALYSIS_VERSION` or `schema.MATCH_VERSION`.
         tables: by file name without ending.
     """
     new, old = (folder.with_name(f".{folder.name}.{what}") for what in ("new", "old"))
@@ -54,7 +54,7 @@ def write(folder: Path, meta: dict[str, Any], tables: dict[str, pd.DataFrame | p
         size = _ROW_GROUP.get(name, 2**16)
         file = new / f"{name}.parquet"
         pq.write_table(table, file, compression="zstd", row_group_size=size, write_page_checksum=True)
-    write_json(new / "meta.json", {"schema_version": SCHEMA_VERSION, **meta})
+    write_json(new / "meta.json", {"schema_version": schema_version, **meta})
     if folder.exists():
         folder.rename(old)
     new.rename(folder)
@@ -83,14 +83,16 @@ class Artefacts:
         try:
             self.meta: dict[str, Any] = read_json(file, dict[str, Any])
             version = self.meta.get("schema_version")
-            if version == SCHEMA_VERSION:
+            if version == expected.version:
                 msgspec.convert(self.meta, expected.meta)
         except FileNotFoundError:
             raise CheckpointError(absent, command) from None
         except ValueError as error:
             raise CheckpointError(f"{file} is damaged ({error})", command) from error
-        if version != SCHEMA_VERSION:
-            raise CheckpointError(f"{file} has schema version {version}, this program reads {SCHEMA_VERSION}", command)
+        if version != expected.version:
+            raise CheckpointError(
+                f"{file} has schema version {version}, this program reads {expected.version}", command
+            )
         if self.meta["weights"] not in ([one.weights_hash for one in checkpoints], checkpoints[0].weights_hash):
             have = "checkpoint has" if len(checkpoints) == 1 else "checkpoints have"
             raise CheckpointError(f"{folder} describes other weights than the {have}", command)

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from analysis import attribution as dfa
-from analysis.corpus.heads import MIN_ATTRIBUTED, feature_roles
+from analysis.corpus.heads import MIN_ATTRIBUTED, Roles
 from analysis.corpus.running_statistics import FeatureStatistics, Sources
 from analysis.logits import LogitEffects
 from analysis.tokens import visible
@@ -29,7 +29,8 @@ def feature_table(
 
     `histogram` has 64 equal bins from 0 to `histogram_end`; `logit_histogram` 40 from the lowest to the highest logit
     effect. `constant` is the part of the pre-activation that no source explains. Slot columns are shares of
-    positive DFA over `dfa_firings` firings, on text and (`repeated_`) on repeated random tokens.
+    positive DFA over `dfa_firings` firings, on text and (`repeated_`) on repeated random tokens; `near_tie` marks a
+    role that leads by less than 10 points.
     """
     n = int(statistics.n_tokens)
     firings = statistics.firings.numpy()
@@ -48,11 +49,12 @@ def feature_table(
         }
     )
     for prefix, sources in (("", statistics.sources), ("repeated_", repeats)):
-        shares, role, share = feature_roles(sources)
+        shares, role, share, _ = roles = Roles.of(sources.mass)
         table[f"{prefix}dfa_firings"] = sources.firings.numpy()
         judged = (role >= 0) & (sources.firings.numpy() >= MIN_ATTRIBUTED)
         table[f"{prefix}role"] = [dfa.SLOTS[i] if ok else None for i, ok in zip(role, judged, strict=True)]
         table[f"{prefix}role_share"] = np.where(judged, share, np.nan).astype(np.float32)
+        table[f"{prefix}near_tie"] = judged & roles.near_tie
         for index, slot in enumerate(dfa.SLOTS):
             table[f"{prefix}dfa_{slot}"] = shares[:, index]
     lists: dict[str, Tensor] = {

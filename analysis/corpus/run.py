@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from analysis import store
+from analysis import attribution as dfa
+from analysis import schema, store
 from analysis.attribution import Reader
 from analysis.corpus.features import describe, feature_table
 from analysis.corpus.heads import Copying, copying, head_table
@@ -179,6 +180,7 @@ def analyse(
         layer = lm.layer(group[0].layer)
         corpus = _another(cfg, group[0], lm) if cfg.dataset else group[0].open_text(lm.tokenizer, text)
         contexts = corpus.held_out_tokens(cfg.tokens)
+        fuzzy_from = dfa.similarity_threshold(lm, contexts)
         key = {**asdict(cfg), "text": corpus.fingerprint, "n_contexts": len(contexts)}
         jobs = [Job(trained, layer, key, cfg, corpus.context_size) for trained in group]
         for job in jobs:
@@ -187,12 +189,12 @@ def analyse(
             else:
                 job.forget()
         for same in _equally_far(jobs, 1):
-            _run_pass("First pass ", same, contexts, torch.arange(len(contexts)))
+            _run_pass("First pass ", same, contexts, torch.arange(len(contexts)), fuzzy_from)
             for job in same:
                 job.begin_second()
         for same in _equally_far(jobs, 2):
             _run_pass("Second pass", same, contexts, torch.cat([job.strips.contexts for job in same]).unique())
-        _write(jobs, corpus, contexts, cfg, wandb)
+        _write(jobs, corpus, contexts, fuzzy_from, cfg, wandb)
 
 
 def _another(cfg: AnalysisConfig, trained: Checkpoint, lm: LanguageModel) -> Corpus:
@@ -209,11 +211,18 @@ def _equally_far(jobs: list[Job], stage: int) -> list[list[Job]]:
     return [list(same) for _, same in groupby(left, key=lambda job: job.done)]
 
 
-def _run_pass(what: str, jobs: list[Job], contexts: Int[Tensor, "context pos"], needed: Int[Tensor, " needed"]) -> None:
+def _run_pass(
+    what: str,
+    jobs: list[Job],
+    contexts: Int[Tensor, "context pos"],
+    needed: Int[Tensor, " needed"],
+    fuzzy_from: float = 2.0,
+) -> None:
     """Take jobs that are equally far through their pass, saving now and then, and before stopping.
 
     Args:
         needed: contexts that the whole pass reads.
+        fuzzy_from: of `dfa.TokenKinds`.
     """
     layer, stage, n_tokens = jobs[0].layer, jobs[0].stage, contexts.shape[1] - 1
     index = needed[needed >= jobs[0].done]
@@ -225,7 +234,7 @@ def _run_pass(what: str, jobs: list[Job], contexts: Int[Tensor, "context pos"], 
         deferred_interrupts() as asked_to_stop,
     ):
         bar.update(n_read * n_tokens)
-        for read in feed(layer, contexts, index, [job.filled for job in jobs]):
+        for read in feed(layer, contexts, index, [job.filled for job in jobs], fuzzy_from):
             now = time.monotonic()
             n_read += len(read)
             bar.update(len(read) * n_tokens)
@@ -241,12 +250,17 @@ def _run_pass(what: str, jobs: list[Job], contexts: Int[Tensor, "context pos"], 
 
 
 def _write(
-    jobs: list[Job], corpus: Corpus, contexts: Int[Tensor, "context pos"], cfg: AnalysisConfig, wandb: Mode
+    jobs: list[Job],
+    corpus: Corpus,
+    contexts: Int[Tensor, "context pos"],
+    fuzzy_from: float,
+    cfg: AnalysisConfig,
+    wandb: Mode,
 ) -> None:
     """The artefacts of jobs of one layer that went through both passes."""
     layer, length = jobs[0].layer, contexts.shape[1]
     n_repeated = max(1, _REPEATED_TOKENS // (length - 1))
-    repeats = sources_on_repeats(layer, [job.reader for job in jobs], n_repeated, length, cfg.seed)
+    repeats = sources_on_repeats(layer, [job.reader for job in jobs], n_repeated, length, cfg.seed, fuzzy_from)
     copied = copying(layer, next(chunks(layer, contexts, torch.arange(min(32, len(contexts))))))
     scale = inverse_scale(layer, contexts[: max(1, _SCALE_TOKENS // length)])
     documents = corpus.documents(contexts)
@@ -254,8 +268,8 @@ def _write(
         path = job.checkpoint.path
         print(f"Writing {path}/analysis", flush=True)
         tables, redundancy = _tables(job, sources, copied, contexts, documents, scale)
-        meta = _meta(job, corpus, cfg, redundancy) | {"inverse_scale": scale}
-        store.write(path / "analysis", meta, tables)
+        meta = _meta(job, corpus, cfg, redundancy) | {"inverse_scale": scale, "fuzzy_from": fuzzy_from}
+        store.write(path / "analysis", schema.ANALYSIS_VERSION, meta, tables)
         job.forget()
         _track(path, meta, tables, wandb)
 
@@ -279,9 +293,9 @@ def _tables(
     pairs = pd.concat([of_head.examples for of_head in copied], ignore_index=True)
     shown = np.union1d(job.examples["context"], pairs["context"])
     tokens = contexts[shown]
-    ids = np.unique(
-        np.concatenate([tokens.flatten(), *(np.concatenate(features[c]) for c in features if "_ids" in str(c))])
-    )
+    heads = head_table(job.statistics, repeats, copied, job.checkpoint.eval, head)
+    listed = [np.concatenate(table[c]) for table in (features, heads) for c in table if str(c).endswith("_ids")]
+    ids = np.unique(np.concatenate([tokens.flatten(), *listed]))
     ids = ids[ids >= 0]
     strings = dict(zip(ids.tolist(), lm.token_strings(ids.tolist()), strict=True))
     features["description"] = describe(features, strings)
@@ -290,7 +304,7 @@ def _tables(
         "features": features,
         "examples": _examples(job.examples.assign(document=of_example.int().numpy()), job.strips),
         "contexts": pd.DataFrame({"context": shown.astype(np.int32), "token_ids": list(tokens.int().numpy())}),
-        "heads": head_table(job.statistics, repeats, copied, job.checkpoint.eval, head),
+        "heads": heads,
         "copying": pairs,
         "pairs": redundancy.neighbours,
         "merging": redundancy.merging,
@@ -337,6 +351,7 @@ def _meta(job: Job, corpus: Corpus, cfg: AnalysisConfig, redundancy: Redundancy)
         "FVU": (statistics.error.sum() / statistics.deviation().sum()).item(),
         "token_counts_too_low_by": [int(statistics.fires_on.floor), int(statistics.sources.reads.floor)],
         "head_tokens": int(statistics.sources.head_tokens),
+        "slots_by_chance": dict(zip(dfa.SLOTS, dfa.shares(statistics.sources.chance).tolist(), strict=True)),
         "redundancy": {"l0": redundancy.l0, "heads": redundancy.heads, "n_tokens": redundancy.n_tokens},
         "seconds": {"first pass": job.seconds[0], "second pass": job.seconds[1]},
         "versions": checkpoint.versions(),
@@ -345,7 +360,7 @@ def _meta(job: Job, corpus: Corpus, cfg: AnalysisConfig, redundancy: Redundancy)
 
 def _track(path: Path, meta: dict[str, Any], tables: dict[str, Any], mode: Mode) -> None:
     """The tables of heads and of merging as a W&B run."""
-    heads = tables["heads"].drop(columns=[c for c in tables["heads"] if c.endswith("deviants")])
+    heads = tables["heads"].drop(columns=[c for c in tables["heads"] if c.endswith(("deviants", "_ids", "_shares"))])
     tracked = Tracked(path, mode, project="attn-saes", job_type="analysis", config=meta)
 
     def log(run: Any) -> None:

@@ -114,7 +114,10 @@ def test_heads_and_features_add_up(analysed):
                 assert np.allclose(rows[rows > 0], 1, atol=1e-5)
         deviants = np.concatenate(heads["mono_deviants"].tolist())
         role = dict(zip(heads["head"], heads["mono_role"], strict=True))
-        judged = features[features["role"].notna()]
+        assert set(heads.loc[heads["mono_role"].isin(dfa.RESIDUAL), "mono_unclassified"]) <= {True}
+        assert heads.loc[heads["mono_unclassified"], "mono_share"].isna().all()
+        classified = features["head"].isin(heads.loc[~heads["mono_unclassified"], "head"])
+        judged = features[features["role"].notna() & classified]
         differs = judged[judged["role"] != judged["head"].map(role)]
         assert sorted(deviants) == sorted(differs["feature"]), "deviants are those whose role differs, and are named"
         merging = analysis.merging
