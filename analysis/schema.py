@@ -118,7 +118,8 @@ _ANALYSIS = {
     "copying": _columns(int="head context query source rank", float="attention"),
     "pairs": _columns(int="feature other", bool="across", float="jaccard correlation cosine"),
     "merging": _columns(str="criterion", float="threshold L0", int="clusters largest"),
-    "tokens": _columns(int="id", str="text"),
+    "counts": _columns(int="token feature firings reads"),
+    "tokens": _columns(int="id count", str="text"),
 }
 _ONE_TO_ONE = {
     "pairs": _columns(int="a b head", float="cosine jaccard score"),

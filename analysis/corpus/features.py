@@ -77,6 +77,21 @@ def feature_table(
     return table
 
 
+def count_table(statistics: FeatureStatistics) -> pd.DataFrame:
+    """How often each feature fires on each token, and how often that token is what it reads most.
+
+    token, feature, firings, reads; by token and feature, pairs with neither left out. `reads` is of `dfa_firings`
+    firings.
+    """
+    columns = []
+    for name, tally in (("firings", statistics.fires_on), ("reads", statistics.sources.reads)):
+        feature, token, count = (column.int().numpy() for column in tally.pairs())
+        columns.append(
+            pd.Series(count, pd.MultiIndex.from_arrays([token, feature], names=["token", "feature"]), name=name)
+        )
+    return pd.concat(columns, axis=1).fillna(0).astype(np.int32).sort_index().reset_index()
+
+
 def describe(table: pd.DataFrame, strings: dict[int, str]) -> list[str]:
     """One line per feature, of its largest source slot and the tokens that it reads and fires on.
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from analysis import attribution as dfa
 from analysis import schema, store
 from analysis.attribution import Reader
-from analysis.corpus.features import describe, feature_table
+from analysis.corpus.features import count_table, describe, feature_table
 from analysis.corpus.heads import Copying, copying, head_table
 from analysis.corpus.pairs import Redundancy, compare_features
 from analysis.corpus.passes import Strips, choose_examples, chunks, feed, sources_on_repeats
@@ -295,7 +295,8 @@ def _tables(
     tokens = contexts[shown]
     heads = head_table(job.statistics, repeats, copied, job.checkpoint.eval, head)
     listed = [np.concatenate(table[c]) for table in (features, heads) for c in table if str(c).endswith("_ids")]
-    ids = np.unique(np.concatenate([tokens.flatten(), *listed]))
+    counts = np.bincount(contexts[:, 1:].flatten(), minlength=lm.d_vocab)  # BOS is not counted where it stands first
+    ids = np.unique(np.concatenate([tokens.flatten(), np.flatnonzero(counts), *listed]))
     ids = ids[ids >= 0]
     strings = dict(zip(ids.tolist(), lm.token_strings(ids.tolist()), strict=True))
     features["description"] = describe(features, strings)
@@ -308,7 +309,8 @@ def _tables(
         "copying": pairs,
         "pairs": redundancy.neighbours,
         "merging": redundancy.merging,
-        "tokens": pd.DataFrame({"id": list(strings), "text": list(strings.values())}),
+        "counts": count_table(job.statistics),
+        "tokens": pd.DataFrame({"id": list(strings), "text": list(strings.values()), "count": counts[ids]}),
     }, redundancy
 
 

@@ -179,6 +179,11 @@ class Tally:
             kept = self.counts > lower
             self.keys, self.counts = self.keys[kept], self.counts[kept]
 
+    def pairs(self) -> tuple[Int[Tensor, " pair"], Int[Tensor, " pair"], Int[Tensor, " pair"]]:
+        """Feature, token and count of every pair, by feature and token."""
+        self._merge()
+        return self.keys // self._d_vocab, self.keys % self._d_vocab, self.counts
+
     def top(self, n_features: int, n: int) -> tuple[Int[Tensor, "feature n"], Int[Tensor, "feature n"]]:
         """The most counted tokens of each feature and their counts; -1 and 0 where there are fewer."""
         self._merge()
