@@ -89,7 +89,10 @@ _DFA, _ATTENTION = (" ".join(f"{what}_{slot}" for slot in SLOTS) for what in ("d
 _ANALYSIS = {
     "features": _columns(
         int=f"feature head firings {_each('dfa_firings')}",
-        float="head_share density mean_activation max_activation constant histogram_end " + _each(f"role_share {_DFA}"),
+        float="head_share density mean_activation max_activation constant histogram_end "
+        + _each(f"role_share {_DFA}")
+        + " description_accuracy description_accuracy_se description_accuracy_shuffled"
+        " description_auroc description_auroc_se description_auroc_shuffled",
         str="description",
         maybe_str=_each("role"),
         bool=_each("near_tie"),
@@ -118,6 +121,7 @@ _ANALYSIS = {
     "copying": _columns(int="head context query source rank", float="attention"),
     "pairs": _columns(int="feature other", bool="across", float="jaccard correlation cosine"),
     "merging": _columns(str="criterion", float="threshold L0", int="clusters largest"),
+    "detection": _columns(int="feature context position", bool="fires", float="score shuffled"),
     "counts": _columns(int="token feature firings reads"),
     "tokens": _columns(int="id count", str="text"),
 }

@@ -3,11 +3,12 @@
 meta.json          text, tokens, model, versions, options, redundancy in total
 features.parquet   a row per feature: activations, sources, tokens, logit effects, description
 examples.parquet   a row per example: where it is, and its activations, DFA and attention as sparse rows
-contexts.parquet   a row per context that an example or a copying pair lies in: token ids
+contexts.parquet   a row per context that an example, one of detection or a copying pair lies in: token ids
 heads.parquet      a row per head: role card and monosemanticity sheet
 copying.parquet    pairs behind the copying scores
 pairs.parquet      neighbours of features
 merging.parquet    L0 after merging
+detection.parquet  examples of further text, on which explanations of a feature are scored
 counts.parquet     how often each feature fires on each token and reads it most, by token
 tokens.parquet     the text of every token id that the other files mention or the text has, and how often it has it
 """
@@ -35,9 +36,9 @@ from trainer.checkpoint import Checkpoint, CheckpointError
 from trainer.config import require
 from trainer.files import read_json, write_json
 
-Order = Literal["precision", "recall", "read_precision", "examples", "firings"]
+Order = Literal["precision", "recall", "read_precision", "examples", "firings", "description_auroc"]
 _LOGITS = (("top_logit_ids", "top_logits"), ("bottom_logit_ids", "bottom_logits"))
-_ROW_GROUP = {"features": 256, "examples": 2048, "contexts": 256, "pairs": 4096, "counts": 2**14}
+_ROW_GROUP = {"features": 256, "examples": 2048, "contexts": 256, "pairs": 4096, "detection": 4096, "counts": 2**14}
 
 
 def write(folder: Path, schema_version: int, meta: dict[str, Any], tables: dict[str, pd.DataFrame | pa.Table]) -> None:
@@ -247,6 +248,21 @@ class Analysis:
         table = self.table("contexts", filters=[("context", "in", ids)])
         return dict(zip(table["context"], table["token_ids"], strict=True))
 
+    def detection(self, feature: int) -> pd.DataFrame:
+        """Examples on which explanations of it are scored: `token_ids` up to the position, fires, score, shuffled.
+
+        It `fires` where it does so at its median activation or above. `score` is what the rule of its description says
+        there (0, 0.5 or 1), `shuffled` that of the feature next in frequency.
+        """
+        table = self._of_feature("detection", feature)
+        contexts = self.contexts(table["context"].unique().tolist())
+        with self._files.reading("detection"):
+            require(bool(table["context"].isin(contexts).all()), "an example lies in no context")
+            inside = table["position"] < table["context"].map(lambda context: len(contexts[context]))
+            require(bool(inside.all()), "an example lies outside its context")
+        tokens = [contexts[c][: q + 1] for c, q in zip(table["context"], table["position"], strict=True)]
+        return table.assign(token_ids=tokens)
+
     def neighbours(self, feature: int) -> pd.DataFrame:
         """The nearest features by Jaccard of firing or by cosine of what they write."""
         return self._of_feature("pairs", feature).drop(columns="feature")
@@ -374,7 +390,7 @@ class Analysis:
     def _row_groups(self) -> dict[str, tuple[pq.ParquetFile, np.ndarray, np.ndarray]]:
         """The files sorted by feature, with the first and last feature of each row group."""
         by_name = {}
-        for name in ("features", "examples", "pairs"):
+        for name in ("features", "examples", "pairs", "detection"):
             with self._files.reading(name) as path:
                 file = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
                 groups = [

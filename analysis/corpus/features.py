@@ -112,7 +112,12 @@ def describe(table: pd.DataFrame, strings: dict[int, str]) -> list[str]:
     return lines
 
 
+def named_tokens(ids: np.ndarray, counts: np.ndarray, total: int) -> list[tuple[int, float]]:
+    """Up to three tokens that make up at least 5 % each, with their shares: those that a description names."""
+    shares = ((int(i), c / total) for i, c in zip(ids[:3], counts[:3], strict=True) if i >= 0)
+    return [(i, share) for i, share in shares if share >= 0.05]
+
+
 def _tokens(ids: np.ndarray, counts: np.ndarray, total: int, strings: dict[int, str]) -> str:
-    """Up to three tokens that make up at least 5 % each."""
-    shown = [(i, c / total) for i, c in zip(ids[:3], counts[:3], strict=True) if i >= 0 and c / total >= 0.05]
-    return ", ".join(f"'{visible(strings[int(i)])}' {share:.0%}" for i, share in shown) or "many tokens"
+    named = named_tokens(ids, counts, total)
+    return ", ".join(f"'{visible(strings[i])}' {share:.0%}" for i, share in named) or "many tokens"

@@ -4,6 +4,7 @@ The language model runs up to the layer's attention and no further, once for all
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pandas as pd
 import torch
@@ -44,10 +45,14 @@ def feed(
     layer: Layer,
     contexts: Int[Tensor, "context pos"],
     index: Int[Tensor, " chosen"],
-    filled: "Sequence[FeatureStatistics | Strips]",
+    filled: Sequence[Any],
     fuzzy_from: float = 2.0,
 ) -> Iterator[Int[Tensor, " read"]]:
-    """One pass: the contexts named by `index` go to everything in `filled`; yields those of each forward."""
+    """One pass: the contexts named by `index` go to everything in `filled`; yields those of each forward.
+
+    Args:
+        filled: `FeatureStatistics`, `Strips` or others with `update(chunk)`.
+    """
     for batch in chunks(layer, contexts, index, fuzzy_from):
         for chunk in batch:
             for kept in filled:

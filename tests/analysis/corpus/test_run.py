@@ -14,14 +14,15 @@ from analysis import attribution as dfa
 from analysis.__main__ import main
 from analysis.corpus import run
 from analysis.corpus.features import describe
+from analysis.detection import Detected, detected
 from analysis.labels import Labels
 from analysis.search import Tokens
 from analysis.store import Analysis
 from trainer.checkpoint import Checkpoint, CheckpointError, save
 from trainer.data.documents import hash_fraction
 
-TABLES = ["features", "examples", "contexts", "heads", "copying", "pairs", "merging", "counts", "tokens"]
-OPTIONS = ["--tokens=600", "--examples=5", "--quantile_examples=3", "--device=cpu"]
+TABLES = ["features", "examples", "contexts", "heads", "copying", "pairs", "merging", "detection", "counts", "tokens"]
+OPTIONS = ["--tokens=600", "--score_tokens=600", "--examples=5", "--quantile_examples=3", "--device=cpu"]
 NAMES = ["block-l1_1", "dense", "batchtopk"]
 
 
@@ -275,6 +276,37 @@ def test_what_cannot_be_searched_for_is_one_sentence(analysed):
         analysis.search(fires_on=Tokens("verbs", "class"))
 
 
+def test_descriptions_are_scored_on_further_text(analysed):
+    for name in NAMES:
+        checkpoint = Checkpoint(analysed / name)
+        lm, analysis = checkpoint.open_model(), Analysis(checkpoint)
+        features, everything = analysis.features, checkpoint.open_text(lm.tokenizer).held_out(40)
+        f = checkpoint.sae.encode(lm.layer(1).z(everything)).flatten(2)
+        detection = analysis.table("detection")
+        scored = features.index[features["description_auroc"].notna()]
+        assert len(scored) == analysis.meta["descriptions"]["features"] == detection["feature"].nunique() > 10
+        assert detection["context"].between(20, 39).all(), "the first 20 were used to write the descriptions"
+        for feature in scored[:20]:
+            own = analysis.detection(feature)
+            value = f[own["context"].tolist(), own["position"].tolist(), feature]
+            assert value[own["fires"].to_numpy(copy=True)].min() > 0
+            for row in own.itertuples():
+                assert row.token_ids.tolist() == everything[row.context, : row.position + 1].tolist()
+            expected = detected(*(own[column].to_numpy() for column in ("fires", "score", "context")))
+            found = features.loc[feature, [f"description_{name}" for name in Detected._fields]]
+            assert found.tolist() == pytest.approx(list(expected), nan_ok=True)
+    ordered = analysis.search(order="description_auroc")["description_auroc"]
+    assert ordered.dropna().is_monotonic_decreasing and ordered.isna().iloc[-1] == ordered.isna().any()
+
+
+def test_without_further_text_nothing_is_scored(trained, tmp_path):
+    shutil.copytree(trained / "batchtopk", tmp_path / "a")
+    assert main([str(tmp_path / "a"), *OPTIONS, "--score_tokens=0"]) == 0
+    analysis = Analysis(Checkpoint(tmp_path / "a"))
+    assert analysis.features["description_auroc"].isna().all() and analysis.detection(0).empty
+    assert analysis.meta["descriptions"] | {"features": 0, "auroc": None} == analysis.meta["descriptions"]
+
+
 def test_descriptions(analysed):
     features = Analysis(Checkpoint(analysed / "block-l1_1")).features
     assert (features.loc[features["firings"] == 0, "description"] == "never fires").all()
@@ -345,6 +377,9 @@ def test_refusals(trained, analysed, tmp_path, capsys):
         ("heads", "head", 0, "not in their order"),
         ("heads", "mono_deviants", [-1], "column mono_deviants has -1"),
         ("examples", "context", 10**6, "lies in no context"),
+        ("detection", "context", 10**6, "lies in no context"),
+        ("detection", "position", 10**4, "outside its context"),
+        ("counts", "feature", 10**6, "column feature has 1000000"),
         ("examples", "position", 10**4, "outside its context"),
         ("copying", "source", 10**4, "outside its context"),
         ("tokens", "id", 10**6, "has no token"),
@@ -362,6 +397,8 @@ def test_ids_and_columns_that_cannot_be_are_one_sentence(analysed, tmp_path, nam
         feature = int(analysis.search()["feature"].iloc[0])
         _ = analysis.features, analysis.heads, analysis.copying, analysis.examples(feature), analysis.table("pairs")
         _ = [analysis.strings[int(i)] for i in analysis.feature(feature)["top_logit_ids"]]
+        scored = analysis.features["description_auroc"].idxmax()
+        _ = analysis.detection(int(scored)), analysis.table("counts")
 
     with pytest.raises(CheckpointError, match=f"{name}.parquet is damaged .*{message}"):
         read_all()
