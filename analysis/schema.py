@@ -36,6 +36,18 @@ class Redundancy:
 
 
 @dataclass(frozen=True)
+class Descriptions:
+    """Of `AnalysisMeta`: means over the features whose descriptions were scored; None where none was."""
+
+    features: Count
+    quantile: NotNegative
+    accuracy: NotNegative | None
+    accuracy_shuffled: NotNegative | None
+    auroc: NotNegative | None
+    auroc_shuffled: NotNegative | None
+
+
+@dataclass(frozen=True)
 class AnalysisMeta:
     """meta.json of an analysis: what of it is shown."""
 
@@ -44,6 +56,9 @@ class AnalysisMeta:
     n_tokens: Positive
     head_tokens: Count
     redundancy: Redundancy
+    fuzzy_from: float
+    slots_by_chance: dict[str, NotNegative]
+    descriptions: Descriptions
 
 
 @dataclass(frozen=True)

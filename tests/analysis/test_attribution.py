@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
@@ -120,6 +120,8 @@ def starts_sentence(texts: list[str], place: int) -> bool:
 
 
 @settings(max_examples=150, deadline=None)
+@example([5, 6, 8, 4, 7, 9, 2, 1, 3, 7], 0.7)  # . \\n\\n " The 7 peace war _war _the 7
+@example([10, 9, 4, 2, 2, 7, 7, 3, 1, 5, 2, 8], 2.0)
 @given(st.lists(st.integers(1, len(TEXTS) - 1), min_size=0, max_size=14), st.sampled_from([0.5, 0.7, 2.0]))
 def test_slots_against_their_definitions(ids, fuzzy_from):
     tokens = [0, *ids]  # 0 is BOS
