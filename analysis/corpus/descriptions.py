@@ -139,20 +139,20 @@ def score_descriptions(
     of_feature = rules(features)
     scored = features[features["feature"].isin(detection["feature"])].sort_values("firings", kind="stable")
     next_in_density = dict(zip(scored["feature"], np.roll(scored["feature"], 1), strict=True))
+    one, position = detection["feature"].to_numpy(), detection["position"].to_numpy()
     scores = np.zeros((2, len(detection)), dtype=np.float32)
     for context, rows in detection.groupby("context").indices.items():
         tokens = contexts[context]
         slots, ids = dfa.source_slots(tokens, kinds).numpy(), tokens.numpy()
         for row in rows:
-            feature, q = int(detection["feature"].iat[row]), int(detection["position"].iat[row])
-            for i, one in enumerate((feature, next_in_density[feature])):
-                scores[i, row] = of_feature[one].score(ids[: q + 1], slots[q, : q + 1])
-    figures = pd.DataFrame(np.nan, features.index, [f"description_{name}" for name in (*Detected._fields, *_SHUFFLED)])
+            q = int(position[row])
+            for i, feature in enumerate((one[row], next_in_density[one[row]])):
+                scores[i, row] = of_feature[feature].score(ids[: q + 1], slots[q, : q + 1])
     fires, context = detection["fires"].to_numpy(), detection["context"].to_numpy()
+    found = {}
     for feature, rows in detection.groupby("feature").indices.items():
         own, other = (detected(fires[rows], each[rows], context[rows]) for each in scores)
-        figures.loc[feature] = [*own, other.accuracy, other.auroc]
+        found[feature] = (*own, other.accuracy, other.auroc)
+    columns = [f"description_{name}" for name in (*Detected._fields, "accuracy_shuffled", "auroc_shuffled")]
+    figures = pd.DataFrame.from_dict(found, orient="index", columns=columns, dtype=float).reindex(features.index)
     return detection.assign(score=scores[0], shuffled=scores[1]), figures
-
-
-_SHUFFLED = ("accuracy_shuffled", "auroc_shuffled")
