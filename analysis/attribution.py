@@ -15,10 +15,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from analysis.tokens import TOKEN_CLASSES, ends_sentence, is_transparent, may_start_sentence, token_class
 from trainer.block_diag import BlockDiagSAE
 
 if TYPE_CHECKING:  # it imports transformer_lens, for which pages that run no prompt should not wait
-    from trainer.model.lm import Layer
+    from trainer.model.lm import LanguageModel, Layer
+
+_NULL_TOKENS = 2048  # different ones of a text, of whose pairs the null distribution of similarity is made
+_NULL_SHARE = 1e-3  # of them called similar
 
 
 class Slot(NamedTuple):
@@ -37,10 +41,20 @@ SLOT_TABLE = {
     "induction": Slot("after an earlier copy", "the token after an earlier copy of this one"),
     "duplicate": Slot("an earlier copy", "an earlier copy of this token"),
     "previous": Slot("previous token", "the token before"),
-    "local": Slot("2 to 5 back", "2 to 5 tokens back"),
-    "other": Slot("elsewhere", "more than 5 tokens back"),
+    "fuzzy_induction": Slot("after a similar token", "the token after an earlier one whose embedding is similar"),
+    "fuzzy_duplicate": Slot("a similar token", "an earlier token whose embedding is similar"),
+    "sentence_start": Slot("start of a sentence", "the first word of a sentence, not in lower case"),
+    "punctuation": Slot("punctuation", TOKEN_CLASSES["punctuation"]),
+    "newline": Slot("a line break", TOKEN_CLASSES["newline"]),
+    "digit": Slot("a number", TOKEN_CLASSES["digit"]),
+    "capitalised": Slot("a capitalised word", TOKEN_CLASSES["capitalised"]),
+    "function": Slot("a function word", TOKEN_CLASSES["function"]),
+    "content": Slot("a content word", TOKEN_CLASSES["content"]),
+    "local": Slot("2 to 5 back", "2 to 5 tokens back, none of the above"),
+    "other": Slot("elsewhere", "more than 5 tokens back, none of the above"),
 }
 SLOTS = tuple(SLOT_TABLE)
+RESIDUAL = ("local", "other")  # what is left: two features that read it need not agree in anything
 
 
 class Chunk(NamedTuple):
@@ -126,21 +140,81 @@ class Reader:
         return (constants + self.sae.b_enc.detach()).flatten()
 
 
-def source_slots(tokens: Int[Tensor, " pos"]) -> Int[Tensor, "query source"]:
+class TokenKinds:
+    """What source slots need to know of a language model's tokens: their classes, and which are similar.
+
+    Args:
+        tokens: those that will be asked for.
+        fuzzy_from: cosine of embeddings from which two tokens are similar (`similarity_threshold`); above 1 none are.
+    """
+
+    def __init__(self, lm: "LanguageModel", tokens: Int[Tensor, "..."], fuzzy_from: float = 2.0) -> None:
+        self._lm, self._fuzzy_from = lm, fuzzy_from
+        ids = tokens.unique().cpu()
+        texts = lm.token_strings(ids.tolist())
+        self._class = torch.full((lm.d_vocab,), -1)
+        self._class[ids] = torch.tensor([SLOTS.index(name) if (name := token_class(t)) else -1 for t in texts])
+        self._is: dict[str, Bool[Tensor, " vocab"]] = {}
+        for name, holds in (("end", ends_sentence), ("transparent", is_transparent), ("start", may_start_sentence)):
+            self._is[name] = torch.zeros(lm.d_vocab, dtype=torch.bool)
+            self._is[name][ids] = torch.tensor([holds(text) for text in texts])
+
+    def classes(self, tokens: Int[Tensor, " pos"]) -> Int[Tensor, " pos"]:
+        """Index into SLOTS of each token's class; -1 where it has none."""
+        ends, transparent, starts = (self._is[name][tokens] for name in ("end", "transparent", "start"))
+        # Place of the last token that is not transparent, up to each; BOS ends nothing, for texts are cut anywhere.
+        last = torch.cummax(torch.where(transparent, -1, torch.arange(len(tokens))), 0).values
+        before = torch.cat([torch.tensor([-1]), last[:-1]])
+        after_end = (before > 0) & ends[before.clamp_min(0)]
+        return torch.where(starts & after_end, SLOTS.index("sentence_start"), self._class[tokens])
+
+    def similar(self, tokens: Int[Tensor, " pos"]) -> Bool[Tensor, "pos pos"]:
+        """Which tokens are similar to which."""
+        if self._fuzzy_from > 1:
+            return torch.zeros(len(tokens), len(tokens), dtype=torch.bool)
+        unit = _unit_embeddings(self._lm, tokens)
+        return (unit @ unit.T >= self._fuzzy_from).cpu()
+
+
+def similarity_threshold(lm: "LanguageModel", tokens: Int[Tensor, "..."], seed: int = 0) -> float:
+    """Cosine of embeddings that one of a thousand random pairs of different tokens of a text reaches.
+
+    Of tokens of the text, each once: the vocabulary's rare tokens are alike without meaning the same.
+    """
+    ids = tokens.unique().cpu()
+    picks = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))[:_NULL_TOKENS]]
+    if len(picks) < 2:
+        return 2.0
+    unit = _unit_embeddings(lm, picks)
+    n = len(picks)
+    null = (unit @ unit.T)[torch.triu(torch.ones(n, n, dtype=torch.bool, device=unit.device), 1)]
+    return null.kthvalue(max(1, len(null) - int(len(null) * _NULL_SHARE))).values.item()
+
+
+def _unit_embeddings(lm: "LanguageModel", tokens: Int[Tensor, " token"]) -> Float[Tensor, "token d_model"]:
+    return torch.nn.functional.normalize(lm.embeddings(tokens).float(), dim=1)
+
+
+def source_slots(tokens: Int[Tensor, " pos"], kinds: TokenKinds) -> Int[Tensor, "query source"]:
     """Index into SLOTS for every source of every query; -1 where the source lies in the future."""
     n = len(tokens)
     q, s = torch.arange(n)[:, None], torch.arange(n)[None, :]
     tokens = tokens.cpu()
     before = torch.cat([torch.full((1,), -1), tokens[:-1]])  # token[s-1]; nothing precedes BOS
+    similar = kinds.similar(tokens)  # [query, source]
+    classes = kinds.classes(tokens).expand(n, n)
+    near = (q - s >= 2) & (q - s <= 5)
+    slots = torch.where(near, SLOTS.index("local"), SLOTS.index("other"))
+    slots = torch.where(classes >= 0, classes, slots)
     tests = {
-        "local": (q - s >= 2) & (q - s <= 5),
+        "fuzzy_duplicate": similar,
+        "fuzzy_induction": torch.nn.functional.pad(similar, (1, -1)),
         "previous": q - s == 1,
         "duplicate": tokens[None, :] == tokens[:, None],
         "induction": before[None, :] == tokens[:, None],
         "self": q == s,
         "bos": (s == 0).expand(n, n),
     }
-    slots = torch.full((n, n), SLOTS.index("other"))
     for name, holds in tests.items():  # the first of SLOT_TABLE comes last and stays
         slots[holds] = SLOTS.index(name)
     return slots.masked_fill(s > q, -1)
@@ -157,6 +231,11 @@ def mass_per_slot(
     valid = flat >= 0
     mass = torch.zeros(len(weights), len(SLOTS), device=weights.device)
     return mass.index_add_(1, flat[valid], weights[:, first_query:].flatten(1)[:, valid])
+
+
+def uniform_pattern(n: int) -> Float[Tensor, "1 query source"]:
+    """Attention that looks everywhere alike: what a head has on each slot by chance."""
+    return torch.ones(1, n, n).tril() / torch.arange(1, n + 1)[:, None]
 
 
 def shares(mass: Float[Tensor, "*rows slot"]) -> Float[Tensor, "*rows slot"]:

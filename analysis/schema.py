@@ -15,11 +15,13 @@ from trainer.config import require
 from trainer.figures import Count, NotNegative, Positive
 from trainer.files import require_file
 
+ANALYSIS_VERSION = 2  # 1 had seven source slots and no counts of tokens
+MATCH_VERSION = 1
 # What a table may unpack to: those of 13 SAEs unpack 5-fold, dead features 150-fold, a bomb a million-fold.
 _UNPACKED = 16  # bytes for each of its file
 _OF_A_FEATURE = 4096  # and bytes for each feature, whose weights are there
 _BOTH = ("", "repeated_")  # on text, and on repeated random tokens
-_MAY_BE_NONE = {"fires_on_ids", "reads_ids", "nearest", "partner", "document"}  # -1
+_MAY_BE_NONE = {"fires_on_ids", "reads_ids", "nearest", "partner", "document", "query_ids", "key_ids"}  # -1
 _Columns = dict[str, str]
 
 
@@ -36,6 +38,18 @@ class Redundancy:
 
 
 @dataclass(frozen=True)
+class Descriptions:
+    """Of `AnalysisMeta`: means over the features whose descriptions were scored; None where none was."""
+
+    features: Count
+    quantile: NotNegative
+    accuracy: NotNegative | None
+    accuracy_shuffled: NotNegative | None
+    auroc: NotNegative | None
+    auroc_shuffled: NotNegative | None
+
+
+@dataclass(frozen=True)
 class AnalysisMeta:
     """meta.json of an analysis: what of it is shown."""
 
@@ -44,6 +58,9 @@ class AnalysisMeta:
     n_tokens: Positive
     head_tokens: Count
     redundancy: Redundancy
+    fuzzy_from: float
+    slots_by_chance: dict[str, NotNegative]
+    descriptions: Descriptions
 
 
 @dataclass(frozen=True)
@@ -67,6 +84,7 @@ class Expected:
     """
 
     meta: type
+    version: int
     tables: dict[str, _Columns]
     below: dict[str, int]
     """ids in the columns of these names are smaller"""
@@ -84,13 +102,18 @@ def _each(names: str, prefixes: tuple[str, ...] = _BOTH) -> str:
 
 
 _ROLES = _each("role_attention role_dfa role_attention_besides_bos mono_role")
+_INTERVALS = "mono_share mono_low mono_high mono_weighted mono_weighted_low mono_weighted_high"
 _DFA, _ATTENTION = (" ".join(f"{what}_{slot}" for slot in SLOTS) for what in ("dfa", "attention"))
 _ANALYSIS = {
     "features": _columns(
         int=f"feature head firings {_each('dfa_firings')}",
-        float="head_share density mean_activation max_activation constant histogram_end " + _each(f"role_share {_DFA}"),
+        float="head_share density mean_activation max_activation constant histogram_end "
+        + _each(f"role_share {_DFA}")
+        + " description_accuracy description_accuracy_se description_accuracy_shuffled"
+        " description_auroc description_auroc_se description_auroc_shuffled",
         str="description",
         maybe_str=_each("role"),
+        bool=_each("near_tie"),
         ints="histogram fires_on_ids fires_on_counts reads_ids reads_counts top_logit_ids bottom_logit_ids "
         "logit_histogram",
         floats="top_logits bottom_logits",
@@ -106,17 +129,19 @@ _ANALYSIS = {
     "heads": _columns(
         int=f"head features dead {_each('mono_n')}",
         float="L0 L0_share MSE FVU explained_share KL_score KL_share copying copying_se copying_top10 copying_bottom10 "
-        + _each(
-            f"{_ATTENTION} {_DFA} mono_share mono_low mono_high mono_weighted mono_weighted_low mono_weighted_high"
-        ),
+        + _each(f"{_ATTENTION} {_DFA} entropy maximum distance {_INTERVALS}"),
         maybe_str=_ROLES,
-        bool=_each("agree"),
-        ints=_each("mono_deviants"),
+        str=_each("mono_verdict"),
+        bool=_each("agree mono_unclassified mono_near_tie"),
+        ints="query_ids key_ids " + _each("mono_deviants"),
+        floats="query_shares key_shares",
     ),
     "copying": _columns(int="head context query source rank", float="attention"),
     "pairs": _columns(int="feature other", bool="across", float="jaccard correlation cosine"),
     "merging": _columns(str="criterion", float="threshold L0", int="clusters largest"),
-    "tokens": _columns(int="id", str="text"),
+    "detection": _columns(int="feature context position", bool="fires", float="score shuffled"),
+    "counts": _columns(int="token feature firings reads"),
+    "tokens": _columns(int="id count", str="text"),
 }
 _ONE_TO_ONE = {
     "pairs": _columns(int="a b head", float="cosine jaccard score"),
@@ -134,7 +159,7 @@ def of_analysis(checkpoint: Checkpoint) -> Expected:
     """Of `checkpoints/<name>/analysis`."""
     n_features, n_heads = checkpoint.config.sae.d_sae, checkpoint.n_heads
     below = {"head": n_heads, **dict.fromkeys(("feature", "other", *_each("mono_deviants").split()), n_features)}
-    return Expected(AnalysisMeta, _ANALYSIS, below, {"features": n_features, "heads": n_heads})
+    return Expected(AnalysisMeta, ANALYSIS_VERSION, _ANALYSIS, below, {"features": n_features, "heads": n_heads})
 
 
 def of_match(a: Checkpoint, b: Checkpoint) -> Expected:
@@ -142,7 +167,8 @@ def of_match(a: Checkpoint, b: Checkpoint) -> Expected:
     sizes = a.config.sae.d_sae, b.config.sae.d_sae
     below = {"head": a.n_heads, "a": sizes[0], "b": sizes[1]}
     below |= dict.fromkeys(("feature", "nearest", "partner"), max(sizes))
-    return Expected(MatchMeta, _ONE_TO_ONE if a.is_dense == b.is_dense else _SPLIT, below, {})
+    tables = _ONE_TO_ONE if a.is_dense == b.is_dense else _SPLIT
+    return Expected(MatchMeta, MATCH_VERSION, tables, below, {})
 
 
 def check_file(file: Path, name: str, expected: Expected) -> None:

@@ -3,12 +3,14 @@
 meta.json          text, tokens, model, versions, options, redundancy in total
 features.parquet   a row per feature: activations, sources, tokens, logit effects, description
 examples.parquet   a row per example: where it is, and its activations, DFA and attention as sparse rows
-contexts.parquet   a row per context that an example or a copying pair lies in: token ids
+contexts.parquet   a row per context that an example, one of detection or a copying pair lies in: token ids
 heads.parquet      a row per head: role card and monosemanticity sheet
 copying.parquet    pairs behind the copying scores
 pairs.parquet      neighbours of features
 merging.parquet    L0 after merging
-tokens.parquet     the text of every token id that the other files mention
+detection.parquet  examples of further text, on which explanations of a feature are scored
+counts.parquet     how often each feature fires on each token and reads it most, by token
+tokens.parquet     the text of every token id that the other files mention or the text has, and how often it has it
 """
 
 import shlex
@@ -17,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -27,21 +29,24 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from analysis import schema
+from analysis.proportion import wilson
 from analysis.schema import Expected
+from analysis.search import Tokens, near_words
 from trainer.checkpoint import Checkpoint, CheckpointError
 from trainer.config import require
 from trainer.files import read_json, write_json
 
-SCHEMA_VERSION = 1
+Order = Literal["precision", "recall", "read_precision", "examples", "firings", "description_auroc"]
 _LOGITS = (("top_logit_ids", "top_logits"), ("bottom_logit_ids", "bottom_logits"))
-_ROW_GROUP = {"features": 256, "examples": 2048, "contexts": 256, "pairs": 4096}
+_ROW_GROUP = {"features": 256, "examples": 2048, "contexts": 256, "pairs": 4096, "detection": 4096, "counts": 2**14}
 
 
-def write(folder: Path, meta: dict[str, Any], tables: dict[str, pd.DataFrame | pa.Table]) -> None:
+def write(folder: Path, schema_version: int, meta: dict[str, Any], tables: dict[str, pd.DataFrame | pa.Table]) -> None:
     """Put all artefacts in place of those that are there, in one step.
 
     Args:
         folder: `checkpoints/<name>/analysis`.
+        schema_version: `schema.ANALYSIS_VERSION` or `schema.MATCH_VERSION`.
         tables: by file name without ending.
 
     Raises:
@@ -59,7 +64,7 @@ def write(folder: Path, meta: dict[str, Any], tables: dict[str, pd.DataFrame | p
             size = _ROW_GROUP.get(name, 2**16)
             file = new / f"{name}.parquet"
             pq.write_table(table, file, compression="zstd", row_group_size=size, write_page_checksum=True)
-        write_json(new / "meta.json", {"schema_version": SCHEMA_VERSION, **meta})
+        write_json(new / "meta.json", {"schema_version": schema_version, **meta})
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             folder.rename(old)
@@ -93,14 +98,16 @@ class Artefacts:
         try:
             self.meta: dict[str, Any] = read_json(file, dict[str, Any])
             version = self.meta.get("schema_version")
-            if version == SCHEMA_VERSION:
+            if version == expected.version:
                 msgspec.convert(self.meta, expected.meta)
         except FileNotFoundError:
             raise CheckpointError(absent, command) from None
         except ValueError as error:
             raise CheckpointError(f"{file} is damaged ({error})", command) from error
-        if version != SCHEMA_VERSION:
-            raise CheckpointError(f"{file} has schema version {version}, this program reads {SCHEMA_VERSION}", command)
+        if version != expected.version:
+            raise CheckpointError(
+                f"{file} has schema version {version}, this program reads {expected.version}", command
+            )
         if self.meta["weights"] not in ([one.weights_hash for one in checkpoints], checkpoints[0].weights_hash):
             have = "checkpoint has" if len(checkpoints) == 1 else "checkpoints have"
             raise CheckpointError(f"{folder} describes other weights than the {have}", command)
@@ -212,10 +219,7 @@ class Analysis:
     @cached_property
     def strings(self) -> dict[int, str]:
         """Text of token ids."""
-        table = self.table("tokens")
-        return _Strings(
-            self.folder / "tokens.parquet", self._command, dict(zip(table["id"], table["text"], strict=True))
-        )
+        return _Strings(self.folder / "tokens.parquet", self._command, self._tokens["text"].to_dict())
 
     def feature(self, feature: int) -> pd.Series:
         """One feature with its lists.
@@ -254,46 +258,131 @@ class Analysis:
         table = self.table("contexts", filters=[("context", "in", ids)])
         return dict(zip(table["context"], table["token_ids"], strict=True))
 
+    def detection(self, feature: int) -> pd.DataFrame:
+        """Examples on which explanations of it are scored: `token_ids` up to the position, fires, score, shuffled.
+
+        It `fires` where it does so at its median activation or above. `score` is what the rule of its description says
+        there (0, 0.5 or 1), `shuffled` that of the feature next in frequency.
+        """
+        table = self._of_feature("detection", feature)
+        contexts = self.contexts(table["context"].unique().tolist())
+        with self._files.reading("detection"):
+            require(bool(table["context"].isin(contexts).all()), "an example lies in no context")
+            inside = table["position"] < table["context"].map(lambda context: len(contexts[context]))
+            require(bool(inside.all()), "an example lies outside its context")
+        tokens = [contexts[c][: q + 1] for c, q in zip(table["context"], table["position"], strict=True)]
+        return table.assign(token_ids=tokens)
+
     def neighbours(self, feature: int) -> pd.DataFrame:
         """The nearest features by Jaccard of firing or by cosine of what they write."""
         return self._of_feature("pairs", feature).drop(columns="feature")
 
     def search(
         self,
-        fires_on: str | None = None,
-        reads: str | None = None,
-        promotes: str | None = None,
+        fires_on: Tokens | str | None = None,
+        reads: Tokens | str | None = None,
+        promotes: Tokens | str | None = None,
         role: str | None = None,
         head: int | None = None,
         density: tuple[float, float] | None = None,
+        *,
+        in_examples: str | None = None,
+        in_text: str | None = None,
+        labels: pd.DataFrame | None = None,
+        order: Order | None = None,
     ) -> pd.DataFrame:
-        """Live features that satisfy all conditions; rows of `features`, the most frequent first.
+        """Live features that satisfy all conditions, ranked; rows of `features` with columns of what was asked.
 
-        A token is given as its text; white space around it and case do not matter. It is looked for among the ten
-        tokens that a feature fires on, reads or promotes most. `role` is the largest source slot on text.
+        `fires_on` adds `hits` (firings on these tokens), `precision` (their share of the feature's firings) and
+        `recall` (the share of these tokens on which it fires); `reads` adds `read_hits` and `read_precision`, of the
+        attributed firings whose largest source is such a token. Kept are features whose share is beyond doubt larger
+        than that of the tokens in the text (Wilson's interval, 95 %). `in_examples` adds `examples`, how many have it.
+
+        Args:
+            fires_on, reads, promotes: tokens; a text is `Tokens(text)`, a word. Promoted ones are looked for among the
+                ten that a feature promotes most.
+            role: the largest source slot on text.
+            in_examples: words within ten tokens of the firing in one of the feature's examples; case does not matter.
+            in_text: words of the description, or of the label or note in `labels` (`Labels.table()`).
+            order: `precision` and `read_precision` go by the lower end of their interval, so that one firing of one
+                is no certainty. By default what was searched for, else `firings`. Largest first.
+
+        Raises:
+            ValueError: a regular expression is none, or there is no such class of tokens.
         """
-        table = self.features
-        keep = (table["firings"] > 0).to_numpy(copy=True)  # pandas 3 lends it read-only
-        for token, column in ((fires_on, "fires_on_ids"), (reads, "reads_ids"), (promotes, "top_logit_ids")):
-            if token:
-                wanted = [i for i, text in self.strings.items() if text.strip().lower() == token.strip().lower()]
-                keep &= np.isin(self._lists[column], wanted).any(1)
+        table = self.features[self.features["firings"] > 0]
         if role:
-            keep &= (table["role"] == role).to_numpy()
+            table = table[table["role"] == role]
         if head is not None:
-            keep &= (table["head"] == head).to_numpy()
+            table = table[table["head"] == head]
         if density:
-            keep &= table["density"].between(*density).to_numpy()
-        return table[keep].sort_values("firings", ascending=False, kind="stable")
+            table = table[table["density"].between(*density)]
+        if promotes:
+            table = table[np.isin(self._promoted, self._ids(promotes)).any(1)[table["feature"]]]
+        if in_text:
+            table = table[table["feature"].isin(self._written(in_text, labels))]
+        by: pd.Series | None = None
+        for what, wanted, total in (("reads", reads, "dfa_firings"), ("firings", fires_on, "firings")):
+            if not wanted:
+                continue
+            ids = self._ids(wanted)
+            occurrences = int(self._tokens.loc[ids, "count"].sum())
+            counts = self.table("counts", ["feature", what], [("token", "in", ids)] if ids else [("token", "<", 0)])
+            hits = counts.groupby("feature")[what].sum().reindex(table.index, fill_value=0)
+            share = hits / table[total].clip(lower=1)
+            low = pd.Series(wilson(share, table[total])[0], table.index)
+            names = ("hits", "precision") if what == "firings" else ("read_hits", "read_precision")
+            table = table.assign(**dict(zip(names, (hits, share), strict=True)))
+            if what == "firings":
+                table["recall"] = hits / max(occurrences, 1)
+            table = table[(hits > 0) & (low > occurrences / self.meta["n_tokens"])]
+            if order in (None, names[1]):
+                by = low
+        if in_examples:
+            found = self._in_examples(in_examples)
+            table = table.assign(examples=found.reindex(table.index, fill_value=0))
+            table = table[table["examples"] > 0]
+        if by is None:
+            by = table[order or ("examples" if in_examples else "firings")]
+        return table.loc[by.reindex(table.index).sort_values(ascending=False, kind="stable", na_position="last").index]
+
+    def _ids(self, wanted: Tokens | str) -> list[int]:
+        tokens = Tokens(wanted) if isinstance(wanted, str) else wanted
+        return tokens.among(self.strings)
+
+    def _written(self, words: str, labels: pd.DataFrame | None) -> list[int]:
+        """Features in whose description, label or note words stand."""
+        texts = [self.features["description"]]
+        if labels is not None:
+            texts.append(labels.set_index("feature")["label"] + "\n" + labels.set_index("feature")["note"])
+        has = pd.concat(texts).str.lower().str.contains(words.lower(), regex=False)
+        return has.index[has].tolist()
+
+    def _in_examples(self, words: str) -> pd.Series:
+        """How many examples of each feature have words near the firing."""
+        examples = self.table("examples", ["feature", "context", "position"])
+        contexts = self.table("contexts")
+        texts = [[self.strings[i] for i in ids] for ids in contexts["token_ids"]]
+        near = {c: near_words(of, words) for c, of in zip(contexts["context"], texts, strict=True)}
+        with self._files.reading("examples"):
+            known = examples["context"].isin(near)
+            require(bool(known.all()), "an example lies in no context")
+            inside = examples["position"] < examples["context"].map({c: len(at) for c, at in near.items()})
+            require(bool(inside.all()), "an example lies outside its context")
+        has = [near[c][q] for c, q in zip(examples["context"], examples["position"], strict=True)]
+        return pd.Series(has, dtype=int).groupby(examples["feature"]).sum()
 
     @cached_property
-    def _lists(self) -> dict[str, np.ndarray]:
-        columns = ["fires_on_ids", "reads_ids", "top_logit_ids"]
-        table = self._files.arrow("features", columns)
+    def _tokens(self) -> pd.DataFrame:
+        return self.table("tokens").set_index("id")
+
+    @cached_property
+    def _promoted(self) -> np.ndarray:
+        """The ids that each feature promotes most [feature, place]."""
+        lists = self._files.arrow("features", ["top_logit_ids"])["top_logit_ids"]
         with self._files.reading("features"):
-            for name in columns:
-                require(pc.count_distinct(pc.list_value_length(table[name])).as_py() == 1, f"{name} differ in length")
-        return {name: table[name].combine_chunks().flatten().to_numpy().reshape(table.num_rows, -1) for name in columns}
+            require(pc.count_distinct(pc.list_value_length(lists)).as_py() == 1, "top_logit_ids differ in length")
+        return lists.combine_chunks().flatten().to_numpy().reshape(len(lists), -1)
 
     def _of_feature(self, name: str, feature: int) -> pd.DataFrame:
         """Rows of a feature, from the row groups that hold it.
@@ -311,7 +400,7 @@ class Analysis:
     def _row_groups(self) -> dict[str, tuple[pq.ParquetFile, np.ndarray, np.ndarray]]:
         """The files sorted by feature, with the first and last feature of each row group."""
         by_name = {}
-        for name in ("features", "examples", "pairs"):
+        for name in ("features", "examples", "pairs", "detection"):
             with self._files.reading(name) as path:
                 file = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
                 groups = [

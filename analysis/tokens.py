@@ -1,6 +1,69 @@
-"""Tokens as one reads them."""
+"""Tokens as one reads them, and the class of token that each is."""
 
+import re
 import unicodedata
+from functools import cache
+
+# In order of precedence, by the text of a token alone; where a sentence starts depends on what precedes.
+TOKEN_CLASSES = {
+    "punctuation": "punctuation and symbols only",
+    "newline": "white space with a line break",
+    "digit": "a number: digits and no letter",
+    "capitalised": "begins with a capital letter",
+    "function": "an English function word, after white space",
+    "content": "another word, after white space or in a script without capitals",
+}
+# English closed-class words: determiners, pronouns, prepositions, conjunctions, auxiliaries and particles.
+_FUNCTION_WORDS = """
+    a about above across after against all along also although am among an and another any are around as at be
+    because been before behind being below beneath beside between beyond both but by can could despite did do does
+    doing down during each either else even every few for from had has have having he her here hers herself him
+    himself his how however i if in inside into is it its itself just least less like many may me might mine more
+    most much must my myself near neither no nor not of off on once one only onto or other others ought our ours
+    ourselves out outside over own per rather same shall she should since so some such than that the their theirs
+    them themselves then there therefore these they this those though through throughout thus till to too toward
+    towards under unless until unto up upon us very via was we were what whatever when where whereas whether which
+    while who whom whose why will with within without would yet you your yours yourself yourselves
+"""
+_IS_FUNCTION_WORD = frozenset(_FUNCTION_WORDS.split()).__contains__
+_ENDS_SENTENCE = re.compile(r"[.!?\u2026\u3002\uff01\uff1f][\"')\]}\u201d\u2019\u00bb]*\s*$")
+_TRANSPARENT = re.compile(r"[\s\"'()\[\]{}\u201c\u201d\u2018\u2019\u00ab\u00bb]*$")
+
+
+@cache
+def token_class(text: str) -> str | None:
+    """Key of TOKEN_CLASSES; None for pieces of words and for blanks without a line break.
+
+    Where a tokenizer has no space in the text of its tokens, lower-case words cannot be told from pieces of words.
+    """
+    bare = text.strip()
+    if not bare:
+        return "newline" if "\n" in text or "\r" in text else None
+    if all(unicodedata.category(c)[0] in "PS" for c in bare):
+        return "punctuation"
+    if any(map(str.isnumeric, bare)) and not any(map(str.isalpha, bare)):
+        return "digit"
+    if bare[0].isupper() or bare[0].istitle():
+        return "capitalised"
+    if text[0].isspace() and _IS_FUNCTION_WORD(bare.lower()):
+        return "function"
+    caseless = bare[0].isalpha() and not bare[0].islower()
+    return "content" if caseless or (text[0].isspace() and bare[0].isalpha()) else None
+
+
+def ends_sentence(text: str) -> bool:
+    """Whether a token ends in a full stop, an exclamation or a question mark; also one of an abbreviation."""
+    return _ENDS_SENTENCE.search(text) is not None
+
+
+def is_transparent(text: str) -> bool:
+    """Whether a token only stands between a sentence's end and the next one's start: white space, quotes, brackets."""
+    return _TRANSPARENT.match(text) is not None
+
+
+def may_start_sentence(text: str) -> bool:
+    """Whether a token begins with a letter that is not lower case."""
+    return text.strip()[:1].isalpha() and not text.strip()[0].islower()
 
 
 def visible(text: str) -> str:

@@ -82,7 +82,7 @@ def against_sae_vis(lm: LanguageModel, saved: Checkpoint, contexts: torch.Tensor
         shutil.copytree(saved.path, beside, ignore=shutil.ignore_patterns("analysis"))
         started = time.perf_counter()
         with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-            analyse([beside], AnalysisConfig(tokens=contexts[:, 1:].numel()))
+            analyse([beside], AnalysisConfig(tokens=contexts[:, 1:].numel(), score_tokens=0))
         ours = time.perf_counter() - started
         artefacts = Analysis(Checkpoint(beside))
         live = artefacts.search()["feature"]
@@ -109,7 +109,7 @@ class Memory:
 
     def __call__(self) -> None:
         if not self.ran:  # `peak_mb` calls three times
-            analyse([self.path], AnalysisConfig(tokens=self.tokens))
+            analyse([self.path], AnalysisConfig(tokens=self.tokens, score_tokens=0))
         self.ran = True
 
 

@@ -123,6 +123,25 @@ def save_tiny_gemma2(folder: Path) -> None:
     save_tokenizer(folder)
 
 
+class ToyTokenizer:
+    """Texts of token ids, for models that are put together by hand; id 0 is BOS."""
+
+    bos_token_id = 0
+    all_special_ids = (0,)
+
+    def __init__(self, texts: list[str]) -> None:
+        self.texts = texts
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def batch_decode(self, ids: list[list[int]], **options) -> list[str]:
+        return [self.texts[i] for [i] in ids]
+
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
+        return [self.texts[i] for i in ids]
+
+
 def tiny_run(model: Path, text: Path, out: Path, *more: str) -> list[str]:
     """Arguments of a run of seconds on one of the models above; `more` override these."""
     return [

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from analysis import attribution as dfa
-from analysis.corpus.heads import MIN_ATTRIBUTED, feature_roles
+from analysis.corpus.heads import MIN_ATTRIBUTED, Roles
 from analysis.corpus.running_statistics import FeatureStatistics, Sources
 from analysis.logits import LogitEffects
 from analysis.tokens import visible
@@ -29,7 +29,8 @@ def feature_table(
 
     `histogram` has 64 equal bins from 0 to `histogram_end`; `logit_histogram` 40 from the lowest to the highest logit
     effect. `constant` is the part of the pre-activation that no source explains. Slot columns are shares of
-    positive DFA over `dfa_firings` firings, on text and (`repeated_`) on repeated random tokens.
+    positive DFA over `dfa_firings` firings, on text and (`repeated_`) on repeated random tokens; `near_tie` marks a
+    role that leads by less than 10 points.
     """
     n = int(statistics.n_tokens)
     firings = statistics.firings.numpy()
@@ -48,11 +49,12 @@ def feature_table(
         }
     )
     for prefix, sources in (("", statistics.sources), ("repeated_", repeats)):
-        shares, role, share = feature_roles(sources)
+        shares, role, share, _ = roles = Roles.of(sources.mass)
         table[f"{prefix}dfa_firings"] = sources.firings.numpy()
         judged = (role >= 0) & (sources.firings.numpy() >= MIN_ATTRIBUTED)
         table[f"{prefix}role"] = [dfa.SLOTS[i] if ok else None for i, ok in zip(role, judged, strict=True)]
         table[f"{prefix}role_share"] = np.where(judged, share, np.nan).astype(np.float32)
+        table[f"{prefix}near_tie"] = judged & roles.near_tie
         for index, slot in enumerate(dfa.SLOTS):
             table[f"{prefix}dfa_{slot}"] = shares[:, index]
     lists: dict[str, Tensor] = {
@@ -75,6 +77,21 @@ def feature_table(
     return table
 
 
+def count_table(statistics: FeatureStatistics) -> pd.DataFrame:
+    """How often each feature fires on each token, and how often that token is what it reads most.
+
+    token, feature, firings, reads; by token and feature, pairs with neither left out. `reads` is of `dfa_firings`
+    firings.
+    """
+    columns = []
+    for name, tally in (("firings", statistics.fires_on), ("reads", statistics.sources.reads)):
+        feature, token, count = (column.int().numpy() for column in tally.pairs())
+        columns.append(
+            pd.Series(count, pd.MultiIndex.from_arrays([token, feature], names=["token", "feature"]), name=name)
+        )
+    return pd.concat(columns, axis=1).fillna(0).astype(np.int32).sort_index().reset_index()
+
+
 def describe(table: pd.DataFrame, strings: dict[int, str]) -> list[str]:
     """One line per feature, of its largest source slot and the tokens that it reads and fires on.
 
@@ -95,7 +112,12 @@ def describe(table: pd.DataFrame, strings: dict[int, str]) -> list[str]:
     return lines
 
 
+def named_tokens(ids: np.ndarray, counts: np.ndarray, total: int) -> list[tuple[int, float]]:
+    """Up to three tokens that make up at least 5 % each, with their shares: those that a description names."""
+    shares = ((int(i), c / total) for i, c in zip(ids[:3], counts[:3], strict=True) if i >= 0)
+    return [(i, share) for i, share in shares if share >= 0.05]
+
+
 def _tokens(ids: np.ndarray, counts: np.ndarray, total: int, strings: dict[int, str]) -> str:
-    """Up to three tokens that make up at least 5 % each."""
-    shown = [(i, c / total) for i, c in zip(ids[:3], counts[:3], strict=True) if i >= 0 and c / total >= 0.05]
-    return ", ".join(f"'{visible(strings[int(i)])}' {share:.0%}" for i, share in shown) or "many tokens"
+    named = named_tokens(ids, counts, total)
+    return ", ".join(f"'{visible(strings[i])}' {share:.0%}" for i, share in named) or "many tokens"

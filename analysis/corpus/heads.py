@@ -5,16 +5,20 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from analysis import attribution as dfa
 from analysis.attribution import Chunk
 from analysis.corpus.running_statistics import FeatureStatistics, Sources
+from analysis.proportion import wilson
 from trainer.model.lm import Layer
 
 MIN_ATTRIBUTED = 10  # attributed firings from which a feature's role is judged
 _PAIRS = 512  # (query, source) pairs per head of which the copying rank is taken
 _EXAMPLES = 20  # of them kept
+_TOKENS = 10  # kept of those that a head looks from, and at
+_NEAR_TIE = 0.1  # lead of the largest slot below which it is marked
 
 
 class Copying(NamedTuple):
@@ -77,8 +81,12 @@ def head_table(
 
     Columns beginning with `repeated_` are on random tokens repeated once, the others on text. Roles are the
     largest slot by attention and by DFA, and by attention without BOS, on which heads rest; `agree` is true where the
-    role by DFA is one of the two by attention. `mono_role` is the role by DFA, and the `mono_` columns say how many of
-    the head's features have it. L0 and dead features of a dense SAE go to the head that a feature writes to.
+    role by DFA is one of the two by attention. `mono_` columns are those of `monosemanticity`. L0 and dead features of
+    a dense SAE go to the head that a feature writes to.
+
+    Of attention: `entropy` (nats) and `maximum` of a row, means over queries; `distance`, the mean number of tokens
+    back, BOS left out. `query_ids` and `key_ids` are the tokens that most attention besides BOS comes from and goes to,
+    with their shares of it; -1 and 0 where there are fewer.
 
     Args:
         evaluation: eval.json, for the KL scores.
@@ -110,15 +118,38 @@ def head_table(
     ).astype({"KL_score": float, "KL_share": float})
     on_repeats = repeats.firings.double().numpy()
     for prefix, sources, count in (("", statistics.sources, firings), ("repeated_", repeats, on_repeats)):
-        table = pd.concat([table, _roles(prefix, sources), monosemanticity(prefix, sources, count, head)], axis=1)
+        parts = [_roles(prefix, sources), _pattern(prefix, sources), monosemanticity(prefix, sources, count, head)]
+        table = pd.concat([table, *parts], axis=1)
+    for what, mass in (("query", statistics.sources.by_query), ("key", statistics.sources.by_key)):
+        share, ids = (mass / mass.sum(1, keepdim=True).clamp_min(1e-30)).topk(min(_TOKENS, mass.shape[1]))
+        table[f"{what}_ids"] = list(ids.masked_fill(share == 0, -1).int().numpy())
+        table[f"{what}_shares"] = list(share.float().numpy())
     return table
 
 
-def feature_roles(sources: Sources) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Shares of positive DFA by slot [feature, slot], the largest slot (-1 where there is none), and its share."""
-    shares = dfa.shares(sources.mass).float().numpy()
-    largest = shares.argmax(1)
-    return shares, np.where(shares.sum(1) > 0, largest, -1), shares.max(1)
+class Roles(NamedTuple):
+    """The largest source slot of features or heads."""
+
+    shares: np.ndarray
+    """of positive DFA [row, slot]"""
+    slot: np.ndarray
+    """index into SLOTS [row]; -1 where there is none"""
+    share: np.ndarray
+    """of the largest slot [row]"""
+    lead: np.ndarray
+    """of the largest slot over the next [row]"""
+
+    @classmethod
+    def of(cls, mass: Float[Tensor, "row slot"]) -> "Roles":
+        """From sums of positive DFA."""
+        shares = dfa.shares(mass).float().numpy()
+        first, second = np.sort(shares)[:, :-3:-1].T
+        return cls(shares, np.where(first > 0, shares.argmax(1), -1), first, first - second)
+
+    @property
+    def near_tie(self) -> np.ndarray:
+        """Whether the largest slot leads by less than 10 points [row]."""
+        return (self.slot >= 0) & (self.lead < _NEAR_TIE)
 
 
 def monosemanticity(prefix: str, sources: Sources, firings: np.ndarray, head: np.ndarray) -> pd.DataFrame:
@@ -128,37 +159,75 @@ def monosemanticity(prefix: str, sources: Sources, firings: np.ndarray, head: np
     frequent first. Features with fewer than 10 attributed firings are not judged. Intervals are Wilson's (95 %); the
     weighted share counts a feature by how often it fires, with Kish's effective number of features.
 
+    A head is `mono_unclassified` where its largest slot is a residual one (`local`, `other`), in which two features
+    need not agree, or has no more than attention spread evenly would give it; there shares are nan and nobody
+    deviates. `mono_near_tie` marks a largest slot that leads by less than 10 points; `mono_verdict` says it in words.
+
     Args:
         firings: of each feature, the weights.
         head: of each feature.
     """
-    _, role, _ = feature_roles(sources)
-    dominant = sources.head_dfa.argmax(1).numpy()
+    role, of_heads = Roles.of(sources.mass).slot, Roles.of(sources.head_dfa)
+    by_chance = dfa.shares(sources.chance).numpy()
+    unclassified = np.isin(of_heads.slot, [dfa.SLOTS.index(slot) for slot in dfa.RESIDUAL])
+    unclassified |= (of_heads.slot >= 0) & (of_heads.share <= by_chance[of_heads.slot])
     judged = (sources.firings.numpy() >= MIN_ATTRIBUTED) & (role >= 0)
     rows = []
-    for index, main in enumerate(dominant):
+    for index, main in enumerate(of_heads.slot):
         own = np.flatnonzero(judged & (head == index))
         agree = role[own] == main
         weight = firings[own]
         total = max(weight.sum(), 1e-30)
         effective = total**2 / max((weight**2).sum(), 1e-30)
-        share, weighted = (agree.mean(), weight[agree].sum() / total) if len(own) else (np.nan, np.nan)
-        deviants = own[~agree][np.argsort(-weight[~agree], kind="stable")].astype(np.int32)
-        main_slot = dfa.SLOTS[main] if sources.head_dfa[index].sum() > 0 else None
+        if len(own) and main >= 0 and not unclassified[index]:
+            share, weighted = agree.mean(), weight[agree].sum() / total
+            deviants = own[~agree][np.argsort(-weight[~agree], kind="stable")].astype(np.int32)
+        else:
+            share, weighted, deviants = np.nan, np.nan, np.empty(0, np.int32)
         intervals = (share, *wilson(share, len(own)), weighted, *wilson(weighted, effective))
-        rows.append((main_slot, len(own), *intervals, deviants))
+        verdict = _verdict(
+            of_heads.shares[index], by_chance, bool(unclassified[index]), len(own), intervals[:3], deviants
+        )
+        named = dfa.SLOTS[main] if main >= 0 else None
+        marks = unclassified[index], of_heads.near_tie[index], verdict
+        rows.append((named, len(own), *intervals, deviants, *marks))
     figures = ["share", "low", "high", "weighted", "weighted_low", "weighted_high"]
-    return pd.DataFrame(rows, columns=["role", "n", *figures, "deviants"]).add_prefix(f"{prefix}mono_")
+    columns = ["role", "n", *figures, "deviants", "unclassified", "near_tie", "verdict"]
+    return pd.DataFrame(rows, columns=columns).add_prefix(f"{prefix}mono_")
 
 
-def wilson(share: float | int, n: float | int) -> tuple[float, float]:
-    """95 % interval of a proportion (Wilson 1927)."""
-    if not n or np.isnan(share):
-        return np.nan, np.nan
-    z = 1.959964
-    middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5
-    return middle - half, middle + half
+def _verdict(
+    shares: np.ndarray,
+    by_chance: np.ndarray,
+    unclassified: bool,
+    n: int,
+    interval: tuple[float, float, float],
+    deviants: np.ndarray,
+) -> str:
+    """What a head is, why, and what its interval is one of.
+
+    Args:
+        shares, by_chance: of its DFA, and of attention spread evenly [slot].
+        n: features judged.
+        interval: the share of them that have the head's role, and Wilson's bounds.
+    """
+    first, second = np.argsort(-shares, kind="stable")[:2]
+    if not shares[first]:
+        return "Not judged: no feature of it fires."
+    slot, chance = dfa.SLOTS[first], by_chance[first]
+    read = f"`{slot}` ({shares[first]:.0%} of what they read, {chance:.0%} by chance; then `{dfa.SLOTS[second]}` "
+    read += f"{shares[second]:.0%}{', a near-tie' if shares[first] - shares[second] < _NEAR_TIE else ''})"
+    if unclassified:
+        why = "a residual class in which none need agree" if slot in dfa.RESIDUAL else "no more than by chance"
+        return f"Unclassified: its features read mostly {read}, {why}."
+    if not n:
+        return f"Not judged: no feature of it has {MIN_ATTRIBUTED} attributed firings."
+    _, low, high = interval
+    open_ = f"({low:.0%} to {high:.0%}: what a random sample of {n} would leave open; these are all that fire often)"
+    if len(deviants):
+        have = f"{n - len(deviants)} of {n} features judged {open_} read mostly {read}"
+        return f"Polysemantic: {have}; the most frequent that deviates is {deviants[0]}."
+    return f"Monosemantic: all {n} features judged {open_} read mostly {read}."
 
 
 def _roles(prefix: str, sources: Sources) -> pd.DataFrame:
@@ -176,6 +245,17 @@ def _roles(prefix: str, sources: Sources) -> pd.DataFrame:
         reads in looks for reads, *looks in zip(roles["dfa"], roles["attention"], busy, strict=True)
     ]
     return pd.DataFrame(columns)
+
+
+def _pattern(prefix: str, sources: Sources) -> pd.DataFrame:
+    n = float(sources.head_tokens)
+    besides_bos = sources.head_attention[:, 1:].sum(1).clamp_min(1e-30)
+    columns = {
+        "entropy": sources.entropy / n,
+        "maximum": sources.maximum / n,
+        "distance": sources.distance / besides_bos,
+    }
+    return pd.DataFrame({f"{prefix}{name}": column.numpy() for name, column in columns.items()})
 
 
 def _kl_share(evaluation: dict[str, Any] | None, n_heads: int) -> list[float | None]:

@@ -4,6 +4,7 @@ The language model runs up to the layer's attention and no further, once for all
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pandas as pd
 import torch
@@ -11,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from analysis import attribution as dfa
-from analysis.attribution import Chunk, Firings, Reader
+from analysis.attribution import Chunk, Firings, Reader, TokenKinds
 from analysis.corpus.running_statistics import FeatureStatistics, Sources
 from trainer.evaluate import repeated_tokens
 from trainer.model.lm import Layer
@@ -21,13 +22,20 @@ _CHUNK_TOKENS = 1024  # encoded at a time: 100 MB of activations with 24,576 fea
 _SMALL = 0.01  # sources with less than this share of the largest |DFA|, and less attention, are left out of examples
 
 
-def chunks(layer: Layer, contexts: Int[Tensor, "context pos"], index: Int[Tensor, " chosen"]) -> Iterator[list[Chunk]]:
-    """The contexts named by `index`: one list of chunks a forward."""
+def chunks(
+    layer: Layer, contexts: Int[Tensor, "context pos"], index: Int[Tensor, " chosen"], fuzzy_from: float = 2.0
+) -> Iterator[list[Chunk]]:
+    """The contexts named by `index`: one list of chunks a forward.
+
+    Args:
+        fuzzy_from: of `TokenKinds`.
+    """
     length = contexts.shape[1]
+    kinds = TokenKinds(layer.lm, contexts, fuzzy_from)
     for batch in index.split(max(1, _LM_TOKENS // length)) if len(index) else ():
         tokens = contexts[batch].to(layer.device)
         z, v, pattern = layer.attention(tokens)
-        slots = torch.stack([dfa.source_slots(context) for context in tokens]).to(layer.device)
+        slots = torch.stack([dfa.source_slots(context, kinds) for context in tokens]).to(layer.device)
         parts = (batch, tokens, z, v, pattern.float(), slots)
         pieces = (part.split(max(1, _CHUNK_TOKENS // length)) for part in parts)
         yield [Chunk(*piece) for piece in zip(*pieces, strict=True)]
@@ -37,22 +45,29 @@ def feed(
     layer: Layer,
     contexts: Int[Tensor, "context pos"],
     index: Int[Tensor, " chosen"],
-    filled: "Sequence[FeatureStatistics | Strips]",
+    filled: Sequence[Any],
+    fuzzy_from: float = 2.0,
 ) -> Iterator[Int[Tensor, " read"]]:
-    """One pass: the contexts named by `index` go to everything in `filled`; yields those of each forward."""
-    for batch in chunks(layer, contexts, index):
+    """One pass: the contexts named by `index` go to everything in `filled`; yields those of each forward.
+
+    Args:
+        filled: `FeatureStatistics`, `Strips` or others with `update(chunk)`.
+    """
+    for batch in chunks(layer, contexts, index, fuzzy_from):
         for chunk in batch:
             for kept in filled:
                 kept.update(chunk)
         yield torch.cat([chunk.ids for chunk in batch])
 
 
-def sources_on_repeats(layer: Layer, readers: list[Reader], n_contexts: int, length: int, seed: int) -> list[Sources]:
+def sources_on_repeats(
+    layer: Layer, readers: list[Reader], n_contexts: int, length: int, seed: int, fuzzy_from: float = 2.0
+) -> list[Sources]:
     """Where features and heads read from on random tokens repeated once, scored on the second half."""
     first = 1 + (length - 1) // 2  # position of the second half
     tokens = repeated_tokens(layer.lm, n_contexts, first - 1, seed)
     sources = [Sources(reader.sae.d_sae, layer.n_heads, None) for reader in readers]
-    for batch in chunks(layer, tokens, torch.arange(n_contexts)):
+    for batch in chunks(layer, tokens, torch.arange(n_contexts), fuzzy_from):
         for chunk in batch:
             for reader, of_sae in zip(readers, sources, strict=True):
                 f, reads = reader.encode(chunk, first), reader.reads(chunk)

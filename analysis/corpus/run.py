@@ -19,9 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from analysis import store
+from analysis import attribution as dfa
+from analysis import schema, store
 from analysis.attribution import Reader
-from analysis.corpus.features import describe, feature_table
+from analysis.corpus.descriptions import QUANTILE, FurtherFirings, choose_detection, score_descriptions
+from analysis.corpus.features import count_table, describe, feature_table
 from analysis.corpus.heads import Copying, copying, head_table
 from analysis.corpus.pairs import Redundancy, compare_features
 from analysis.corpus.passes import Strips, choose_examples, chunks, feed, sources_on_repeats
@@ -61,10 +63,13 @@ class AnalysisConfig:
     """Contexts kept of each feature in which it fires most."""
     quantile_examples: int = 10
     """Firings kept of each feature over the quantiles of its activations."""
+    score_tokens: int = 10_000
+    """Tokens of further text on which the descriptions of features are scored; fewer where the text has fewer."""
     seed: int = 0
-    """Of the repeated random tokens."""
+    """Of the repeated random tokens, and of the examples on which descriptions are scored."""
 
     def __post_init__(self) -> None:
+        require(self.score_tokens >= 0, f"score_tokens must be 0 or more, got {self.score_tokens}")
         for key in ("tokens", "examples"):
             require(getattr(self, key) >= 1, f"{key} must be at least 1, got {getattr(self, key)}")
         named = (self.dataset_config, self.dataset_split, self.text_column) != (None, "train", None)
@@ -100,6 +105,7 @@ class Job:
         self.checkpoint, self.layer = trained, layer
         self.reader = Reader(trained.sae, layer)
         self.stage, self.done, self.seconds = 1, 0, [0.0, 0.0]
+        self.seed = cfg.seed
         self._key, self._cfg, self._length = {**key, "weights": trained.weights_hash}, cfg, length
         self._folder = trained.path / ".analysis.state"
         self.statistics = FeatureStatistics(self.reader, layer.lm.d_vocab, cfg.examples)
@@ -108,16 +114,19 @@ class Job:
         """Choose the examples whose strips the second pass fills."""
         self.examples = choose_examples(self.statistics, self._cfg.quantile_examples, self._length)
         self.strips = Strips(self.reader, self.examples)
+        self.further = FurtherFirings(self.reader, self._key["n_contexts"])
         self.stage, self.done = 2, 0
 
     @property
-    def filled(self) -> FeatureStatistics | Strips:
+    def filled(self) -> list[FeatureStatistics | Strips | FurtherFirings]:
         """What the pass fills."""
-        return self.statistics if self.stage == 1 else self.strips
+        return [self.statistics] if self.stage == 1 else [self.strips, self.further]
 
     def save(self) -> None:
         """Write what resuming needs, beside the checkpoint's own files."""
-        tensors = state(self.statistics, "statistics.") | (state(self.strips, "strips.") if self.stage == 2 else {})
+        tensors = state(self.statistics, "statistics.")
+        if self.stage == 2:
+            tensors |= state(self.strips, "strips.") | state(self.further, "further.")
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         position = {"key": self._key, "stage": self.stage, "done": self.done, "seconds": self.seconds}
         metadata = {name: json.dumps(value) for name, value in position.items()}
@@ -145,6 +154,7 @@ class Job:
             if position.stage == 2:
                 self.begin_second()
                 load_state(self.strips, tensors, "strips.")
+                load_state(self.further, tensors, "further.")
         except (SafetensorError, OSError, ValueError, KeyError) as error:
             raise ValueError(one_line(f"{file} cannot be resumed ({error}): run without --resume")) from error
         self.done, self.seconds = position.done, position.seconds
@@ -181,7 +191,9 @@ def analyse(
         lm = group[0].open_model(pick_device(device), model)
         layer = lm.layer(group[0].layer)
         corpus = _another(cfg, group[0], lm) if cfg.dataset else group[0].open_text(lm.tokenizer, text)
-        contexts = corpus.held_out_tokens(cfg.tokens)
+        every = corpus.held_out_tokens(cfg.tokens + cfg.score_tokens)
+        contexts = every[: corpus.n_contexts(cfg.tokens)]  # what follows was not used to write descriptions
+        fuzzy_from = dfa.similarity_threshold(lm, contexts)
         key = {**asdict(cfg), "text": corpus.fingerprint, "n_contexts": len(contexts)}
         jobs = [Job(trained, layer, key, cfg, corpus.context_size) for trained in group]
         for job in jobs:
@@ -190,12 +202,14 @@ def analyse(
             else:
                 job.forget()
         for same in _equally_far(jobs, 1):
-            _run_pass("First pass ", same, contexts, torch.arange(len(contexts)))
+            _run_pass("First pass ", same, contexts, torch.arange(len(contexts)), fuzzy_from)
             for job in same:
                 job.begin_second()
+        further = torch.arange(len(contexts), len(every))
         for same in _equally_far(jobs, 2):
-            _run_pass("Second pass", same, contexts, torch.cat([job.strips.contexts for job in same]).unique())
-        _write(jobs, corpus, contexts, cfg, wandb)
+            needed = torch.cat([further, *(job.strips.contexts for job in same)]).unique()
+            _run_pass("Second pass", same, every, needed)
+        _write(jobs, corpus, every, fuzzy_from, cfg, wandb)
 
 
 def _another(cfg: AnalysisConfig, trained: Checkpoint, lm: LanguageModel) -> Corpus:
@@ -212,11 +226,18 @@ def _equally_far(jobs: list[Job], stage: int) -> list[list[Job]]:
     return [list(same) for _, same in groupby(left, key=lambda job: job.done)]
 
 
-def _run_pass(what: str, jobs: list[Job], contexts: Int[Tensor, "context pos"], needed: Int[Tensor, " needed"]) -> None:
+def _run_pass(
+    what: str,
+    jobs: list[Job],
+    contexts: Int[Tensor, "context pos"],
+    needed: Int[Tensor, " needed"],
+    fuzzy_from: float = 2.0,
+) -> None:
     """Take jobs that are equally far through their pass, saving now and then, and before stopping.
 
     Args:
         needed: contexts that the whole pass reads.
+        fuzzy_from: of `dfa.TokenKinds`.
     """
     layer, stage, n_tokens = jobs[0].layer, jobs[0].stage, contexts.shape[1] - 1
     index = needed[needed >= jobs[0].done]
@@ -228,7 +249,7 @@ def _run_pass(what: str, jobs: list[Job], contexts: Int[Tensor, "context pos"], 
         deferred_interrupts() as asked_to_stop,
     ):
         bar.update(n_read * n_tokens)
-        for read in feed(layer, contexts, index, [job.filled for job in jobs]):
+        for read in feed(layer, contexts, index, [each for job in jobs for each in job.filled], fuzzy_from):
             now = time.monotonic()
             n_read += len(read)
             bar.update(len(read) * n_tokens)
@@ -244,21 +265,27 @@ def _run_pass(what: str, jobs: list[Job], contexts: Int[Tensor, "context pos"], 
 
 
 def _write(
-    jobs: list[Job], corpus: Corpus, contexts: Int[Tensor, "context pos"], cfg: AnalysisConfig, wandb: Mode
+    jobs: list[Job],
+    corpus: Corpus,
+    every: Int[Tensor, "context pos"],
+    fuzzy_from: float,
+    cfg: AnalysisConfig,
+    wandb: Mode,
 ) -> None:
     """The artefacts of jobs of one layer that went through both passes."""
-    layer, length = jobs[0].layer, contexts.shape[1]
+    layer, length = jobs[0].layer, every.shape[1]
+    contexts = every[: corpus.n_contexts(cfg.tokens)]
     n_repeated = max(1, _REPEATED_TOKENS // (length - 1))
-    repeats = sources_on_repeats(layer, [job.reader for job in jobs], n_repeated, length, cfg.seed)
+    repeats = sources_on_repeats(layer, [job.reader for job in jobs], n_repeated, length, cfg.seed, fuzzy_from)
     copied = copying(layer, next(chunks(layer, contexts, torch.arange(min(32, len(contexts))))))
     scale = inverse_scale(layer, contexts[: max(1, _SCALE_TOKENS // length)])
     documents = corpus.documents(contexts)
     for job, sources in zip(jobs, repeats, strict=True):
         path = job.checkpoint.path
         print(f"Writing {path}/analysis", flush=True)
-        tables, redundancy = _tables(job, sources, copied, contexts, documents, scale)
-        meta = _meta(job, corpus, cfg, redundancy) | {"inverse_scale": scale}
-        store.write(path / "analysis", meta, tables)
+        tables, redundancy = _tables(job, sources, copied, every, documents, scale, fuzzy_from)
+        meta = _meta(job, corpus, cfg, tables, redundancy) | {"inverse_scale": scale, "fuzzy_from": fuzzy_from}
+        store.write(path / "analysis", schema.ANALYSIS_VERSION, meta, tables)
         job.forget()
         _track(path, meta, tables, wandb)
 
@@ -267,12 +294,13 @@ def _tables(
     job: Job,
     repeats: Sources,
     copied: list[Copying],
-    contexts: Int[Tensor, "context pos"],
-    documents: Int[Tensor, "context pos"],
+    every: Int[Tensor, "context pos"],
+    documents: Int[Tensor, "analysed pos"],
     scale: float,
+    fuzzy_from: float,
 ) -> tuple[dict[str, pd.DataFrame | pa.Table], Redundancy]:
     """Everything that is written, and the redundancy of which the tables hold parts."""
-    layer, lm, sae = job.layer, job.layer.lm, job.reader.sae
+    layer, lm, sae, contexts = job.layer, job.layer.lm, job.reader.sae, every[: len(documents)]
     head, head_share = (column.numpy() for column in head_of_features(sae, layer.n_heads))
     directions = written(sae, layer.W_O)
     redundancy = compare_features(job.statistics.cofiring, directions, head, lm.n_heads)
@@ -280,11 +308,16 @@ def _tables(
     constants, head_share = job.reader.constants().cpu(), head_share.astype(np.float32)
     features = feature_table(job.statistics, repeats, effects, constants, head, head_share)
     pairs = pd.concat([of_head.examples for of_head in copied], ignore_index=True)
-    shown = np.union1d(job.examples["context"], pairs["context"])
-    tokens = contexts[shown]
-    ids = np.unique(
-        np.concatenate([tokens.flatten(), *(np.concatenate(features[c]) for c in features if "_ids" in str(c))])
-    )
+    n_further, length = len(every) - len(contexts), every.shape[1]
+    detection = choose_detection(job.further, job.statistics.sample, n_further, length, job.seed)
+    detection, scores = score_descriptions(features, detection, every, dfa.TokenKinds(lm, every, fuzzy_from))
+    features = pd.concat([features, scores], axis=1)
+    shown = np.unique(np.concatenate([job.examples["context"], pairs["context"], detection["context"]]))
+    tokens = every[shown]
+    heads = head_table(job.statistics, repeats, copied, job.checkpoint.eval, head)
+    listed = [np.concatenate(table[c]) for table in (features, heads) for c in table if str(c).endswith("_ids")]
+    counts = np.bincount(contexts[:, 1:].flatten(), minlength=lm.d_vocab)  # BOS is not counted where it stands first
+    ids = np.unique(np.concatenate([tokens.flatten(), np.flatnonzero(counts), *listed]))
     ids = ids[ids >= 0]
     strings = dict(zip(ids.tolist(), lm.token_strings(ids.tolist()), strict=True))
     features["description"] = describe(features, strings)
@@ -293,11 +326,13 @@ def _tables(
         "features": features,
         "examples": _examples(job.examples.assign(document=of_example.int().numpy()), job.strips),
         "contexts": pd.DataFrame({"context": shown.astype(np.int32), "token_ids": list(tokens.int().numpy())}),
-        "heads": head_table(job.statistics, repeats, copied, job.checkpoint.eval, head),
+        "heads": heads,
         "copying": pairs,
+        "detection": detection,
         "pairs": redundancy.neighbours,
         "merging": redundancy.merging,
-        "tokens": pd.DataFrame({"id": list(strings), "text": list(strings.values())}),
+        "counts": count_table(job.statistics),
+        "tokens": pd.DataFrame({"id": list(strings), "text": list(strings.values()), "count": counts[ids]}),
     }, redundancy
 
 
@@ -322,8 +357,11 @@ def _examples(table: pd.DataFrame, strips: Strips) -> pa.Table:
     return examples
 
 
-def _meta(job: Job, corpus: Corpus, cfg: AnalysisConfig, redundancy: Redundancy) -> dict[str, Any]:
-    statistics = job.statistics
+def _meta(
+    job: Job, corpus: Corpus, cfg: AnalysisConfig, tables: dict[str, Any], redundancy: Redundancy
+) -> dict[str, Any]:
+    statistics, figures = job.statistics, tables["features"].filter(like="description_")
+    described = {name.removeprefix("description_"): value for name, value in figures.mean().items()}
     return {
         "checkpoint": job.checkpoint.name,
         "weights": job.checkpoint.weights_hash,
@@ -340,6 +378,12 @@ def _meta(job: Job, corpus: Corpus, cfg: AnalysisConfig, redundancy: Redundancy)
         "FVU": (statistics.error.sum() / statistics.deviation().sum()).item(),
         "token_counts_too_low_by": [int(statistics.fires_on.floor), int(statistics.sources.reads.floor)],
         "head_tokens": int(statistics.sources.head_tokens),
+        "slots_by_chance": dict(zip(dfa.SLOTS, dfa.shares(statistics.sources.chance).tolist(), strict=True)),
+        "descriptions": {
+            "features": int(figures["description_auroc"].notna().sum()),
+            "quantile": QUANTILE,
+            **{name: None if np.isnan(value) else value for name, value in described.items() if "_se" not in name},
+        },
         "redundancy": {"l0": redundancy.l0, "heads": redundancy.heads, "n_tokens": redundancy.n_tokens},
         "seconds": {"first pass": job.seconds[0], "second pass": job.seconds[1]},
         "versions": checkpoint.versions(),
@@ -348,7 +392,7 @@ def _meta(job: Job, corpus: Corpus, cfg: AnalysisConfig, redundancy: Redundancy)
 
 def _track(path: Path, meta: dict[str, Any], tables: dict[str, Any], mode: Mode) -> None:
     """The tables of heads and of merging as a W&B run."""
-    heads = tables["heads"].drop(columns=[c for c in tables["heads"] if c.endswith("deviants")])
+    heads = tables["heads"].drop(columns=[c for c in tables["heads"] if c.endswith(("deviants", "_ids", "_shares"))])
     tracked = Tracked(path, mode, project="attn-saes", job_type="analysis", config=meta)
 
     def log(run: Any) -> None:

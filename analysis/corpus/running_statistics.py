@@ -179,6 +179,11 @@ class Tally:
             kept = self.counts > lower
             self.keys, self.counts = self.keys[kept], self.counts[kept]
 
+    def pairs(self) -> tuple[Int[Tensor, " pair"], Int[Tensor, " pair"], Int[Tensor, " pair"]]:
+        """Feature, token and count of every pair, by feature and token."""
+        self._merge()
+        return self.keys // self._d_vocab, self.keys % self._d_vocab, self.counts
+
     def top(self, n_features: int, n: int) -> tuple[Int[Tensor, "feature n"], Int[Tensor, "feature n"]]:
         """The most counted tokens of each feature and their counts; -1 and 0 where there are fewer."""
         self._merge()
@@ -207,8 +212,16 @@ class Sources:
         self.head_tokens = torch.tensor(0)
         self.head_attention = torch.zeros(n_heads, slots, dtype=torch.float64)
         self.head_dfa = torch.zeros(n_heads, slots, dtype=torch.float64)
+        self.chance = torch.zeros(slots, dtype=torch.float64)  # of attention that looks everywhere alike
+        # Sums over queries: the entropy and the maximum of each row, and attention times distance, without BOS.
+        self.entropy = torch.zeros(n_heads, dtype=torch.float64)
+        self.maximum = torch.zeros(n_heads, dtype=torch.float64)
+        self.distance = torch.zeros(n_heads, dtype=torch.float64)
         if d_vocab is not None:
             self.reads = Tally(d_vocab)
+            # Attention besides BOS, by the token that looks and by the token looked at.
+            self.by_query = torch.zeros(n_heads, d_vocab, dtype=torch.float64)
+            self.by_key = torch.zeros(n_heads, d_vocab, dtype=torch.float64)
 
     def add_features(
         self, reader: Reader, chunk: Chunk, reads: Float[Tensor, "context head feature source"], firings: Firings
@@ -240,8 +253,22 @@ class Sources:
     ) -> None:
         """Sum the attention, and the positive DFA of all active features, of whole heads."""
         active = (f > 0).float().expand(-1, -1, reads.shape[1], -1)  # if dense, every head is read by every feature
-        for pattern, read, of_context, slots in zip(chunk.pattern, reads, active, chunk.slots, strict=True):
+        uniform = dfa.uniform_pattern(f.shape[1])
+        place = torch.arange(f.shape[1], device=f.device)
+        distance = (place[first_query:, None] - place[1:]).float()  # [query, source]; negative where attention is 0
+        for tokens, pattern, read, of_context, slots in zip(
+            chunk.tokens.cpu(), chunk.pattern, reads, active, chunk.slots, strict=True
+        ):
             mass = dfa.positive_mass(pattern, read.mT, of_context)
+            self.chance += dfa.mass_per_slot(uniform, slots.cpu(), first_query)[0].double()
+            rows = pattern[:, first_query:]  # [head, query, source]
+            self.entropy += torch.special.entr(rows).sum((1, 2)).double().cpu()
+            self.maximum += rows.amax(2).sum(1).double().cpu()
+            rows = rows[..., 1:]
+            self.distance += (rows * distance).sum((1, 2)).double().cpu()
+            if hasattr(self, "by_key"):
+                self.by_query.index_add_(1, tokens[first_query:], rows.sum(2).double().cpu())
+                self.by_key.index_add_(1, tokens[1:], rows.sum(1).double().cpu())
             self.head_attention += dfa.mass_per_slot(pattern, slots, first_query).double().cpu()
             self.head_dfa += dfa.mass_per_slot(mass, slots, first_query).double().cpu()
         self.head_tokens += f[:, first_query:, 0, 0].numel()

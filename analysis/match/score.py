@@ -28,7 +28,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from tqdm import tqdm
 
-from analysis import store
+from analysis import schema, store
 from analysis.attribution import Firings, Reader
 from analysis.corpus import running_statistics
 from analysis.corpus.pairs import MIN_FIRINGS, best_of_rows, cofirings, firing
@@ -273,7 +273,7 @@ def _load(paths: list[Path]) -> list[Checkpoint]:
 def _write(a: Checkpoint, b: Checkpoint, meta: dict[str, Any], tables: Tables) -> Path:
     """Write into the folder of `a`, in place of what either order has left."""
     meta |= {"a": a.name, "b": b.name, "weights": [a.weights_hash, b.weights_hash], "versions": checkpoint.versions()}
-    store.write(match_folder(a, b), meta, tables._asdict())
+    store.write(match_folder(a, b), schema.MATCH_VERSION, meta, tables._asdict())
     shutil.rmtree(match_folder(b, a), ignore_errors=True)
     return match_folder(a, b)
 

@@ -60,8 +60,12 @@ class PromptRun:
 
 
 @torch.no_grad()
-def run_prompt(layer: "Layer", sae: BlockDiagSAE, prompt: str) -> PromptRun:
+def run_prompt(layer: "Layer", sae: BlockDiagSAE, prompt: str, fuzzy_from: float = 2.0) -> PromptRun:
     """Run a prompt and encode its hook_z of a layer.
+
+    Args:
+        fuzzy_from: cosine of embeddings from which tokens are similar, as an analysis of the model has it in its
+            meta.json; by default no source is a fuzzy one.
 
     Raises:
         ValueError: the prompt is empty or too long, or the SAE's sizes are not this model's.
@@ -83,7 +87,7 @@ def run_prompt(layer: "Layer", sae: BlockDiagSAE, prompt: str) -> PromptRun:
         pattern=pattern.cpu(),
         values=(v - reader.b_V).transpose(0, 1).cpu(),
         W_enc=reader.W_enc.cpu(),
-        slots=dfa.source_slots(ids),
+        slots=dfa.source_slots(ids, dfa.TokenKinds(layer.lm, ids, fuzzy_from)),
         resid_pre=resid_pre[0].cpu(),
         final=final[0].cpu(),
     )

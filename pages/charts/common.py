@@ -10,12 +10,17 @@ PALETTE = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#B
 GREY = PALETTE[-1]  # of marks that are no data: readable on light and dark
 # By what features of different heads are linked before they are counted once.
 CRITERIA = {"both": "co-firing and direction", "jaccard": "co-firing alone", "cosine": "direction alone"}
-_SLOT_COLOURS = ["#9AA0A6", "#CC79A7", "#D55E00", "#E69F00", "#0072B2", "#56B4E9", "#009E73"]
+_SLOT_COLOURS = {
+    "bos": "#9AA0A6", "self": "#CC79A7", "induction": "#D55E00", "duplicate": "#E69F00", "previous": "#0072B2",
+    "fuzzy_induction": "#F0966B", "fuzzy_duplicate": "#F5CF7A", "sentence_start": "#5D3A9B", "punctuation": "#A88BCB",
+    "newline": "#8C564B", "digit": "#B8A800", "capitalised": "#00695C", "function": "#8FD3C1", "content": "#009E73",
+    "local": "#56B4E9", "other": "#6E7781",
+}  # fmt: skip
 SLOT = alt.Color(
     "slot:N",
     title="Source slot",
-    scale=alt.Scale(domain=list(SLOTS), range=_SLOT_COLOURS),
-    legend=alt.Legend(orient="top", columns=4, symbolLimit=7),  # two lines: one is cut in half a page
+    scale=alt.Scale(domain=list(SLOTS), range=[_SLOT_COLOURS[slot] for slot in SLOTS]),
+    legend=alt.Legend(orient="top", columns=4, symbolLimit=len(SLOTS)),  # one line is cut in half a page
 )
 HEADS = alt.X("head:O", title="Head", axis=alt.Axis(labelAngle=0))
 

@@ -38,5 +38,5 @@ def slots(row: pd.Series) -> alt.Chart:
     drawn = slot_bars(
         frame, alt.Y("on:N", title=None, sort=["text", "repeated tokens"]), "Share of positive DFA", ["on"]
     )
-    colour = SLOT.title(None).legend(orient="top", columns=2, symbolLimit=7)
+    colour = SLOT.title(None).legend(orient="top", columns=2, symbolLimit=len(SLOTS))
     return drawn.encode(color=colour).properties(height=alt.Step(28))  # a fixed height would go to the legend

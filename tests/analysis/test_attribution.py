@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from analysis import attribution as dfa
 from analysis.corpus.passes import chunks
 from analysis.prompt.run import PromptRun, active_features, role_table, roles, run_prompt, source_attribution
+from tests.helpers import ToyTokenizer
 from trainer.block_diag import BlockDiagSAE
 from trainer.model.lm import LanguageModel
 
@@ -25,7 +26,14 @@ def with_value_bias(n_key_value_heads: int | None) -> LanguageModel:
         for name, parameter in block.attn.named_parameters():
             if name.endswith("b_V"):
                 parameter.data.normal_()
-    return LanguageModel(model, "toy")
+    return toy(model)
+
+
+def toy(model: HookedTransformer) -> LanguageModel:
+    """Its tokens are pieces of words, which have no class."""
+    lm = LanguageModel(model, "toy")
+    lm.tokenizer = ToyTokenizer(["<s>"] + ["ab"] * (lm.d_vocab - 1))
+    return lm
 
 
 @pytest.mark.parametrize("n_key_value_heads", [None, 2], ids=["ordinary", "grouped-query"])
@@ -73,7 +81,7 @@ def test_sources_of_a_prompt_leave_value_biases_out(dense, monkeypatch):
     sae = (BlockDiagSAE(1, 24, 40) if dense else BlockDiagSAE(6, 4, 10)).requires_grad_(False)
     tokens = torch.randint(50, (1, 20))
     monkeypatch.setattr(lm, "to_tokens", lambda prompt: tokens)
-    monkeypatch.setattr(lm, "token_strings", lambda ids: [str(i) for i in ids])
+    lm.tokenizer.texts = [str(i) for i in range(50)]
     run, constants = run_prompt(lm.layer(1), sae, "any"), dfa.Reader(sae, lm.layer(1)).constants()
     for row in active_features(run, None, None).head(20).itertuples():
         block, index = divmod(row.feature, run.features_per_block)
@@ -82,11 +90,48 @@ def test_sources_of_a_prompt_leave_value_biases_out(dense, monkeypatch):
         assert sources[row._7] == pytest.approx(sources.max(), abs=1e-5)  # "reads from"
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(1, 4), min_size=0, max_size=14))
-def test_slots_against_their_definitions(ids):
+TEXTS = ["<s>", " war", "war", " the", " The", ".", "\n\n", " 7", ' "', " peace", "!)"]
+# Which of them mean the same: words of peace and war, and articles.
+DIRECTIONS = [0, 1, 1, 2, 2, 3, 4, 5, 6, 1, 7]
+CLASSES = {"." : "punctuation", ' "': "punctuation", "!)": "punctuation", "\n\n": "newline", " 7": "digit",
+           " The": "capitalised", " the": "function", " war": "content", " peace": "content"}  # fmt: skip
+
+
+class Embedded:
+    """A language model as `TokenKinds` knows it; tokens of one direction are at a cosine of 1 or 0.6."""
+
+    d_vocab = len(TEXTS)
+
+    def token_strings(self, ids: list[int]) -> list[str]:
+        return [TEXTS[i] for i in ids]
+
+    def embeddings(self, tokens: torch.Tensor) -> torch.Tensor:
+        rows = torch.eye(9, dtype=torch.float64)[DIRECTIONS]
+        rows[TEXTS.index(" peace")] = torch.tensor([0, 0.6, 0, 0, 0, 0, 0, 0, 0.8])
+        return rows[tokens] * (1 + tokens[:, None])  # lengths do not count
+
+
+def starts_sentence(texts: list[str], place: int) -> bool:
+    """The definition in words, one token after another."""
+    if not texts[place].strip()[:1].isupper():
+        return False
+    before = [text for text in texts[1:place] if text not in ("\n\n", ' "')]
+    return bool(before) and before[-1] in (".", "!)")
+
+
+@settings(max_examples=150, deadline=None)
+@example([5, 6, 8, 4, 7, 9, 2, 1, 3, 7], 0.7)  # . \\n\\n " The 7 peace war _war _the 7
+@example([10, 9, 4, 2, 2, 7, 7, 3, 1, 5, 2, 8], 2.0)
+@given(st.lists(st.integers(1, len(TEXTS) - 1), min_size=0, max_size=14), st.sampled_from([0.5, 0.7, 2.0]))
+def test_slots_against_their_definitions(ids, fuzzy_from):
     tokens = [0, *ids]  # 0 is BOS
-    slots = dfa.source_slots(torch.tensor(tokens))
+    texts = [TEXTS[i] for i in tokens]
+    slots = dfa.source_slots(torch.tensor(tokens), dfa.TokenKinds(Embedded(), torch.tensor(tokens), fuzzy_from))
+    unit = torch.nn.functional.normalize(Embedded().embeddings(torch.tensor(tokens)), dim=1)
+
+    def similar(a: int, b: int) -> bool:
+        return float(unit[a] @ unit[b]) >= fuzzy_from
+
     for q in range(len(tokens)):
         for s in range(len(tokens)):
             if s > q:
@@ -101,11 +146,29 @@ def test_slots_against_their_definitions(ids):
                 expected = "duplicate"
             elif s == q - 1:
                 expected = "previous"
+            elif similar(s - 1, q):
+                expected = "fuzzy_induction"
+            elif similar(s, q):
+                expected = "fuzzy_duplicate"
+            elif starts_sentence(texts, s):
+                expected = "sentence_start"
+            elif texts[s] in CLASSES:
+                expected = CLASSES[texts[s]]
             elif q - s <= 5:
                 expected = "local"
             else:
                 expected = "other"
-            assert slots[q, s] == (expected if expected == -1 else dfa.SLOTS.index(expected))
+            assert slots[q, s] == (expected if expected == -1 else dfa.SLOTS.index(expected)), (q, s, texts)
+
+
+def test_similar_is_what_one_random_pair_in_a_thousand_reaches(gpt2):
+    tokens = torch.randint(1, 257, (400,), generator=torch.Generator().manual_seed(0))
+    ids = tokens.unique()
+    unit = torch.nn.functional.normalize(gpt2.model.W_E[ids].double(), dim=1)
+    null = sorted(float(unit[i] @ unit[j]) for i in range(len(ids)) for j in range(i))
+    threshold = dfa.similarity_threshold(gpt2, tokens)
+    assert threshold == pytest.approx(null[len(null) - int(len(null) / 1000) - 1], abs=1e-6)
+    assert dfa.similarity_threshold(gpt2, tokens[:1]) > 1, "no pair, so nothing is similar"
 
 
 def test_positive_mass_against_a_loop_over_features():
@@ -151,7 +214,7 @@ def previous_token_and_induction_model(vocabulary: int = 12, n_ctx: int = 32) ->
             attn.W_V.data[:, token + t, t] = 1
         first.W_O.data[0, t, previous + t] = 1
     second.W_K.data[0, position, d_head - 1] = gain
-    return LanguageModel(model, "toy")
+    return toy(model)
 
 
 def hand_run(layer: int) -> PromptRun:
@@ -170,7 +233,7 @@ def hand_run(layer: int) -> PromptRun:
         pattern=pattern[0],
         values=(v[0] - lm.layer(layer).b_V).transpose(0, 1),
         W_enc=sae.W_enc.detach(),
-        slots=dfa.source_slots(tokens),
+        slots=dfa.source_slots(tokens, dfa.TokenKinds(lm, tokens)),
         resid_pre=resid_pre[0],
         final=final[0],
     )

@@ -27,7 +27,7 @@ from trainer.checkpoint import Checkpoint, CheckpointError, list_checkpoints
 
 NAME, OTHER = "batchtopk", "block-l1_1"
 _METAS = ("analysis/meta.json", f"matches/{OTHER}/meta.json")
-_TABLES = ("features", "examples", "contexts", "heads", "copying", "pairs", "merging", "tokens")
+_TABLES = ("features", "examples", "contexts", "heads", "copying", "pairs", "merging", "detection", "counts", "tokens")
 _VALUES = [
     None, True, -1, 0, 1.5, 10**9, 2**63, 10**40, -(10**12), 1e300, "", "9", "\ud800", "\0", "x" * 10_000, [], {}, [[]],
     [None], {"a": 1}, float("nan"), float("inf"),
@@ -75,11 +75,13 @@ def look_at_analysis(folder: Path) -> None:
     analysis = Analysis(checkpoint)
     strings = analysis.strings
     analysis.search(fires_on="a", reads="a", promotes="a", role="self", head=0, density=(0, 1))
+    analysis.search(in_examples="a", in_text="a", order="description_auroc")
     for feature in (1, len(analysis.features) - 1):
         row = analysis.feature(feature)
         _ = [strings[int(i)] for i in row["top_logit_ids"]], row["top_logits"][0] + row["bottom_logits"][0]
         for example in analysis.examples(feature).itertuples():
             _ = [strings[int(i)] for i in example.token_ids][example.position], example.dfa.argmax()
+        _ = [strings[int(i)] for ids in analysis.detection(feature)["token_ids"] for i in ids]
         analysis.neighbours(feature).join(analysis.features[["head", "description"]], on="other")
     for row in analysis.heads.itertuples():
         _ = analysis.features.loc[row.mono_deviants], f"{row.copying:.2f}", analysis.heads.iloc[row.head]

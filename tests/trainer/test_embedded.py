@@ -41,13 +41,10 @@ def test_the_model_is_the_one_we_mean(lm):
 def test_layer_17_heads_3_4_5_are_induction_heads(lm):
     half = 40
     tokens = repeated_tokens(lm, 4, half, seed=0)
+    slots = [dfa.source_slots(row, dfa.TokenKinds(lm, row)) for row in tokens]
+    patterns = [lm.layer(LAYER).attention(row[None]).pattern[0] for row in tokens]
     mass = torch.stack(
-        [
-            dfa.shares(
-                dfa.mass_per_slot(lm.layer(LAYER).attention(row[None]).pattern[0], dfa.source_slots(row), 1 + half)
-            )
-            for row in tokens
-        ]
+        [dfa.shares(dfa.mass_per_slot(*each, 1 + half)) for each in zip(patterns, slots, strict=True)]
     ).mean(0)
     induction = mass[:, dfa.SLOTS.index("induction")]
     assert (induction[INDUCTION_HEADS] > 0.4).all()

@@ -183,6 +183,10 @@ class LanguageModel:
         readable = [_bytes_of(r) if r and ("\ufffd" in t or not t) else t for t, r in zip(texts, raw, strict=True)]
         return [text or f"<{i}>" for text, i in zip(readable, ids, strict=True)]
 
+    def embeddings(self, tokens: Int[Tensor, " token"]) -> Float[Tensor, "token d_model"]:
+        """Rows of the token embedding."""
+        return self.model.W_E[tokens.to(self.device)].detach()
+
     def z_of(self, tokens: Int[Tensor, "batch pos"], layers: list[int]) -> list[Float[Tensor, "batch pos head d_head"]]:
         """Head outputs of several layers in one forward, in the order of `layers`; what comes after is not computed."""
         names = [f"blocks.{layer}.attn.hook_z" for layer in layers]

@@ -1,6 +1,7 @@
 """Heads with a known job come out with that job, and a planted deviant feature is named."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -8,10 +9,11 @@ import torch
 
 from analysis import attribution as dfa
 from analysis.attribution import Reader
-from analysis.corpus.heads import copying, feature_roles, head_table, monosemanticity, wilson
+from analysis.corpus.heads import Roles, copying, head_table, monosemanticity
 from analysis.corpus.passes import chunks, feed, sources_on_repeats
 from analysis.corpus.running_statistics import FeatureStatistics, Sources
 from analysis.logits import head_of_features, inverse_scale, logit_effects, written
+from analysis.proportion import wilson
 from tests.analysis.test_attribution import previous_token_and_induction_model
 from trainer.block_diag import BlockDiagSAE
 from trainer.evaluate import repeated_tokens
@@ -76,7 +78,7 @@ def test_the_induction_head_and_its_planted_deviant(lm, seen):
     assert table.loc[1, "role_attention"] != "induction", "head 1 attends uniformly"
     assert table["L0"].tolist() == pytest.approx((statistics.l0 / statistics.n_tokens).tolist())
     assert table["explained_share"].sum() == pytest.approx(1)
-    roles = feature_roles(statistics.sources)[1][:VOCABULARY]
+    roles = Roles.of(statistics.sources.mass).slot[:VOCABULARY]
     assert [dfa.SLOTS[role] for role in roles] == ["bos"] + ["induction"] * 11
     ids, _ = statistics.sources.reads.top(24, 1)
     assert ids[:VOCABULARY, 0].tolist() == list(range(VOCABULARY)), "each reads its token"
@@ -96,8 +98,6 @@ def test_copying_and_copy_suppression(lm, seen):
 
 
 def test_repeats_judge_the_second_half_only(lm):
-    known = {"bos_token_id": 0, "all_special_ids": [0], "__len__": lambda self: lm.d_vocab}
-    lm.tokenizer = type("Tokens", (), known)()
     sae = token_features(lm)
     (sources,) = sources_on_repeats(
         lm.layer(1), [Reader(sae, lm.layer(1))], 16, 11, seed=0
@@ -116,6 +116,79 @@ def test_wilson_against_published_values():
     assert wilson(15 / 148, 148) == (pytest.approx(0.0624, abs=1e-4), pytest.approx(0.1605, abs=1e-4))
     assert wilson(0, 20)[0] == pytest.approx(0, abs=1e-12) and 0.1 < wilson(0, 20)[1] < 0.2
     assert np.isnan(wilson(np.nan, 0)).all()
+
+
+def planted(shares: dict[str, float], of_features: list[str], chance: dict[str, float] | None = None) -> Sources:
+    """One head that reads slots with these shares, and features that each read one slot, 20 firings each."""
+    sources = Sources(len(of_features), 1, None)
+    sources.firings += 20
+    for slot, share in shares.items():
+        sources.head_dfa[0, dfa.SLOTS.index(slot)] = share
+    for slot, share in (chance or {"previous": 1.0}).items():
+        sources.chance[dfa.SLOTS.index(slot)] = share
+    for feature, slot in enumerate(of_features):
+        sources.mass[feature, dfa.SLOTS.index(slot)] = 1
+    return sources
+
+
+@pytest.mark.parametrize(
+    ("shares", "of_features", "unclassified", "near_tie", "says"),
+    [
+        ({"digit": 0.6, "self": 0.4}, ["digit"] * 3, False, False, "Monosemantic: all 3 .* `digit` \\(60% .* 25% by"),
+        (
+            {"digit": 0.4, "self": 0.35},
+            ["digit", "self"],
+            False,
+            True,
+            "Polysemantic: 1 of 2 .*near-tie.* is 1",
+        ),
+        ({"other": 0.6, "self": 0.4}, ["other"] * 3, True, False, "Unclassified: .* `other` .* none need agree"),
+        ({"local": 0.6, "other": 0.4}, ["local"] * 3, True, False, "Unclassified: .* `local` .* none need agree"),
+        ({"content": 0.5, "self": 0.2, "bos": 0.3}, ["content"] * 3, True, False, "Unclassified: .* by chance"),
+        ({"digit": 1.0}, [], False, False, "Not judged: no feature of it has 10"),
+        ({}, ["digit"], False, False, "Not judged: no feature of it fires"),
+    ],
+)
+def test_verdicts(shares, of_features, unclassified, near_tie, says):
+    sources = planted(shares, of_features, {"content": 0.6, "digit": 0.25, "self": 0.15})
+    row = monosemanticity("", sources, np.full(len(of_features), 20.0), np.zeros(len(of_features), int)).iloc[0]
+    assert (row["mono_unclassified"], row["mono_near_tie"]) == (unclassified, near_tie)
+    assert re.search(says, row["mono_verdict"]), row["mono_verdict"]
+    assert np.isnan(row["mono_share"]) == (unclassified or "Not judged" in says)
+    assert not (unclassified and len(row["mono_deviants"]))
+
+
+def test_columns_of_the_pattern_against_brute_force(lm, seen):
+    """Entropy, maximum, distance, the tokens that look and are looked at, and what even attention would read."""
+    sae, contexts, statistics = seen
+    copied = copying(lm.layer(1), next(chunks(lm.layer(1), contexts, torch.arange(12))))
+    table = head_table(statistics, Sources(24, 2, None), copied, None, head_of_features(sae, 2)[0].numpy())
+    pattern = lm.layer(1).attention(contexts).pattern.double()
+    kinds, even = dfa.TokenKinds(lm, contexts), np.zeros(len(dfa.SLOTS))
+    for head in range(2):
+        entropy, largest, far, mass = [], [], 0.0, 0.0
+        by_query, by_key = np.zeros(VOCABULARY), np.zeros(VOCABULARY)
+        for c, tokens in enumerate(contexts.tolist()):
+            slots = dfa.source_slots(contexts[c], kinds)
+            for q in range(1, len(tokens)):
+                row = pattern[c, head, q, : q + 1].numpy()
+                entropy.append(-sum(a * math.log(a) for a in row if a > 0))
+                largest.append(row.max())
+                for s in range(q + 1):
+                    even[slots[q, s]] += 0.5 / (q + 1)  # once for each head
+                for s in range(1, q + 1):
+                    far, mass = far + row[s] * (q - s), mass + row[s]
+                    by_query[tokens[q]] += row[s]
+                    by_key[tokens[s]] += row[s]
+        row = table.iloc[head]
+        found = row["entropy"], row["maximum"], row["distance"]
+        assert found == pytest.approx((np.mean(entropy), np.mean(largest), far / mass), rel=1e-4)
+        for name, expected in (("query", by_query), ("key", by_key)):
+            shares = dict(zip(row[f"{name}_ids"].tolist(), row[f"{name}_shares"].tolist(), strict=True))
+            assert len(shares) == 10
+            assert all(shares[i] == pytest.approx(expected[i] / mass, abs=1e-5) for i in shares)
+            assert min(shares.values()) >= np.sort(expected / mass)[-10] - 1e-5
+    assert dfa.shares(statistics.sources.chance).numpy() == pytest.approx(even / even.sum(), abs=1e-6)
 
 
 def test_rare_features_are_not_judged():

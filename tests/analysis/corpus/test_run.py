@@ -15,12 +15,15 @@ from analysis import store
 from analysis.__main__ import main
 from analysis.corpus import run
 from analysis.corpus.features import describe
+from analysis.detection import Detected, detected
+from analysis.labels import Labels
+from analysis.search import Tokens
 from analysis.store import Analysis
 from trainer.checkpoint import Checkpoint, CheckpointError, save
 from trainer.data.documents import hash_fraction
 
-TABLES = ["features", "examples", "contexts", "heads", "copying", "pairs", "merging", "tokens"]
-OPTIONS = ["--tokens=600", "--examples=5", "--quantile_examples=3", "--device=cpu"]
+TABLES = ["features", "examples", "contexts", "heads", "copying", "pairs", "merging", "detection", "counts", "tokens"]
+OPTIONS = ["--tokens=600", "--score_tokens=600", "--examples=5", "--quantile_examples=3", "--device=cpu"]
 NAMES = ["block-l1_1", "dense", "batchtopk"]
 
 
@@ -115,7 +118,10 @@ def test_heads_and_features_add_up(analysed):
                 assert np.allclose(rows[rows > 0], 1, atol=1e-5)
         deviants = np.concatenate(heads["mono_deviants"].tolist())
         role = dict(zip(heads["head"], heads["mono_role"], strict=True))
-        judged = features[features["role"].notna()]
+        assert set(heads.loc[heads["mono_role"].isin(dfa.RESIDUAL), "mono_unclassified"]) <= {True}
+        assert heads.loc[heads["mono_unclassified"], "mono_share"].isna().all()
+        classified = features["head"].isin(heads.loc[~heads["mono_unclassified"], "head"])
+        judged = features[features["role"].notna() & classified]
         differs = judged[judged["role"] != judged["head"].map(role)]
         assert sorted(deviants) == sorted(differs["feature"]), "deviants are those whose role differs, and are named"
         merging = analysis.merging
@@ -187,23 +193,119 @@ def test_search(analysed):
     everything = analysis.search()
     assert len(everything) == (analysis.features["firings"] > 0).sum()
     assert everything["firings"].is_monotonic_decreasing
-    row = analysis.feature(int(everything["feature"].iloc[0]))
-    for option, column in (("fires_on", "fires_on_ids"), ("reads", "reads_ids"), ("promotes", "top_logit_ids")):
-        token = analysis.strings[int(row[column][0])]
-        if not token.strip():
-            continue
-        found = analysis.search(**{option: token.upper()})
-        assert row["feature"] in found["feature"].to_numpy()
-        assert len(found) < len(everything) or option == "fires_on"
-        for feature in found["feature"]:
-            texts = [analysis.strings[int(i)].strip().lower() for i in analysis.feature(feature)[column] if i >= 0]
-            assert token.strip().lower() in texts
     assert set(analysis.search(head=2)["head"]) == {2}
     role = everything["role"].dropna().iloc[0]
     assert set(analysis.search(role=role)["role"]) == {role}
     middle = float(everything["density"].median())
     assert (analysis.search(density=(0.0, middle))["density"] <= middle).all()
     assert analysis.search(fires_on="no such token").empty
+    promoted = analysis.feature(int(everything["feature"].iloc[0]))["top_logit_ids"][0]
+    for feature in analysis.search(promotes=Tokens(analysis.strings[int(promoted)], "exact"))["feature"]:
+        assert promoted in analysis.feature(int(feature))["top_logit_ids"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("wanted", [Tokens("e", "exact"), Tokens("E"), Tokens("[aeiou ]", "regex")])
+def test_search_ranks_by_what_brute_force_counts(analysed, name, wanted):
+    """Firings of every feature on the tokens, their share of its firings, and the share of the tokens it fires on."""
+    checkpoint = Checkpoint(analysed / name)
+    lm, analysis = checkpoint.open_model(), Analysis(checkpoint)
+    contexts = checkpoint.open_text(lm.tokenizer).held_out(20)
+    fires = checkpoint.sae.encode(lm.layer(1).z(contexts)).flatten(2)[:, 1:] > 0  # [context, pos, feature]
+    texts = np.array(lm.token_strings(contexts[:, 1:].flatten().tolist()))
+    meant = torch.from_numpy(np.isin(texts, list("aeiou ") if wanted.by == "regex" else ["e"]))
+    fires = fires.flatten(0, 1)
+    hits, firings = fires[meant].sum(0).numpy(), fires.sum(0).numpy()
+    found = analysis.search(fires_on=wanted)
+    for row in found.itertuples():  # a float's last bit may lie on the other side of 0
+        assert abs(row.hits - hits[row.feature]) <= 1 and abs(row.firings - firings[row.feature]) <= 1
+        assert row.precision == pytest.approx(row.hits / row.firings)
+        assert row.recall == pytest.approx(row.hits / int(meant.sum()))
+    low = np.array([wilson_low(h / max(n, 1), n) if n else 0 for h, n in zip(hits, firings, strict=True)])
+    beyond = low > float(meant.double().mean())
+    assert beyond.any()
+    sure = abs(low - float(meant.double().mean())) > 0.01
+    assert set(np.flatnonzero(beyond & sure)) <= set(found["feature"]) <= set(np.flatnonzero(beyond | ~sure))
+    ranks = [wilson_low(row.precision, row.firings) for row in found.itertuples()]
+    assert ranks == sorted(ranks, reverse=True)
+    for order in ("recall", "firings"):
+        ordered = analysis.search(fires_on=wanted, order=order)
+        assert ordered[order].is_monotonic_decreasing and len(ordered) == len(found)
+    counts = analysis.table("counts")
+    assert counts["firings"].sum() == analysis.features["firings"].sum()
+    assert counts.groupby("feature")["reads"].sum().max() <= analysis.features["dfa_firings"].max()
+    assert analysis.table("tokens")["count"].sum() == analysis.meta["n_tokens"] == len(texts)
+    reading = analysis.search(reads=wanted)
+    assert len(reading) and (reading["read_hits"] <= reading["dfa_firings"]).all()
+    both = analysis.search(fires_on=wanted, reads=wanted, head=1)
+    assert set(both["feature"]) <= set(found["feature"]) & set(reading["feature"])
+
+
+def wilson_low(share: float, n: int) -> float:
+    """The lower root of (p - share)^2 = z^2 p (1 - p) / n."""
+    z = 1.959964
+    return float(np.roots([1 + z**2 / n, -2 * share - z**2 / n, share**2]).min())
+
+
+def test_search_by_words_of_examples_descriptions_and_labels(analysed, tmp_path):
+    path = shutil.copytree(analysed / "batchtopk", tmp_path / "a")
+    analysis = Analysis(Checkpoint(path))
+    found = analysis.search(in_examples="READS")
+    assert len(found) and found["examples"].is_monotonic_decreasing
+    for feature in analysis.search()["feature"].head(30):
+        n = 0
+        for row in analysis.examples(int(feature)).itertuples():
+            around = row.token_ids[max(0, row.position - 14) : row.position + 15]  # a word of five letters may overlap
+            text = "".join(analysis.strings[int(i)] for i in around)
+            n += "reads" in text
+        assert n == (found.loc[feature, "examples"] if feature in found.index else 0)
+    first, second = (int(i) for i in analysis.search()["feature"].head(2))
+    labels = Labels(path)
+    labels.put(first, "Old Friends", "", 0.0)
+    labels.put(second, "", "an old note", 0.0)
+    assert set(analysis.search(in_text="OLD", labels=labels.table())["feature"]) == {first, second}
+    assert analysis.search(in_text="old").empty, "without labels only descriptions are read"
+    described = analysis.search(in_text="rare")
+    assert (described["description"].str.contains("rare")).all() and len(described) < len(analysis.search())
+
+
+def test_what_cannot_be_searched_for_is_one_sentence(analysed):
+    analysis = Analysis(Checkpoint(analysed / "batchtopk"))
+    with pytest.raises(ValueError, match="is no regular expression: "):
+        analysis.search(fires_on=Tokens("(", "regex"))
+    with pytest.raises(ValueError, match="there is no class of tokens 'verbs': known are punctuation, newline, digit"):
+        analysis.search(fires_on=Tokens("verbs", "class"))
+
+
+def test_descriptions_are_scored_on_further_text(analysed):
+    for name in NAMES:
+        checkpoint = Checkpoint(analysed / name)
+        lm, analysis = checkpoint.open_model(), Analysis(checkpoint)
+        features, everything = analysis.features, checkpoint.open_text(lm.tokenizer).held_out(40)
+        f = checkpoint.sae.encode(lm.layer(1).z(everything)).flatten(2)
+        detection = analysis.table("detection")
+        scored = features.index[features["description_auroc"].notna()]
+        assert len(scored) == analysis.meta["descriptions"]["features"] == detection["feature"].nunique() > 10
+        assert detection["context"].between(20, 39).all(), "the first 20 were used to write the descriptions"
+        for feature in scored[:20]:
+            own = analysis.detection(feature)
+            value = f[own["context"].tolist(), own["position"].tolist(), feature]
+            assert value[own["fires"].to_numpy(copy=True)].min() > 0
+            for row in own.itertuples():
+                assert row.token_ids.tolist() == everything[row.context, : row.position + 1].tolist()
+            expected = detected(*(own[column].to_numpy() for column in ("fires", "score", "context")))
+            found = features.loc[feature, [f"description_{name}" for name in Detected._fields]]
+            assert found.tolist() == pytest.approx(list(expected), nan_ok=True)
+    ordered = analysis.search(order="description_auroc")["description_auroc"]
+    assert ordered.dropna().is_monotonic_decreasing and ordered.isna().iloc[-1] == ordered.isna().any()
+
+
+def test_without_further_text_nothing_is_scored(trained, tmp_path):
+    shutil.copytree(trained / "batchtopk", tmp_path / "a")
+    assert main([str(tmp_path / "a"), *OPTIONS, "--score_tokens=0"]) == 0
+    analysis = Analysis(Checkpoint(tmp_path / "a"))
+    assert analysis.features["description_auroc"].isna().all() and analysis.detection(0).empty
+    assert analysis.meta["descriptions"] | {"features": 0, "auroc": None} == analysis.meta["descriptions"]
 
 
 def test_descriptions(analysed):
@@ -276,6 +378,9 @@ def test_refusals(trained, analysed, tmp_path, capsys):
         ("heads", "head", 0, "not in their order"),
         ("heads", "mono_deviants", [-1], "column mono_deviants has -1"),
         ("examples", "context", 10**6, "lies in no context"),
+        ("detection", "context", 10**6, "lies in no context"),
+        ("detection", "position", 10**4, "outside its context"),
+        ("counts", "feature", 10**6, "column feature has 1000000"),
         ("examples", "position", 10**4, "outside its context"),
         ("copying", "source", 10**4, "outside its context"),
         ("tokens", "id", 10**6, "has no token"),
@@ -293,6 +398,8 @@ def test_ids_and_columns_that_cannot_be_are_one_sentence(analysed, tmp_path, nam
         feature = int(analysis.search()["feature"].iloc[0])
         _ = analysis.features, analysis.heads, analysis.copying, analysis.examples(feature), analysis.table("pairs")
         _ = [analysis.strings[int(i)] for i in analysis.feature(feature)["top_logit_ids"]]
+        scored = analysis.features["description_auroc"].idxmax()
+        _ = analysis.detection(int(scored)), analysis.table("counts")
 
     with pytest.raises(CheckpointError, match=f"{name}.parquet is damaged .*{message}"):
         read_all()

@@ -109,7 +109,8 @@ def test_tokens_that_features_fire_on_and_read(seen):
     dense = sae.is_dense
     fires, reads = statistics.fires_on.top(sae.d_sae, 3), statistics.sources.reads.top(sae.d_sae, 3)
     mass = torch.zeros(sae.d_sae, len(dfa.SLOTS), dtype=torch.float64)
-    slots = [dfa.source_slots(row) for row in contexts]
+    kinds = dfa.TokenKinds(lm, contexts)
+    slots = [dfa.source_slots(row, kinds) for row in contexts]
     for feature in range(sae.d_sae):
         heads = range(lm.n_heads) if dense else [feature // sae.features_per_block]
         index = feature if dense else feature % sae.features_per_block

@@ -381,5 +381,5 @@ def test_analysing_again_leaves_matches(matched, tmp_path):
     from analysis import store
 
     shutil.copytree(matched / "copy", tmp_path / "copy")
-    store.write(tmp_path / "copy" / "analysis", {}, {"heads": pd.DataFrame({"head": [0]})})
+    store.write(tmp_path / "copy" / "analysis", 1, {}, {"heads": pd.DataFrame({"head": [0]})})
     assert (tmp_path / "copy" / "matches" / "block-l1_1" / "pairs.parquet").exists()
