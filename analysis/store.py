@@ -30,7 +30,7 @@ from analysis import schema
 from analysis.schema import Expected
 from trainer.checkpoint import Checkpoint, CheckpointError
 from trainer.config import require
-from trainer.files import read_json, write_json
+from trainer.files import flaw, read_json, write_json
 
 SCHEMA_VERSION = 1
 _LOGITS = (("top_logit_ids", "top_logits"), ("bottom_logit_ids", "bottom_logits"))
@@ -98,7 +98,7 @@ class Artefacts:
         except FileNotFoundError:
             raise CheckpointError(absent, command) from None
         except ValueError as error:
-            raise CheckpointError(f"{file} is damaged ({error})", command) from error
+            raise CheckpointError(flaw(file, error), command) from error
         if version != SCHEMA_VERSION:
             raise CheckpointError(f"{file} has schema version {version}, this program reads {SCHEMA_VERSION}", command)
         if self.meta["weights"] not in ([one.weights_hash for one in checkpoints], checkpoints[0].weights_hash):
@@ -144,7 +144,7 @@ class Artefacts:
         except FileNotFoundError:
             raise CheckpointError(f"{file} is missing", self._command) from None
         except (pa.ArrowException, ValueError, OSError) as error:
-            raise CheckpointError(f"{file} is damaged ({error})", self._command) from error
+            raise CheckpointError(flaw(file, error), self._command) from error
 
 
 class _Strings(dict[int, str]):
