@@ -34,7 +34,7 @@ from analysis.schema import Expected
 from analysis.search import Tokens, near_words
 from trainer.checkpoint import Checkpoint, CheckpointError
 from trainer.config import require
-from trainer.files import read_json, write_json
+from trainer.files import flaw, read_json, write_json
 
 Order = Literal["precision", "recall", "read_precision", "examples", "firings", "description_auroc"]
 _LOGITS = (("top_logit_ids", "top_logits"), ("bottom_logit_ids", "bottom_logits"))
@@ -103,7 +103,7 @@ class Artefacts:
         except FileNotFoundError:
             raise CheckpointError(absent, command) from None
         except ValueError as error:
-            raise CheckpointError(f"{file} is damaged ({error})", command) from error
+            raise CheckpointError(flaw(file, error), command) from error
         if version != expected.version:
             raise CheckpointError(
                 f"{file} has schema version {version}, this program reads {expected.version}", command
@@ -151,7 +151,7 @@ class Artefacts:
         except FileNotFoundError:
             raise CheckpointError(f"{file} is missing", self._command) from None
         except (pa.ArrowException, ValueError, OSError) as error:
-            raise CheckpointError(f"{file} is damaged ({error})", self._command) from error
+            raise CheckpointError(flaw(file, error), self._command) from error
 
 
 class _Strings(dict[int, str]):

@@ -21,11 +21,11 @@ def main(folder: Path) -> None:
     print(f"| checkpoint | {columns} | FVU of heads 3, 4, 5 |\n|{'---|' * 8}")
     for each in rows:
         name, f = each.name, each.eval
-        worst = int(np.argmax(f["FVU_per_head"]))
-        induction = ", ".join(f"{f['FVU_per_head'][head]:.2f}" for head in (3, 4, 5))
+        worst = int(np.nanargmax(per_head(f)))
+        induction = ", ".join(f"{per_head(f)[head]:.2f}" for head in (3, 4, 5))
         print(
             f"| {name} | {f['L0']:.1f} | {f['FVU']:.3f} | {score(f, 'KL_score')} | {score(f['induction'], 'CE_score')} "
-            f"| {f['dead_fraction']:.1%} | {f['FVU_per_head'][worst]:.3f} (head {worst}) | {induction} |"
+            f"| {f['dead_fraction']:.1%} | {per_head(f)[worst]:.3f} (head {worst}) | {induction} |"
         )
     print()
     plain = [each for each in rows if not each.is_dense and not each.config.options.sae.label]
@@ -53,6 +53,11 @@ def merging(checkpoints: list[Checkpoint]) -> None:
             f"| {checkpoint.name} | {found['n_tokens']:,} | {found['l0']:.1f} | {both[0]:.1f} | {both[1]:.1f} "
             f"| {alone['L0']:.1f} ({alone['largest']:.0f}) |"
         )
+
+
+def per_head(figures: dict[str, Any]) -> Any:
+    """FVU of each head; NaN of one that is constant, which has none."""
+    return np.array(figures["FVU_per_head"], dtype=float)
 
 
 def score(figures: dict[str, Any], key: str) -> str:

@@ -37,8 +37,8 @@ def on_text(rows: dict[str, Figures], shared: str, heads: list[int]) -> list[str
             f"{f['FVU']:.3f}",
             score(f, "KL_score"),
             score(f, "CE_score"),
-            "{1:.3f} ({0})".format(*max(enumerate(f["FVU_per_head"]), key=lambda pair: pair[1])),
-            ", ".join(f"{f['FVU_per_head'][head]:.2f}" for head in heads),
+            "{:.3f} ({})".format(*max((fvu, head) for head, fvu in enumerate(f["FVU_per_head"]) if fvu is not None)),
+            ", ".join(number(f["FVU_per_head"][head], 2) for head in heads),
             f"{f['dead_fraction']:.1%}",
         ]
         for name, f in rows.items()
@@ -77,9 +77,9 @@ def score(figures: Figures, key: str) -> str:
     return number(figures[key]) + ("" if figures[key] is None else f" ± {figures[f'{key}_se']:.3f}")
 
 
-def number(value: float | None) -> str:
-    """A score, or that its denominator is within 3 standard errors of 0."""
-    return "n/m" if value is None else f"{value:.3f}"
+def number(value: float | None, digits: int = 3) -> str:
+    """A figure, or that it has none: its denominator is within 3 standard errors of 0, or the head is constant."""
+    return "n/m" if value is None else f"{value:.{digits}f}"
 
 
 def counts(rows: Any) -> str:

@@ -30,7 +30,7 @@ from trainer.block_diag import BlockDiagSAE, parameter_shapes
 from trainer.config import ActivationsConfig, SAEConfig, TrainingConfig, require
 from trainer.errors import one_line
 from trainer.figures import Count, Evaluation, Positive, parse_line
-from trainer.files import read_json, require_file, write_atomically, write_json
+from trainer.files import flaw, read_json, require_file, write_atomically, write_json
 
 if TYPE_CHECKING:  # it imports transformer_lens, for which pages that run no prompt should not wait
     from trainer.data.text import Corpus
@@ -286,7 +286,7 @@ class Checkpoint:
         except FileNotFoundError:
             raise CheckpointError(f"{self.weights} is missing: the run has not saved weights yet") from None
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self.weights} is damaged: {error}") from error
+            raise CheckpointError(flaw(self.weights, error)) from error
         for name in sorted(expected.keys() | shapes.keys()):
             have, want = (f"{name} {of[name]}" if name in of else f"no {name}" for of in (shapes, expected))
             if have != want:
@@ -305,7 +305,7 @@ class Checkpoint:
         try:
             tensors = load_file(self.weights)
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self.weights} is damaged: {error}") from error
+            raise CheckpointError(flaw(self.weights, error)) from error
         if not all(torch.isfinite(t).all() for t in tensors.values()):
             raise CheckpointError(f"{self.weights} holds values that are not finite")
         sae = BlockDiagSAE(**asdict(self.config.sae))
@@ -328,7 +328,7 @@ class Checkpoint:
         except FileNotFoundError:
             return None
         except ValueError as error:
-            raise CheckpointError(f"{file} is damaged: {error}") from error
+            raise CheckpointError(flaw(file, error)) from error
         return figures
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -492,7 +492,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     except (ValueError, OSError) as error:
-        raise CheckpointError(f"{file} is damaged: {error} (line {len(lines) + 1})") from error
+        raise CheckpointError(f"{flaw(file, error)} (line {len(lines) + 1})") from error
     return lines
 
 
@@ -513,7 +513,7 @@ def _read_config(file: Path) -> Config:
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing") from None
     except ValueError as error:
-        raise CheckpointError(f"{file} is damaged: {error}") from error
+        raise CheckpointError(flaw(file, error)) from error
     schema = data.get("schema_version")
     if schema not in (2, SCHEMA_VERSION):
         raise CheckpointError(f"{file} has schema version {schema}, this program reads 2 and {SCHEMA_VERSION}")

@@ -76,8 +76,14 @@ def require_file(path: Path) -> os.stat_result:
     if not stat.S_ISREG(found.st_mode):
         raise OSError("it is no file")
     if not os.access(path, os.R_OK):
-        raise OSError("it may not be read")
+        raise PermissionError("it may not be read")
     return found
+
+
+def flaw(path: Path, error: Exception) -> str:
+    """Why a file cannot be used: what may not be read is not called damaged, it may be as good as ever."""
+    denied = any(isinstance(each, PermissionError) for each in (error, error.__cause__))
+    return f"{path} may not be read" if denied else f"{path} is damaged ({error})"
 
 
 def read_json(path: Path, kind: Any) -> Any:
@@ -139,11 +145,12 @@ def load_tensors(path: Path, what: str = "") -> dict[str, Tensor]:
         ValueError: the file cannot be read, its content has changed, or it is another file than its name says.
     """
     try:
+        require_file(path)
         with safe_open(path, framework="pt") as file:
             meta = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged ({error})") from error
+        raise ValueError(flaw(path, error)) from error
     if meta.get("checksum") != _checksum(tensors):
         raise ValueError(f"{path} is damaged (its content does not match its checksum)")
     if meta.get("what") != what:

@@ -1,6 +1,7 @@
 """One process at a time writes a checkpoint directory."""
 
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -49,6 +50,14 @@ def is_locked(path: Path) -> bool:
         return True
     except (NotImplementedError, OSError):
         return False
+
+
+def holder_here(path: Path) -> int | None:
+    """The process of this machine that writes this checkpoint directory now; None where none does, or none is named."""
+    if not is_locked(path):
+        return None
+    found = re.fullmatch(r"by process (\d+) on (.+) since .*", _holder(_lock_file(path)))
+    return int(found[1]) if found and found[2] == socket.gethostname() else None
 
 
 def _lock_file(path: Path) -> Path:

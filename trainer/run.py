@@ -1,6 +1,7 @@
 """One SAE of a run: its checkpoint directory, its log and its saved states."""
 
 import os
+import shlex
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -58,7 +59,9 @@ class Run:
         if not (self.path / "config.json").exists() and not (self.path / "sae.safetensors").exists():
             return True
         if not resume:
-            again = f"python -m trainer --config {self.path / 'run.yaml'} --resume=true"
+            # By its place, not by the one in run.yaml: the folder may have been moved.
+            place = ["--config", str(self.path / "run.yaml"), "--out", str(self.path.parent), "--name", self.path.name]
+            again = f"python -m trainer {shlex.join(place)} --resume=true"
             raise CheckpointError(
                 f"{self.path} exists already: choose another --name or --out, or continue it with --resume=true",
                 again if (self.path / "run.yaml").exists() else None,
@@ -109,7 +112,9 @@ class Run:
         )  # fmt: skip
         checkpoint.save_config(self.path, self._config)
         read = {"model": self._model.name, "dataset": self._text.name, "context_size": self._text.context_size}
-        options = to_flags(self.options) | {"name": self.path.name, "resume": False} | read
+        # Absolute, so that the file means this run from wherever it is used.
+        place = {"out": os.path.abspath(self.path.parent), "name": self.path.name}
+        options = to_flags(self.options) | place | {"resume": False} | read
         write_atomically(self.path / "run.yaml", lambda p: p.write_text(yaml.safe_dump(options, sort_keys=False)))
         self.log = MetricsLog(self.path, step, mode, self.training.wandb_project, self._config)
         if self.log.url:
@@ -145,7 +150,9 @@ class Run:
         try:
             return load_tensors(self._state(step), f"step {step}")
         except ValueError as error:
-            raise CheckpointError(f"{error}: delete {self.path} and train it again") from error
+            denied = isinstance(error.__cause__, PermissionError)
+            way_out = "" if denied else f": delete {self.path} and train it again"
+            raise CheckpointError(f"{error}{way_out}") from error
 
     def drop_states(self, keep: int | None) -> None:
         """Delete saved states but that of step `keep`."""
@@ -203,6 +210,8 @@ def plan(activations: ActivationsConfig, saes: list[SAEConfig], training: Traini
         if not left:
             raise ValueError(f"{runs[0].path} is complete: there is nothing to resume")
         new = [run for run in left if run.is_new]
+        if training.resume and len(new) == len(left):  # perhaps it was begun in another folder
+            print(f"Nothing to resume: {os.path.abspath(runs[0].path)} is not there, training begins")
         if new and any(run.saved_steps() for run in left):
             raise ValueError(
                 f"{new[0].path} is not part of the interrupted run: resume that one, then train the new one"

@@ -2,16 +2,20 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from trainer.locks import is_locked
+from trainer.checkpoint import Checkpoint, CheckpointError
+from trainer.locks import holder_here, is_locked
 
 AT_ONCE = 2  # trainings of one server: more would slow each other down, and whoever looks
+EARLIER = 10  # trainings of earlier servers that are told of
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
@@ -19,26 +23,49 @@ class Process(NamedTuple):
     """One command that was started: the checkpoints it makes, and where its output goes."""
 
     names: list[str]
-    arguments: list[str]
     log: Path
-    begun: float
-    popen: subprocess.Popen
+    when: float
+    """it was started; where an earlier server did that, when it last said something"""
+    popen: subprocess.Popen | None
+    """None where an earlier server started it: then the lock tells whether it runs, and its checkpoint how it ended"""
 
     @property
     def state(self) -> str:
         """Running, or how it ended."""
+        if self.popen is None:
+            if is_locked(self._path):
+                return "running"
+            return "complete" if _is_complete(self._path) else "ended"
         status = self.popen.poll()
         if status is None:
             return "running"
         # 130 is the trainer's own after SIGTERM: it has saved.
         return {0: "complete", 130: "stopped", -15: "stopped"}.get(status, f"failed with status {status}")
 
+    @property
+    def pid(self) -> int | None:
+        """None where it has ended under another server, or runs on another machine."""
+        return self.popen.pid if self.popen else holder_here(self._path)
+
+    def cancel(self) -> None:
+        """SIGTERM, where it runs: it saves and ends."""
+        if self.popen:
+            self.popen.terminate()
+        elif pid := self.pid:
+            with suppress(OSError):  # it has just ended, or is another user's
+                os.kill(pid, signal.SIGTERM)
+
+    @property
+    def _path(self) -> Path:
+        return self.log.parents[1] / self.names[0]
+
 
 class Processes:
-    """The commands started by this server, for all its sessions. They outlive a session, and the server too."""
+    """The commands started by this server, for all its sessions. They outlive a session, and the server too: those of
+    an earlier one are found by their logs."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._started: dict[str, Process] = {}
 
     def start(self, arguments: list[str], names: list[str], folder: Path, root: Path) -> Process:
@@ -61,7 +88,7 @@ class Processes:
             for name in names:  # by a command that was typed, or that this server started before it was restarted
                 if is_locked(folder / name):
                     raise ValueError(f"{name} is being trained already")
-            running = [other.names[0] for other in self._started.values() if other.state == "running"]
+            running = [other.names[0] for other in self.all(folder) if other.state == "running"]
             if len(running) >= AT_ONCE:
                 which = ", ".join(running)
                 raise ValueError(f"{AT_ONCE} trainings at once are the limit ({which}): cancel one or wait for its end")
@@ -81,21 +108,33 @@ class Processes:
                     )
             except OSError as error:
                 raise ValueError(f"the training cannot be started: {error}") from error
-            process = Process(names, arguments, log, time.time(), popen)
+            process = Process(names, log, time.time(), popen)
             self._started[names[0]] = process
             return process
 
-    def cancel(self, name: str) -> None:
-        """SIGTERM to a command, by the first of its names: it saves and ends."""
+    def all(self, folder: Path) -> list[Process]:
+        """The last command of every name, what runs first, then the newest; of earlier servers a few."""
         with self._lock:
-            process = self._started.get(name)
-            if process is not None and process.state == "running":
-                process.popen.terminate()
+            started = list(self._started.values())
+        known = {name for process in started for name in process.names}
+        earlier = []
+        for log in (folder / ".runs").glob("*.log"):
+            with suppress(OSError):  # it has just been deleted
+                if log.stem not in known:
+                    earlier.append(Process([log.stem], log, log.stat().st_mtime, None))
 
-    def all(self) -> list[Process]:
-        """The last command of every name, the newest first."""
-        with self._lock:
-            return sorted(self._started.values(), key=lambda process: -process.begun)
+        def order(process: Process) -> tuple[bool, float]:
+            return process.state != "running", -process.when
+
+        earlier = sorted(earlier, key=order)[:EARLIER]
+        return sorted(started + earlier, key=order)
+
+
+def _is_complete(path: Path) -> bool:
+    try:
+        return Checkpoint(path).is_complete
+    except CheckpointError:
+        return False
 
 
 def tail(log: Path, lines: int = 12) -> str:

@@ -49,9 +49,9 @@ def show() -> None:
 
 
 def started() -> None:
-    """What this server runs in the background, where it is allowed to."""
+    """What was started in the background, also before the server was restarted; where that is allowed."""
     if training_allowed():
-        st.subheader("Started by this server")
+        st.subheader("Started in the background")
         _draw_started()
 
 
@@ -136,15 +136,16 @@ def _draw_started() -> None:
     """The background trainings, with the end of their output."""
     if refused := st.session_state.pop("refused", None):
         refuse(refused)
-    processes = _processes().all()
+    processes = _processes().all(folder().resolve())
     if not processes:
         st.caption("Nothing was started from here yet. A training that is started goes on when this page is closed.")
     for process in processes:
         with st.container(border=True):
             left, right = st.columns([5, 1], vertical_alignment="center")
-            since = progress.ago(time.time() - process.begun)
-            left.text(f"{', '.join(process.names)}: {process.state}, started {since} ago, process {process.popen.pid}")
-            if process.state == "running":
-                name = process.names[0]
-                right.button("Cancel", key=f"cancel {name}", on_click=_processes().cancel, args=(name,))
+            what = "started" if process.popen else "last output"
+            which = f", process {process.pid}" if process.pid else ""
+            since = progress.ago(time.time() - process.when)
+            left.text(f"{', '.join(process.names)}: {process.state}, {what} {since} ago{which}")
+            if process.state == "running" and process.pid:
+                right.button("Cancel", key=f"cancel {process.names[0]}", on_click=process.cancel)
             st.code(tail(process.log) or "No output yet.", language=None, wrap_lines=True)

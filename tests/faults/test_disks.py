@@ -204,6 +204,7 @@ def test_what_may_not_be_read(child, folder, fault):
         assert new, path
         for each in new:
             assert str(folder) in each and "\n" not in each and len(each) < 900 and "missing" not in each, each
+            assert "damaged" not in each, each
     fault(AREA, "a folder or file of a checkpoint that may not be read", len(closed), "one sentence")
 
 

@@ -5,6 +5,7 @@ import os
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -14,12 +15,12 @@ from streamlit.testing.v1 import AppTest
 
 from analysis.runs import commands, progress
 from analysis.runs.background import AT_ONCE, Processes, tail
-from tests.helpers import OTHERS, PATIENCE, ROOT, edit_config, open_page, said
+from tests.helpers import OTHERS, PATIENCE, ROOT, edit_config, open_page, said, tiny_run
 from trainer import cli
 from trainer.__main__ import main
 from trainer.checkpoint import Checkpoint, read_metrics
 from trainer.config import ActivationsConfig, SAEConfig, TrainingConfig
-from trainer.locks import locked
+from trainer.locks import holder_here, locked
 from trainer.log import MetricsLog
 
 PAGE = "pages/runs.py"
@@ -302,13 +303,83 @@ def test_nothing_is_trained_twice_at_once_and_failures_are_told(tmp_path):
         processes.start([], ["two"], tmp_path, tmp_path)
     wait_for(lambda: "touch x" in tail(first.log))
     assert not (tmp_path / "x").exists()
-    processes.cancel("one")
-    processes.cancel("unknown")
+    first.cancel()
     wait_for(lambda: first.state == "stopped")
     (tmp_path / "trainer" / "__main__.py").write_text("raise SystemExit(2)")
     second = processes.start([], ["two"], tmp_path, tmp_path)
     wait_for(lambda: second.state == "failed with status 2")
-    assert [process.names for process in processes.all()] == [["two"], ["one", "two"]]
+    assert [process.names for process in processes.all(tmp_path)] == [["two"], ["one", "two"]]
+    second.cancel()  # has ended: nothing happens
+
+
+SERVER = """
+import json, sys, time
+from pathlib import Path
+from analysis.runs.background import Processes
+processes = Processes()
+for name, arguments in json.load(sys.stdin).items():
+    processes.start(arguments, [name], Path(sys.argv[1]), Path())
+print("started", flush=True)
+time.sleep(int(sys.argv[2]))
+"""
+
+
+def test_a_restarted_server_knows_what_runs_and_what_has_ended(tmp_path, monkeypatch, gpt2_folder, text_file):
+    monkeypatch.setenv("ATTN_SAES_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "checkpoints"
+    out.mkdir()
+    steps = {"long": 10**8, "short": 20, "refused": -1}
+    more = ("--batch_size=128", "--distinct_tokens=4000")
+    runs = {
+        name: tiny_run(gpt2_folder, text_file, out, *more, f"--name={name}", f"--total_training_steps={n}")
+        for name, n in steps.items()
+    }
+
+    def serve(*names: str) -> None:
+        """A server that starts these and is killed at once."""
+        command = [sys.executable, "-c", SERVER, str(out), str(PATIENCE)]
+        with subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+        ) as server:
+            print(json.dumps({name: runs[name] for name in names}), file=server.stdin)
+            server.stdin.close()
+            assert server.stdout.readline() == "started\n"
+            server.kill()
+
+    restarted = Processes()
+    of = lambda name: next(process for process in restarted.all(out) if process.names == [name])  # noqa: E731
+    serve("short", "refused")
+    wait_for(lambda: "total_training_steps" in tail(of("refused").log))
+    wait_for(lambda: "KL score" in tail(of("short").log) and of("short").state != "running")
+    assert of("short").state == "complete" and of("short").pid is None
+    assert of("refused").state == "ended"
+    serve("long")
+    wait_for(lambda: (out / "long").exists() and read_metrics(out / "long"))
+    long = restarted.all(out)[0]
+    try:
+        assert (long.names, long.state, long.popen) == (["long"], "running", None)
+        assert "Training:" in tail(long.log)
+        with pytest.raises(ValueError, match="long is being trained already"):
+            restarted.start([], ["long"], out, ROOT)
+        monkeypatch.setattr("analysis.runs.background.AT_ONCE", 1)
+        with pytest.raises(ValueError, match=r"at once are the limit \(long\)"):
+            restarted.start([], ["more"], out, ROOT)
+        long.cancel()
+        wait_for(lambda: long.state == "ended")
+    finally:
+        if long.pid:
+            os.kill(long.pid, signal.SIGKILL)
+    assert long.pid is None and progress.saved_step(out / "long") > 0
+    assert "the same command with --resume=true goes on" in tail(long.log)
+    long.cancel()  # nobody is killed by the number that a process had
+
+
+def test_a_lock_of_another_machine_names_no_process_here(tmp_path):
+    with locked([tmp_path / "run"]):
+        assert holder_here(tmp_path / "run") == os.getpid()
+        (tmp_path / ".runs" / "run.lock").write_text("by process 1 on elsewhere since 2026-01-01 00:00:00")
+        assert holder_here(tmp_path / "run") is None
+    assert holder_here(tmp_path / "run") is None
 
 
 def test_the_tail_of_a_log_is_what_one_would_see(tmp_path):
@@ -329,9 +400,9 @@ def test_only_so_many_trainings_run_at_once(tmp_path):
             processes.start([], [f"run{n}"], tmp_path, tmp_path)
         with pytest.raises(ValueError, match="trainings at once are the limit"):
             processes.start([], ["more"], tmp_path, tmp_path)
-        assert len(processes.all()) == AT_ONCE
+        assert len(processes.all(tmp_path)) == AT_ONCE
     finally:
-        for process in processes.all():
+        for process in processes.all(tmp_path):
             process.popen.kill()
             process.popen.wait()
     processes.start([], ["more"], tmp_path, tmp_path).popen.kill()

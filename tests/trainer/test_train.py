@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,7 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from tests.helpers import PATIENCE, ROOT, save_tiny_gpt2, tiny_run
+from tests.helpers import PATIENCE, ROOT, save_tiny_gpt2, tiny_run, write_text
 from trainer import checkpoint, cli, config
 from trainer.__main__ import main
 from trainer.checkpoint import Checkpoint
@@ -200,6 +201,65 @@ def test_run_yaml_repeats_and_resumes_one_sae_of_a_sweep(command, monkeypatch):
     assert_same_weights(heavy, out / "again")
     assert Checkpoint(heavy).recipe == Checkpoint(out / "again").recipe == "reference"
     assert Checkpoint(heavy).eval == Checkpoint(out / "again").eval
+
+
+def test_run_yaml_means_its_run_from_every_folder(command, monkeypatch, tmp_path, capsys):
+    arguments, _ = command
+    arguments = [*arguments, "--out=checkpoints"]
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with interrupted_at(7, monkeypatch):
+        assert main(arguments) == 130
+    run = tmp_path / "here" / "checkpoints" / "run"
+    monkeypatch.chdir(tmp_path / "there")
+    assert main([f"--config={run / 'run.yaml'}", "--resume=true"]) == 0
+    assert Checkpoint(run).is_complete and not (tmp_path / "there" / "checkpoints").exists()
+    # A relative --out is another folder from here: it is said, and what is trained is the same.
+    capsys.readouterr()
+    assert main([*arguments, "--resume=true"]) == 0
+    other = tmp_path / "there" / "checkpoints" / "run"
+    assert f"Nothing to resume: {other} is not there" in capsys.readouterr().out
+    assert_same_weights(run, other)
+
+
+def test_the_command_of_a_refusal_resumes_a_run_that_was_moved(command, monkeypatch, tmp_path, capsys):
+    arguments, out = command
+    with interrupted_at(7, monkeypatch):
+        assert main(arguments) == 130
+    moved = out.rename(tmp_path / "a b")
+    assert main([*arguments, f"--out={moved}"]) == 2
+    command_line = capsys.readouterr().err.split("`")[-2]
+    assert main(shlex.split(command_line)[3:]) == 0
+    assert Checkpoint(moved / "run").is_complete and not out.exists()
+
+
+@pytest.mark.parametrize("source", ["cached", "live"])
+def test_a_configuration_of_a_data_set_trains_and_resumes(command, monkeypatch, tmp_path, capsys, source):
+    arguments, out = command
+    folder = tmp_path / "texts"
+    for name, documents in (("en", 60), ("de", 90)):
+        (folder / name).mkdir(parents=True)
+        write_text(folder / name / "a.jsonl", documents)
+    files = "".join(f"- config_name: {name}\n  data_files: {name}/*.jsonl\n" for name in ("en", "de"))
+    (folder / "README.md").write_text(f"---\nconfigs:\n{files}---\n")
+    arguments = [*arguments, f"--dataset={folder}", f"--cache_gb={int(source == 'cached')}"]
+    assert main(arguments) == 2
+    assert "has the configurations en, de: name one with --dataset_config" in capsys.readouterr().err
+    assert not (out / "run").exists()
+    arguments.append("--dataset_config=de")
+    assert main([*arguments, "--name=whole"]) == 0
+    with interrupted_at(7, monkeypatch):
+        assert main(arguments) == 130
+    assert main([*arguments, "--dataset_config=en", "--resume=true"]) == 2
+    assert "begun on another text" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+    moved = folder.rename(tmp_path / "moved")
+    assert main([f"--config={out / 'run' / 'run.yaml'}", f"--dataset={moved}", "--resume=true"]) == 0
+    assert_same_weights(out / "whole", out / "run")
+    config = Checkpoint(out / "run").config
+    assert (config.source, config.text.dataset_config, config.text.name) == (source, "de", str(moved))
+    assert Checkpoint(out / "run").eval == Checkpoint(out / "whole").eval
 
 
 def test_saves_of_different_steps_resume_from_the_last_common_one(command, monkeypatch):
@@ -570,7 +630,7 @@ def test_a_run_that_is_being_trained_is_not_trained_twice(command, capsys):
         assert is_locked(out / "run") and not (out / "run").exists()
     assert not is_locked(out / "run")
     assert main(arguments) == 0
-    assert main(arguments) == 2 and "run.yaml --resume=true`" in capsys.readouterr().err
+    assert main(arguments) == 2 and "--name run --resume=true`" in capsys.readouterr().err
 
 
 def test_a_changed_training_state_is_not_resumed(command, capsys, monkeypatch):

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from trainer.config import ActivationsConfig
 from trainer.data.text import Corpus
-from trainer.files import cache_dir, load_tensors, save_tensors, sweep, write_json
+from trainer.files import cache_dir, flaw, load_tensors, require_file, save_tensors, sweep, write_json
 from trainer.model.lm import LanguageModel
 from trainer.precision import matmuls_are_tf32
 
@@ -263,13 +263,14 @@ class CachedActivations:
             return False
         key = self.keys[folder]
         try:
+            require_file(path)
             with safe_open(path, framework="pt") as file:
                 found = file.get_slice("z")
                 n_rows, *shape = found.get_shape()
                 fits = n_rows >= self._shard_rows[index] and shape == [key.n_heads, key.d_head]
                 return fits and found.get_dtype() == "F16"
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"activation shard {path} is damaged ({error}): delete it to harvest it again") from error
+            raise ValueError(f"activation shard {flaw(path, error)}: delete it to harvest it again") from error
 
 
 def _shard(folder: Path, index: int) -> Path:

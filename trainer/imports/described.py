@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from trainer.config import require
-from trainer.files import read_description
+from trainer.files import flaw, read_description
 
 Described = TypeVar("Described")
 
@@ -28,7 +28,7 @@ def read_json(file: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise FileNotFoundError(f"{file} is missing") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
+        raise ValueError(flaw(file, error)) from error
     require(isinstance(found, dict), f"{file} is damaged: it holds no object")
     return found
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from trainer.config import require
 from trainer.errors import first_line
+from trainer.files import flaw, require_file
 
 
 def read_safetensors(file: Path, only: str | None = None) -> dict[str, Tensor]:
@@ -21,12 +22,13 @@ def read_safetensors(file: Path, only: str | None = None) -> dict[str, Tensor]:
         ValueError: it is damaged, or holds what is no floating point.
     """
     try:
+        require_file(file)
         with safe_open(file, framework="pt") as tensors:
             found = {name: tensors.get_tensor(name) for name in tensors.keys() if only in (None, name)}  # noqa: SIM118
     except FileNotFoundError:
         raise FileNotFoundError(f"{file} is missing") from None
     except (SafetensorError, OSError, RuntimeError, AttributeError) as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
+        raise ValueError(flaw(file, error)) from error
     return _floats(found, file)
 
 
@@ -38,6 +40,7 @@ def read_pickle(file: Path) -> dict[str, Tensor]:
         ValueError: it is damaged, or holds anything but tensors of floating point.
     """
     try:
+        require_file(file)
         # torch stores; what is compressed could be of any size, and would be mapped as it stands.
         with zipfile.ZipFile(file) as archive:
             stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
@@ -51,6 +54,8 @@ def read_pickle(file: Path) -> dict[str, Tensor]:
         ) from error
     except zipfile.BadZipFile as error:
         raise ValueError(f"{file} is damaged, or not written by torch.save: {error}") from error
+    except PermissionError as error:
+        raise ValueError(flaw(file, error)) from error
     except (OSError, RuntimeError, EOFError, LookupError, TypeError, AttributeError, NotImplementedError) as error:
         raise ValueError(f"{file} is damaged: {first_line(error)}") from error
     return _floats(loaded, file)
