@@ -160,9 +160,7 @@ def main(arguments: list[str] | None = None) -> None:
     on_gpu = device.startswith("cuda")
     steps.HEADS, steps.D_HEAD, steps.FEATURES = size.heads, size.d_head, size.features
     name = torch.cuda.get_device_name() if on_gpu else "CPU"
-    print(
-        f"{name}, torch {torch.__version__}, {size.rounds} rounds, batch {size.batch:,}, {size.features:,} features a head\n"
-    )
+    print(f"{name}, torch {torch.__version__}, {size}\n")
     print("| | precision | ms (quartiles) | tokens/s | peak MB |\n|---|---|---|---|---|")
 
     def row(name: str, precision: str, tokens: int, build: Build) -> None:
@@ -197,12 +195,8 @@ def main(arguments: list[str] | None = None) -> None:
         for recipe, options in (("april", {}), ("batchtopk", {"k": 192}), ("batchtopk", {"k": 192, "points": 8})):
             options = {each: min(value, size.features) for each, value in options.items()}
             name = f"model and {recipe}, {options.get('points', 1)} points, {of}"
-            row(
-                name,
-                "TF32, compiled" if on_gpu else "float32",
-                rows,
-                partial(both, lm, size, context, device, recipe, **options),
-            )
+            build = partial(both, lm, size, context, device, recipe, **options)
+            row(name, "TF32, compiled" if on_gpu else "float32", rows, build)
     for name, precision, build in sae_steps(size, device):
         row(name, precision, size.batch, build)
     torch.set_float32_matmul_precision("highest")
