@@ -362,7 +362,7 @@ class Analysis:
         """How many examples of each feature have words near the firing."""
         examples = self.table("examples", ["feature", "context", "position"])
         contexts = self.table("contexts")
-        texts = [[self.strings[i] for i in ids] for ids in contexts["token_ids"]]
+        texts = [[self.strings[int(i)] for i in ids] for ids in contexts["token_ids"]]
         near = {c: near_words(of, words) for c, of in zip(contexts["context"], texts, strict=True)}
         with self._files.reading("examples"):
             known = examples["context"].isin(near)

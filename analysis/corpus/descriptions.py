@@ -101,10 +101,12 @@ def choose_detection(further: FurtherFirings, sample: Largest, n_further: int, l
     strong = value >= median[feature]
     at = ((context.astype(np.int64) - further._first) * (length - 1) + position - 1)[strong]  # BOS is no example
     order = np.lexsort([at, feature[strong]])
-    ids, starts = np.unique(feature[strong][order], return_index=True)
+    at = at[order]
+    ids, starts, counts = np.unique(feature[strong][order], return_index=True, return_counts=True)
     parts = []
-    for one, own in zip(ids.tolist(), np.split(at[order], starts[1:]), strict=True):
-        if len(own) < _MIN_FIRING:
+    for one, start, n in zip(ids.tolist(), starts, counts, strict=True):
+        own = at[start : start + n]
+        if n < _MIN_FIRING:
             continue
         draw = np.random.default_rng([seed, one])
         firing = draw.choice(own, min(EXAMPLES, len(own)), replace=False)
