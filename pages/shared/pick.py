@@ -106,9 +106,11 @@ def choose(
 ) -> str:
     """One of a few options side by side, always one of them; the default is the first."""
     options = list(options)
-    return column.segmented_control(
-        label, options, default=default or options[0], required=True, key=key, bind="query-params", **more
+    default = default or options[0]
+    chosen = column.segmented_control(
+        label, options, default=default, required=True, key=key, bind="query-params", **more
     )
+    return chosen or default  # none where an address says so, as `?show=` does
 
 
 def pick_head(n_heads: int, label: str = "Head", key: str = "head", column: Any = st, **more: Any) -> int | None:

@@ -40,7 +40,7 @@ def test_what_is_set_by_hand_survives_a_reload_and_a_way_back(chromium, address,
 
 def test_an_address_can_bring_nothing_but_a_page_or_a_sentence(chromium, address, tries, fault):
     """Every parameter of every page, with values that somebody chose to do harm."""
-    n, pages = tries(3, 48), list(PARAMETERS)
+    n, pages = tries(3, 120), list(PARAMETERS)
     for seed in range(n):
         random, visitor, page = Random(seed), Visitor(chromium, address), pages[seed % len(pages)]
         values = {name: random.choice(HOSTILE) for name in PARAMETERS[page].split()}

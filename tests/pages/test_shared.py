@@ -77,6 +77,11 @@ def test_a_choice_that_is_not_there_gives_way(folder):
     assert "There is no checkpoint `77`" in said(open_page("pages/heads.py", checkpoint="77"))
 
 
+@pytest.mark.parametrize("page", ["heads", "compare", "tradeoffs"])
+def test_an_address_that_leaves_a_choice_empty_means_the_default(folder, page):
+    assert not open_page(f"pages/{page}.py", show="", text="", y="", judged="").exception
+
+
 @pytest.mark.parametrize(("page", "key"), [("heads", "checkpoint"), ("runs", "run")])
 def test_that_a_checkpoint_is_not_there_is_said_until_another_is_picked(folder, page, key):
     app = open_page(f"pages/{page}.py", **{key: "nothere"})
