@@ -72,10 +72,11 @@ export default function ({ parentElement, data, setTriggerValue }) {
         return made;
     });
 
+    const name = (position) => `${position}: ${tokens[position].trim() || tokens[position]}`;
     const strongest = (values) => values
         .map((value, position) => ({ value, position })).filter(({ value }) => value)
         .sort((a, b) => Math.abs(b.value) - Math.abs(a.value)).slice(0, STRONGEST)
-        .map(({ value, position }) => `${position}: ${tokens[position].trim() || tokens[position]} (${(value / 127 * data.largest).toPrecision(2)})`)
+        .map(({ value, position }) => `${name(position)} (${(value / 127 * data.largest).toPrecision(2)})`)
         .join(", ") || "nothing";
 
     function show(hovered) {
@@ -93,7 +94,7 @@ export default function ({ parentElement, data, setTriggerValue }) {
             each.style.borderBottomColor = readers[i] ? rgba(readers[i] / by * 127, READ_BY) : "";
             each.classList.toggle("hovered", i === position);
         });
-        says.textContent = `${data.what}. ${position}: ${tokens[position]} reads ${strongest(reads)}; it is read by ${strongest(readers)}.`;
+        says.textContent = `${data.what}. ${name(position)} reads ${strongest(reads)}; it is read by ${strongest(readers)}.`;
     }
 
     const large = element("figure", "large"), canvas = element("canvas");
