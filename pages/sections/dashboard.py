@@ -14,7 +14,7 @@ from pages.charts import features as charts
 from pages.shared import live, strips
 from pages.shared.columns import draw_table
 from pages.shared.page import refuse, typed
-from pages.shared.pick import choose, pick_row, put
+from pages.shared.pick import choose, number, pick_row, put
 from trainer.checkpoint import Checkpoint
 
 _SAE_VIS_FEATURES = 20
@@ -101,9 +101,7 @@ def _navigation(analysis: Analysis, order: list[int]) -> int:
         put("feature", None)
     first = order[0] if order else 0
     with st.container(horizontal=True, vertical_alignment="bottom"):
-        chosen = st.number_input(
-            "Feature id", 0, d_sae - 1, None, key="feature", bind="query-params", width=160, placeholder=str(first)
-        )
+        chosen = number(st, "Feature id", 0, d_sae - 1, None, key="feature", width=160, placeholder=str(first))
         feature = first if chosen is None else int(chosen)
         head = analysis.features["head"]
         place = order.index(feature) if feature in order else None

@@ -10,7 +10,7 @@ from analysis.labels import Labels
 from analysis.store import Analysis
 from pages.shared.columns import draw_table
 from pages.shared.page import refuse
-from pages.shared.pick import ALL, pick_head, pick_row, put
+from pages.shared.pick import ALL, number, pick_head, pick_row, put
 from trainer.checkpoint import Checkpoint
 
 _PER_PAGE = 200
@@ -70,7 +70,7 @@ def show(checkpoint: Checkpoint, analysis: Analysis, labels: Labels) -> tuple[li
     n_pages = max(1, -(-len(fitting) // _PER_PAGE))
     if st.session_state.get("page", 1) > n_pages:
         put("page", 1)
-    page = right.number_input(f"Page of {n_pages}", 1, n_pages, key="page", bind="query-params")
+    page = number(right, f"Page of {n_pages}", 1, n_pages, key="page")
     alive = int((analysis.features["firings"] > 0).sum())
     st.caption(
         f"{len(fitting):,} of {alive:,} features that fire on the {analysis.meta['n_tokens']:,} tokens analysed "

@@ -9,6 +9,7 @@ import streamlit as st
 from analysis.runs import commands, progress
 from analysis.runs.background import Processes, tail
 from pages.shared.page import ROOT, folder, refuse, typed
+from pages.shared.pick import number
 from trainer.config import Preset, TrainingConfig
 from trainer.recipes import RECIPES
 
@@ -76,9 +77,7 @@ def _choices() -> dict[str, Any]:
 
     def count(column: Any, key: str, default: int | None = None, **limits: Any) -> None:
         default = getattr(TrainingConfig, key, default)
-        column.number_input(
-            key, value=default, key=key, bind="query-params", help=helps[key], placeholder=_DEFAULT, **limits
-        )
+        number(column, key, value=default, key=key, help=helps[key], placeholder=_DEFAULT, **limits)
         drawn.append(key)
 
     a, b, c, d = st.columns(4)

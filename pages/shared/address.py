@@ -27,6 +27,14 @@ def permalink() -> Iterator[None]:
     _write()  # not where the script is about to run again: half of the widgets may be missing
 
 
+def forget(key: str) -> None:
+    """What the address says of a widget that is not drawn yet is as if it said nothing."""
+    context: Any = get_script_run_ctx()
+    with context.session_state.query_params() as address:
+        address._initial_query_params.pop(key, None)
+        address.remove_param(key)
+
+
 def _write() -> None:
     context: Any = get_script_run_ctx()
     if context is None:  # a script without a browser

@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import streamlit as st
 
+from pages.shared.address import forget
 from pages.shared.page import folder, plain, typed
 from trainer.checkpoint import Checkpoint, list_checkpoints
 
@@ -111,6 +113,14 @@ def choose(
         label, options, default=default, required=True, key=key, bind="query-params", **more
     )
     return chosen or default  # none where an address says so, as `?show=` does
+
+
+def number(column: Any, label: str, *limits: Any, key: str, **more: Any) -> Any:
+    """A field for a number; Streamlit ends with a traceback where an address says that it is infinite."""
+    with suppress(ValueError):
+        if math.isinf(float(st.query_params.get(key, 0))):
+            forget(key)
+    return column.number_input(label, *limits, key=key, bind="query-params", **more)
 
 
 def pick_head(n_heads: int, label: str = "Head", key: str = "head", column: Any = st, **more: Any) -> int | None:

@@ -82,6 +82,12 @@ def test_an_address_that_leaves_a_choice_empty_means_the_default(folder, page):
     assert not open_page(f"pages/{page}.py", show="", text="", y="", judged="").exception
 
 
+@pytest.mark.parametrize("value", ["1e999", "-inf", "nan", "9" * 30, "-1"])
+def test_a_number_of_an_address_may_be_beyond_all_bounds(folder, value):
+    app = open_page("pages/runs.py", hook_layer=value, lr=value, seed=value)
+    assert not app.exception and len(app.number_input) == 9
+
+
 @pytest.mark.parametrize(("page", "key"), [("heads", "checkpoint"), ("runs", "run")])
 def test_that_a_checkpoint_is_not_there_is_said_until_another_is_picked(folder, page, key):
     app = open_page(f"pages/{page}.py", **{key: "nothere"})
