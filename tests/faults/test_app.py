@@ -29,7 +29,7 @@ HOSTILE = [
 
 def test_what_is_set_by_hand_survives_a_reload_and_a_way_back(chromium, address, tries, fault):
     """Every control, in any order: a reload shows the same, and so does Back, of the next page and of each entry."""
-    n, backs = tries(2, 18), 0
+    n, backs = tries(1, 12), 0
     for seed in range(n):
         visitor = Visitor(chromium, address)
         backs += _walk(visitor, Random(seed), PATHS[seed % len(PATHS)])
@@ -40,7 +40,7 @@ def test_what_is_set_by_hand_survives_a_reload_and_a_way_back(chromium, address,
 
 def test_an_address_can_bring_nothing_but_a_page_or_a_sentence(chromium, address, tries, fault):
     """Every parameter of every page, with values that somebody chose to do harm."""
-    n, pages = tries(3, 120), list(PARAMETERS)
+    n, pages = tries(1, 60), list(PARAMETERS)
     for seed in range(n):
         random, visitor, page = Random(seed), Visitor(chromium, address), pages[seed % len(pages)]
         values = {name: random.choice(HOSTILE) for name in PARAMETERS[page].split()}

@@ -17,6 +17,7 @@ from analysis.labels import Labels
 from analysis.match.__main__ import main as match
 from analysis.match.read import Match
 from analysis.runs import progress, tables
+from analysis.search import Tokens
 from analysis.store import Analysis
 from tests.helpers import PATIENCE, ROOT
 from trainer.checkpoint import Checkpoint, list_checkpoints
@@ -175,6 +176,8 @@ def reads(folder: str) -> list[str]:
             lambda one=one: Analysis(one).feature(1),
             lambda one=one: Analysis(one).examples(1),
             lambda one=one: Analysis(one).neighbours(1),
+            lambda one=one: Analysis(one).detection(1),
+            lambda one=one: Analysis(one).search(Tokens("the")),
             lambda one=one: Analysis(one).heads,
             lambda one=one: Analysis(one).copying,
             lambda one=one: Analysis(one).merging,

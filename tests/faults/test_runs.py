@@ -167,7 +167,6 @@ def test_folders_that_vanish(command, fault, monkeypatch, capsys):
     for gone, module, name, instead in (
         (out / "run", Stack, "update", while_training),
         (out, Stack, "update", while_training),
-        (cache, Stack, "update", while_training),
         (cache, buffer, "save_tensors", while_harvesting),
     ):
         if instead is while_harvesting:
@@ -180,5 +179,5 @@ def test_folders_that_vanish(command, fault, monkeypatch, capsys):
         assert said.startswith("error: ") and str(gone) in said
         assert main(arguments("run", steps, "--resume=true")) == 0
         assert same(whole, out / "run")
-    fault(AREA, "the folder of the checkpoint, of all, or of the cache deleted in mid-run", 4,
+    fault(AREA, "the folder of the checkpoint, of all, or (in the harvest) of the cache deleted in mid-run", 3,
           "one sentence, to the bit with --resume=true")  # fmt: skip
