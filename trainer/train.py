@@ -23,8 +23,9 @@ from trainer.interrupts import Interrupted, deferred_interrupts
 from trainer.model.lm import LanguageModel, pick_device
 from trainer.optimise.initialise import initial_params, input_scale
 from trainer.optimise.stack import Stack
+from trainer.precision import tf32
 from trainer.run import Run, plan
-from trainer.tracking import reachable
+from trainer.tracking import Mode, reachable
 
 _STATISTICS_ROWS = 32_768  # rows from which the input scale and the biases are estimated
 _SHORT_EVAL_TOKENS = 2048
@@ -50,14 +51,14 @@ def train(activations: ActivationsConfig, saes: list[SAEConfig], cfg: TrainingCo
         ValueError: the model, layer, text or an existing directory does not allow the run.
         Interrupted: Ctrl-C or SIGTERM; the state is saved.
     """
-    device = pick_device(cfg.device)
     with plan(activations, saes, cfg) as runs:
-        _train(activations, runs, cfg, device)
+        _train(activations, runs, cfg)
     return [run.path for run in runs]
 
 
-def _train(activations: ActivationsConfig, runs: list[Run], cfg: TrainingConfig, device: str) -> None:
+def _train(activations: ActivationsConfig, runs: list[Run], cfg: TrainingConfig) -> None:
     # Open: model, text. Everything that can be refused is refused before hours of work.
+    device = pick_device(cfg.device)
     mode = reachable(cfg.wandb)
     layers = sorted({run.sae.hook_layer for run in runs})
     print(f"Loading {activations.model} on {device}", flush=True)
@@ -68,6 +69,36 @@ def _train(activations: ActivationsConfig, runs: list[Run], cfg: TrainingConfig,
     held_out = corpus.held_out(corpus.n_contexts(n_held_out))
     for run in runs:
         _check(run.sae, lm)
+    with tf32(device, cfg.tf32):
+        members = _fit(activations, runs, cfg, lm, corpus, held_out, mode)
+
+    # Evaluate, layer by layer: SAEs of one layer share every forward that does not depend on them.
+    print(f"Evaluating on {n_held_out:,} held-out tokens and as many repeated random tokens", flush=True)
+    for index in layers:
+        of_layer = [(member.run, member.for_use()) for member in members if member.run.sae.hook_layer == index]
+        evaluated = [sae.float() for _, sae in of_layer]
+        results = evaluate(lm.layer(index), evaluated, held_out, cfg.seed, kept_effects(), progress=True)
+        for (run, sae), result in zip(of_layer, results, strict=True):
+            write_json(run.path / "eval.json", result)
+            run.save(sae.to(getattr(torch, cfg.weights_dtype)), cfg.total_training_steps, "complete")
+            if not cfg.keep_training_state:
+                run.drop_states(keep=None)
+            run.log.finish(result)
+            score = "not measurable" if result["KL_score"] is None else f"{result['KL_score']:.3f}"
+            print(f"{run.path}: L0 {result['L0']:.1f}, FVU {result['FVU']:.3f}, KL score {score}")
+
+
+def _fit(
+    activations: ActivationsConfig,
+    runs: list[Run],
+    cfg: TrainingConfig,
+    lm: LanguageModel,
+    corpus: Corpus,
+    held_out: Int[Tensor, "context pos"],
+    mode: Mode,
+) -> list[Member]:
+    """Harvest, start or resume, and take all steps."""
+    layers, device = sorted({run.sae.hook_layer for run in runs}), str(lm.device)
     n_tokens = cfg.total_training_steps * cfg.batch_size
     source = open_source(lm, activations, layers, corpus, n_tokens, cfg.buffer_tokens, cfg.seed)
     batches_in(source, 0, cfg.batch_size)
@@ -101,22 +132,7 @@ def _train(activations: ActivationsConfig, runs: list[Run], cfg: TrainingConfig,
         member.run.begin(step, member.stack.finished(member.point), mode)
 
     _loop(members, layers, stream, step, cfg, lm, held_out)
-    del stream
-
-    # Evaluate, layer by layer: SAEs of one layer share every forward that does not depend on them.
-    print(f"Evaluating on {n_held_out:,} held-out tokens and as many repeated random tokens", flush=True)
-    for index in layers:
-        of_layer = [(member.run, member.for_use()) for member in members if member.run.sae.hook_layer == index]
-        evaluated = [sae.float() for _, sae in of_layer]
-        results = evaluate(lm.layer(index), evaluated, held_out, cfg.seed, kept_effects(), progress=True)
-        for (run, sae), result in zip(of_layer, results, strict=True):
-            write_json(run.path / "eval.json", result)
-            run.save(sae.to(getattr(torch, cfg.weights_dtype)), cfg.total_training_steps, "complete")
-            if not cfg.keep_training_state:
-                run.drop_states(keep=None)
-            run.log.finish(result)
-            score = "not measurable" if result["KL_score"] is None else f"{result['KL_score']:.3f}"
-            print(f"{run.path}: L0 {result['L0']:.1f}, FVU {result['FVU']:.3f}, KL score {score}")
+    return members
 
 
 def _groups(runs: list[Run]) -> list[list[Run]]:

@@ -20,12 +20,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tests.helpers import PATIENCE, ROOT, save_tiny_gpt2, tiny_run, write_text
-from trainer import checkpoint, cli, config
+from trainer import checkpoint, cli, config, train
 from trainer.__main__ import main
 from trainer.checkpoint import Checkpoint
+from trainer.data import buffer
 from trainer.locks import is_locked, locked
 from trainer.model.lm import LanguageModel
 from trainer.optimise.stack import Stack
+from trainer.precision import tf32
 from trainer.run import Run
 
 REFERENCE = ["--l1_coefficients=[2]", "--hook_layer=4", "--expansion_factor=32", "--total_training_steps=50000"]
@@ -651,3 +653,36 @@ def test_constant_activations_are_refused(command, capsys, monkeypatch):
     monkeypatch.setattr(LanguageModel, "z_of", lambda self, *given: [z * 0 + 1 for z in z_of(self, *given)])
     assert main(arguments) == 2
     assert "layer 1 are constant" in capsys.readouterr().err and not (out / "run").exists()
+
+
+def test_a_gpu_trains_in_tf32_and_evaluates_in_float32(command, monkeypatch):
+    """What the run asks of torch, the harvest included; whether there is a GPU is decided in trainer/precision.py."""
+    arguments, _ = command
+    asked, seen = [], {"harvest": set(), "step": set(), "evaluation": set()}
+
+    @contextmanager
+    def noted(device, wanted):
+        asked.append(wanted)
+        yield
+        asked.pop()
+
+    def watch(place, name, what):
+        original = getattr(place, name)
+        monkeypatch.setattr(place, name, lambda *a, **k: seen[what].add(tuple(asked)) or original(*a, **k))
+
+    monkeypatch.setattr(train, "tf32", noted)
+    watch(buffer, "harvest", "harvest")
+    watch(Stack, "update", "step")
+    watch(train, "evaluate", "evaluation")
+    for wanted in ("true", "false"):
+        assert main([*arguments, f"--tf32={wanted}", f"--name={wanted}"]) == 0
+    assert seen["step"] == {(True,), (False,)} and seen["evaluation"] == {()}
+    assert seen["harvest"] == {(True,)}  # the second run reads the cache
+
+
+def test_tf32_is_of_a_gpu_and_ends():
+    before = torch.get_float32_matmul_precision()
+    for device, wanted, found in (("cuda", True, "high"), ("cuda:1", False, before), ("cpu", True, before)):
+        with tf32(device, wanted):
+            assert torch.get_float32_matmul_precision() == found
+        assert torch.get_float32_matmul_precision() == before

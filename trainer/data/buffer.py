@@ -28,7 +28,7 @@ from trainer.model.lm import LanguageModel
 from trainer.precision import matmuls_are_tf32
 
 _SHARD_CONTEXTS = 256
-_LM_BATCH_TOKENS = {"cpu": 4096, "mps": 4096, "cuda": 16_384}  # of one forward: fills the device, fits a laptop
+_LM_BATCH_TOKENS, _OF_A_GPU = 4096, 16_384  # tokens of one forward: fill the device, and fit a laptop
 
 Progress = Callable[[int, int], None]
 
@@ -53,6 +53,9 @@ def open_source(
         n_contexts = min(n_contexts, corpus.n_train_contexts)
     if n_contexts * (corpus.context_size - 1) * len(layers) * lm.n_heads * lm.d_head * 2 > config.cache_gb * 1e9:
         return LiveActivations(lm, layers, corpus, n_contexts, buffer_rows)
+    computed_by = [f"{name} {version(name)}" for name in ("torch", "transformers", "transformer-lens")]
+    if matmuls_are_tf32(lm.device):
+        computed_by.append("TF32")
     keys = [
         CacheKey(
             model=lm.name,
@@ -64,7 +67,7 @@ def open_source(
             context_size=corpus.context_size,
             n_heads=lm.n_heads,
             d_head=lm.d_head,
-            versions=", ".join([*_versions(), *(["TF32"] if matmuls_are_tf32(lm.device) else [])]),
+            versions=", ".join(computed_by),
         )
         for layer in layers
     ]
@@ -138,10 +141,6 @@ class CacheKey:
     d_head: int
     versions: str
     """of the libraries that compute the activations"""
-
-
-def _versions() -> list[str]:
-    return [f"{name} {version(name)}" for name in ("torch", "transformers", "transformer-lens")]
 
 
 class CachedActivations:
@@ -321,7 +320,8 @@ def harvest(
     Raises:
         ValueError: a value does not fit in float16.
     """
-    for chunk in contexts.split(max(1, _LM_BATCH_TOKENS[lm.device.type] // contexts.shape[1])):
+    at_once = _OF_A_GPU if lm.device.type == "cuda" else _LM_BATCH_TOKENS
+    for chunk in contexts.split(max(1, at_once // contexts.shape[1])):
         z = torch.stack(lm.z_of(chunk, layers), dim=2)[:, 1:].flatten(0, 1).half()
         if not z.isfinite().all():
             raise ValueError(f"head outputs of {lm.name} layer {', '.join(map(str, layers))} do not fit in float16")
