@@ -36,7 +36,7 @@ from trainer import cli
 from trainer.checkpoint import Checkpoint, CheckpointError
 from trainer.config import require
 from trainer.errors import one_line
-from trainer.files import parse_json, read_json, write_json
+from trainer.files import flaw, parse_json, read_json, write_json
 
 _LENGTH = msgspec.Meta(max_length=2**16)
 _SHOWN = 10  # examples of a feature from which it is explained, the strongest first
@@ -196,7 +196,7 @@ def _kept(checkpoint: Checkpoint) -> list[Explanation]:
     except FileNotFoundError:
         return []
     except ValueError as error:
-        raise CheckpointError(f"{file} is damaged ({error})") from error
+        raise CheckpointError(flaw(file, error)) from error
     if kept.weights != checkpoint.weights_hash:
         raise CheckpointError(f"{file} explains other weights than the checkpoint has")
     return kept.explanations

@@ -6,12 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import streamlit as st
-import torch
-from jaxtyping import Float
-from torch import Tensor
-from torch.nn.functional import adaptive_max_pool2d
 
-_THUMBNAIL, _LARGE = 64, 224  # pixels of a pattern, of which each shows one number
+from analysis.prompt.patterns import Drawn, Picture
+
 _here = Path(__file__)
 _reading = st.components.v2.component(
     "reading",
@@ -23,7 +20,7 @@ _reading = st.components.v2.component(
 
 def reading(
     tokens: list[str],
-    matrices: Float[Tensor, "head query source"],
+    patterns: Drawn,
     what: str,
     head: int | None,
     span: tuple[int, int] | None,
@@ -35,8 +32,8 @@ def reading(
 
     Args:
         tokens: as they are shown, BOS first.
-        matrices: what every destination takes from every source.
-        what: a number of the matrices, in words.
+        patterns: what every destination takes from every source.
+        what: a number of them, in words.
         head: the chosen one.
         span: first and last chosen position.
         key: of the component in the session.
@@ -51,32 +48,25 @@ def reading(
 
     def on_head() -> None:
         clicked = st.session_state[key]["head"]
-        if 0 <= clicked < len(matrices):
+        if 0 <= clicked < len(patterns.small):
             picked_head(None if clicked == head else clicked)
 
-    shown = matrices.mean(0) if head is None else matrices[head]
-    largest = max(matrices.abs().max().item(), 1e-12)
     data: dict[str, Any] = {
         "tokens": tokens,
         "what": what,
         "head": head,
         "span": list(span) if span else None,
-        "largest": shown.abs().max().item(),
-        "matrix": _bytes(shown, shown.abs().max().item()),
-        "large": _picture(shown, shown.abs().max().item(), _LARGE),
-        "small": [_picture(matrix, largest, _THUMBNAIL) for matrix in matrices],
+        "largest": patterns.largest,
+        "matrix": _text(patterns.matrix),
+        "large": _picture(patterns.large),
+        "small": [*map(_picture, patterns.small)],
     }
     _reading(key=key, data=data, on_token_change=on_token, on_head_change=on_head)
 
 
-def _picture(matrix: Float[Tensor, "query source"], largest: float, pixels: int) -> dict[str, Any]:
-    """A matrix of at most so many rows, where one pixel shows the largest of those that fall on it."""
-    size = min(len(matrix), pixels)
-    parts = [adaptive_max_pool2d(each[None, None], size)[0, 0] for each in (matrix, -matrix)]
-    return {"size": size, "values": _bytes(torch.where(parts[0] >= parts[1], parts[0], -parts[1]), largest)}
+def _picture(picture: Picture) -> dict[str, Any]:
+    return {"size": picture.size, "values": _text(picture.values)}
 
 
-def _bytes(values: Float[Tensor, "a b"], largest: float) -> str:
-    """As signed bytes, 127 the largest."""
-    scaled = (values * (127 / max(largest, 1e-12))).round().clamp(-127, 127).to(torch.int8)
-    return base64.b64encode(scaled.numpy().tobytes()).decode()
+def _text(values: bytes) -> str:
+    return base64.b64encode(values).decode()

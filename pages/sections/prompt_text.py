@@ -3,11 +3,11 @@
 import pandas as pd
 import streamlit as st
 
-from analysis.prompt.patterns import FEATURE, KINDS, matrices
+from analysis.prompt.patterns import FEATURE, KINDS, drawn, matrices
 from analysis.prompt.run import PromptRun
-from analysis.tokens import visible
 from pages.components.reading import reading
 from pages.shared.pick import ALL, choose, put
+from pages.shared.strips import spaced
 
 _DENSE_HEAD = "head shown"  # a dense SAE has features of no head, but its model has heads
 
@@ -29,8 +29,11 @@ def show(run: PromptRun, head: int | None, span: tuple[int, int] | None, firing:
         put("until", run.label(last))
 
     def picked_head(clicked: int | None) -> None:
-        put(_DENSE_HEAD, clicked) if run.dense else put("head", ALL if clicked is None else str(clicked))
+        if run.dense:
+            put(_DENSE_HEAD, clicked)
+        else:
+            put("head", ALL if clicked is None else str(clicked))
 
     what = kind if feature is None or firing is None else f"DFA of feature {firing['feature']}"
-    shown = [visible(token).replace("\u00b7", " ") for token in run.strings]
-    reading(shown, matrices(run, kind, feature), what, head, span, "reading", picked, picked_head)
+    tokens, patterns = [spaced(each) for each in run.strings], drawn(matrices(run, kind, feature), head)
+    reading(tokens, patterns, what, head, span, "reading", picked, picked_head)

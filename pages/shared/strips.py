@@ -9,6 +9,11 @@ from analysis.tokens import visible
 ORANGE, GREEN, RED, BLUE = "230,159,0", "0,158,115", "213,94,0", "86,180,233"
 
 
+def spaced(text: str) -> str:
+    """A token as `visible` has it, in running text: blanks are blanks."""
+    return visible(text).replace("\u00b7", " ")
+
+
 def strip(
     texts: Sequence[str],
     values: Sequence[float],
@@ -32,7 +37,7 @@ def strip(
         shade = f"rgba({colour if value >= 0 else RED},{0.75 * abs(value) / largest:.3f})"
         line = "border-bottom:2px solid currentColor;font-weight:600;" if position == marked else ""
         tip = html.escape(f"{position}: {visible(texts[position])} · {title} {value:.3g}", quote=True)
-        text = html.escape(visible(texts[position]).replace("\u00b7", " "))
+        text = html.escape(spaced(texts[position]))
         cells.append(f'<span title="{tip}" style="background:{shade};{line}white-space:pre-wrap">{text}</span>')
     before, after = ("… " if first > 0 else ""), (" …" if last < len(texts) - 1 else "")
     label = f'<span style="opacity:.65;font-size:.75rem">{html.escape(title)}</span>'

@@ -417,10 +417,10 @@ def test_a_damaged_artefact_is_one_sentence(analysed, tmp_path):
 
 
 def test_tables_of_a_process_killed_between_two_renames_come_back(tmp_path):
-    store.write(tmp_path / "analysis", {"of": "before"}, {})
+    store.write(tmp_path / "analysis", 1, {"of": "before"}, {})
     (tmp_path / "analysis").rename(tmp_path / ".analysis.old")
     with pytest.raises(OSError, match="analysis could not be written"):
-        store.write(tmp_path / "analysis", {}, {"a/b": pd.DataFrame()})  # a name that cannot be
+        store.write(tmp_path / "analysis", 1, {}, {"a/b": pd.DataFrame()})  # a name that cannot be
     assert '"before"' in (tmp_path / "analysis" / "meta.json").read_text()
     assert [path.name for path in tmp_path.iterdir()] == ["analysis"]
 
