@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from random import Random
+from urllib.parse import parse_qsl, urlsplit
 
 from playwright.sync_api import Browser, Locator, TimeoutError, sync_playwright
 from streamlit.proto.BackMsg_pb2 import BackMsg
@@ -80,6 +81,10 @@ class Visitor:
 
     def open(self, path: str) -> None:
         self.page.goto(f"{self.address}/{path}")
+
+    def addressed(self, **held: str) -> None:
+        """Wait until the address holds these, in any order, each at least as its beginning; "" means not at all."""
+        self.page.wait_for_url(lambda url: _holds(url, held))
 
     def idle(self) -> None:
         """Wait until the script has run and everything is drawn: a list that is open would close."""
@@ -192,3 +197,8 @@ class Visitor:
     def _request(self, request) -> None:
         if not request.url.startswith((self.address, self.address.replace("http", "ws"), "data:", "blob:")):
             self.outside.append(request.url)
+
+
+def _holds(url: str, held: dict[str, str]) -> bool:
+    address = dict(parse_qsl(urlsplit(url).query, keep_blank_values=True))
+    return all(address.get(key, "").startswith(value) if value else key not in address for key, value in held.items())
