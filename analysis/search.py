@@ -21,6 +21,19 @@ class Tokens(NamedTuple):
     """`word`: case and white space around it do not matter; `regex`: found anywhere in the token, as `re.search`
     does; `class`: a key of TOKEN_CLASSES"""
 
+    @classmethod
+    def typed(cls, text: str) -> "Tokens":
+        """As one types it: a word, `" of"` exactly, `/\\d+/` a regular expression, or `any digit` for a class."""
+        if text.startswith("any ") and text[4:] in TOKEN_CLASSES:
+            return cls(text[4:], "class")
+        bare = text.strip()
+        inner = bare[1:-1]
+        if inner and bare[0] == bare[-1] == '"':
+            return cls(inner, "exact")
+        if inner and bare[0] == bare[-1] == "/":
+            return cls(inner, "regex")
+        return cls(text)
+
     def among(self, strings: Mapping[int, str]) -> list[int]:
         """Ids of those meant, ascending.
 

@@ -3,7 +3,7 @@
 from pages.sections import compared, matched
 from pages.shared import live
 from pages.shared.page import begin
-from pages.shared.pick import choose, pick_prompt, readable
+from pages.shared.pick import choose, pick_prompt, readable, show_example
 
 FIGURES, PROMPT, FEATURES = "Figures", "One prompt", "Features"
 
@@ -20,6 +20,7 @@ if view == FIGURES:
     compared.merging(shown)
 else:
     prompt = pick_prompt()
+    show_example(prompt)
     runs = [live.run_prompt(one.checkpoint, prompt) for one in shown]
     head, position = compared.pick_place(runs)
     if view == PROMPT:

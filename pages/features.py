@@ -3,27 +3,37 @@
 import streamlit as st
 
 from analysis.labels import Labels
+from analysis.store import Analysis
 from pages.sections import dashboard, feature_browser
 from pages.shared import live
+from pages.shared.address import permalink
 from pages.shared.page import begin, sentences
 from pages.shared.pick import pick_checkpoint, readable
+from trainer.checkpoint import Checkpoint
 
-begin(
-    "Features",
-    "What each feature fires on, where it reads from and what it writes. Filter, pick a row, and walk through its "
-    "dashboard below.",
-)
+
+@st.fragment  # what is searched and picked draws only this again
+@permalink()
+def browse(checkpoint: Checkpoint, analysis: Analysis) -> None:
+    """The features that fit the filters, beside the dashboard of one of them."""
+    labels = Labels(checkpoint.path)
+    left, right = st.columns([5, 7])
+    with sentences():
+        with left, st.container(key="beside"):  # it stays where it is while the dashboard is scrolled
+            fitting = feature_browser.pick_fitting(checkpoint, analysis)
+            feature = feature_browser.pick_feature(analysis, fitting["feature"].tolist())
+            on_page = feature_browser.show(checkpoint, analysis, fitting, feature)
+            with st.expander("Labels: export and import"):
+                dashboard.exchange(labels, len(analysis.features), checkpoint.name)
+            with st.expander("The features above as one sae-vis page"):
+                dashboard.sae_vis_page(checkpoint, on_page)
+        with right:
+            dashboard.show(checkpoint, analysis, labels, feature)
+
+
+begin("Features", "What each feature fires on, where it reads from and what it writes.")
 checkpoint = pick_checkpoint(readable(), "Checkpoint", "checkpoint")
 analysis = live.analysis_or_hint(checkpoint)
 if analysis is None:
     st.stop()
-labels = Labels(checkpoint.path)
-
-with sentences():
-    fitting, on_page = feature_browser.show(checkpoint, analysis, labels)
-    dashboard.show(analysis, labels, fitting)
-left, right = st.columns(2)
-with left.expander("Labels: export and import"):
-    dashboard.exchange(labels, len(analysis.features), checkpoint.name)
-with right.expander("The features above as one sae-vis page"):
-    dashboard.sae_vis_page(checkpoint, on_page)
+browse(checkpoint, analysis)

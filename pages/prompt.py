@@ -2,30 +2,43 @@
 
 import streamlit as st
 
+from analysis.prompt.run import PromptRun
 from pages.sections import ablation, prompt_features, prompt_heads, prompt_text
 from pages.shared import live
+from pages.shared.address import permalink
 from pages.shared.page import begin
 from pages.shared.pick import pick_checkpoint, pick_prompt, readable
+from trainer.checkpoint import Checkpoint
+
+
+@st.fragment  # what is chosen on a prompt draws only this again
+@permalink()
+def explore(checkpoint: Checkpoint, prompt: str, run: PromptRun) -> None:
+    """The prompt as text, the features that fire on it, and one of them."""
+    text = st.container()
+    head, span, features, firing = prompt_features.pick(checkpoint, prompt, run)
+    with text:
+        prompt_text.show(prompt, run, head, span, firing)
+    left, right = st.columns([11, 8])
+    with left:
+        prompt_features.show(checkpoint, run, features, firing)
+        prompt_features.draw_map(run)
+    with right:
+        if firing is not None:
+            prompt_features.show_sources(checkpoint, run, firing)
+        ablation.show(checkpoint, prompt, run, firing)
+
 
 begin(
     "Prompt",
-    "Type a prompt and hover its tokens to see what they read. Click a head and a token, then a feature, to see which "
-    "earlier tokens it reads from and what changes without it.",
+    "Hover the tokens to see what they read. Click a head and a token, then a feature: where it reads from, and what "
+    "changes without it.",
 )
 checkpoints = readable()
 left, right = st.columns([2, 3])
 with left:
     checkpoint = pick_checkpoint(checkpoints, "Checkpoint", "checkpoint")
-with right:
-    prompt = pick_prompt()
+prompt = pick_prompt(right, left, (*prompt_features.CHOSEN, *ablation.CHOSEN))
 run = live.run_prompt(checkpoint, prompt)
-
-text = st.container()
-head, span = prompt_features.pick_place(run)
-firings = prompt_features.rank_firings(checkpoint, prompt, run, head, span)
-firing = prompt_features.pick_firing(checkpoint, run, firings)
-with text:
-    prompt_text.show(run, head, span, firing)
-ablation.show(checkpoint, prompt, run, firing)
-prompt_features.draw_map(run)
+explore(checkpoint, prompt, run)
 prompt_heads.show(run)

@@ -9,6 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -179,6 +180,13 @@ def open_page(page: str, **query) -> AppTest:
     for key, value in query.items():
         app.query_params[key] = value
     return app.run()
+
+
+def listed(app: AppTest, key: str) -> pd.DataFrame:
+    """The rows of a listing, by the names of their fields; `app.dataframe` has the tables."""
+    (proto,) = [of.proto for of in app.get("bidi_component") if of.proto.id.endswith(f"-{key}")]
+    data = json.loads(proto.json)
+    return pd.DataFrame(data["rows"], columns=[column["name"] for column in data["columns"]])
 
 
 def said(app: AppTest) -> str:

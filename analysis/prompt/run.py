@@ -109,15 +109,17 @@ def active_features(
     run: PromptRun,
     head: int | None = None,
     span: tuple[int, int] | None = None,
-    limit: int = 500,
+    limit: int = 50,
     source: int | None = None,
     effect: Float[Tensor, "pos block feature"] | None = None,
 ) -> pd.DataFrame:
     """Features that fire in a head (or dense block) and in a span of positions (None: any), strongest first.
 
-    One row per feature and position, at most `limit`. `share` is the activation's part of everything
-    that fires in that head at that position; `reads from` is the source with the largest DFA (summed
-    over heads in a dense SAE), `source share` its part of the feature's positive DFA.
+    One row per feature, at most `limit` of each block (quiet heads have small activations), at the position where it
+    is strongest within the span; `firings` is on how many positions of the span it fires, `along` its activations on
+    the whole prompt [pos]. `share` is the activation's part of everything that fires in that head at that position;
+    `reads from` is the source with the largest DFA (summed over heads in a dense SAE), `source share` its part of the
+    feature's positive DFA.
 
     Args:
         span: first and last position.
@@ -137,15 +139,18 @@ def active_features(
     elif effect is not None:
         rank = torch.where(f > 0, effect, 0.0)
         ranked_by = "effect"
-    size = rank.abs() if effect is not None else rank
-    flat = size.flatten().topk(min(limit, int((size > 0).sum()))).indices
-    activation, ranking = f.flatten()[flat], rank.flatten()[flat]
-    q, block, index = (torch.from_numpy(part) for part in np.unravel_index(flat.numpy(), f.shape))
-    attribution = torch.zeros(len(flat), len(run.tokens))
+    strongest, at = (rank.abs() if effect is not None else rank).max(0)  # [block, feature]
+    best = strongest.topk(min(limit, strongest.shape[1]))
+    block, place = (best.values > 0).nonzero(as_tuple=True)
+    order = best.values[block, place].argsort(descending=True)
+    block, index = block[order], best.indices[block, place][order]
+    q = at[block, index]
+    activation, ranking = f[q, block, index], rank[q, block, index]
+    attribution = torch.zeros(len(q), len(run.tokens))
     for i in range(len(run.pattern)):  # never the reads of all features at once: a dense SAE has gigabytes of them
         of_head = torch.full_like(block, run.dense, dtype=torch.bool) | (block == i)
         attribution[of_head] += run.pattern[i, q[of_head]] * run.reads(i, index[of_head]).T
-    best, read_from = attribution.max(-1)
+    most, read_from = attribution.max(-1)
     positive = attribution.relu().sum(-1)
     return pd.DataFrame(
         {
@@ -156,9 +161,11 @@ def active_features(
             **({ranked_by: ranking.numpy()} if ranked_by else {}),
             "activation": activation.numpy(),
             "share": (activation / run.f.sum(-1)[q, block]).numpy(),
+            "firings": (f[:, block, index] > 0).sum(0).numpy(),
+            "along": list(run.f[:, block, index].T.numpy()),
             "reads from": [run.label(i) for i in read_from.tolist()],
             "slot": [dfa.SLOTS[i] for i in run.slots[q, read_from].tolist()],
-            "source share": (best.relu() / positive.clamp_min(1e-12)).numpy(),
+            "source share": (most.relu() / positive.clamp_min(1e-12)).numpy(),
         }
     )
 

@@ -1,5 +1,7 @@
 """Colours that all charts share. Charts are altair only: no Streamlit, and no figures computed in them."""
 
+from collections.abc import Iterable
+
 import altair as alt
 import pandas as pd
 
@@ -23,6 +25,13 @@ SLOT = alt.Color(
     legend=alt.Legend(orient="top", columns=4, symbolLimit=len(SLOTS)),  # one line is cut in half a page
 )
 HEADS = alt.X("head:O", title="Head", axis=alt.Axis(labelAngle=0))
+
+
+def slot_colour(present: Iterable[str], columns: int) -> alt.Color:
+    """Colours of source slots below a chart that shows only some of them."""
+    present = set(present)
+    values = [slot for slot in SLOTS if slot in present]
+    return SLOT.title(None).legend(orient="bottom", columns=columns, symbolLimit=len(SLOTS), values=values)
 
 
 def tokens(order: str, **axis: bool) -> alt.X:

@@ -5,7 +5,9 @@ import numpy as np
 import pandas as pd
 
 from analysis.attribution import SLOTS
-from pages.charts.common import PALETTE, SLOT, slot_bars
+from pages.charts.common import PALETTE, slot_bars, slot_colour
+
+_NAMED = 0.01  # of a feature's DFA: the legend names slots from here on
 
 
 def histogram(counts: np.ndarray, low: float, high: float, title: str, of: str) -> alt.Chart:
@@ -38,5 +40,5 @@ def slots(row: pd.Series) -> alt.Chart:
     drawn = slot_bars(
         frame, alt.Y("on:N", title=None, sort=["text", "repeated tokens"]), "Share of positive DFA", ["on"]
     )
-    colour = SLOT.title(None).legend(orient="top", columns=2, symbolLimit=len(SLOTS))
+    colour = slot_colour(frame.loc[frame["share"] >= _NAMED, "slot"], 2)
     return drawn.encode(color=colour).properties(height=alt.Step(28))  # a fixed height would go to the legend

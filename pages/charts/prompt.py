@@ -3,7 +3,7 @@
 import altair as alt
 import pandas as pd
 
-from pages.charts.common import SLOT, slot_bars, tokens
+from pages.charts.common import slot_bars, slot_colour, tokens
 
 
 def firing_map(frame: pd.DataFrame, largest: int) -> alt.Chart:
@@ -34,9 +34,10 @@ def role_bars(frame: pd.DataFrame) -> alt.Chart:
 
 def source_strips(frame: pd.DataFrame) -> alt.VConcatChart:
     """Three strips over the sources of one feature: where it looks, what it reads there, and their product."""
+    colour = slot_colour(frame["slot"], 4)
     strips = []
     for column, title in (
-        ("attention", "Where it looks: A"),
+        ("attention", "Where it looks: attention A"),
         ("read", "What it reads: (v - b_V)·w"),
         ("dfa", "DFA: their product"),
     ):
@@ -46,10 +47,10 @@ def source_strips(frame: pd.DataFrame) -> alt.VConcatChart:
             .mark_bar()
             .encode(
                 x=tokens("source", labels=last, ticks=last),
-                y=alt.Y(f"sum({column}):Q", title=title.split(":")[0]),
-                color=SLOT,
+                y=alt.Y(f"sum({column}):Q", title=None, axis=alt.Axis(tickCount=3)),
+                color=colour,
                 tooltip=["token", "slot", alt.Tooltip(f"{column}:Q", format=".4f")],
             )
-            .properties(height=90, width=780, title=alt.Title(title, anchor="start", fontSize=12))
+            .properties(height=44, width="container", title=alt.Title(title, anchor="start", fontSize=12))
         )
     return alt.vconcat(*strips, spacing=4)

@@ -10,6 +10,7 @@ from pages.shared.columns import draw_table
 from pages.shared.pick import select
 from trainer.checkpoint import Checkpoint
 
+CHOSEN = ("predict",)  # here, which means nothing on another prompt
 OF_FEATURE = "the feature chosen above"
 _OF_HEAD = {"all features of a head": "features of head", "a head, by its reconstruction": "head by reconstruction"}
 KINDS = {OF_FEATURE: "feature", **_OF_HEAD, "the whole layer, by its reconstruction": "layer by reconstruction"}
@@ -21,7 +22,7 @@ def show(checkpoint: Checkpoint, prompt: str, run: PromptRun, firing: pd.Series 
     Args:
         firing: the feature chosen above, a row of `active_features`; None where none fires.
     """
-    st.subheader("What changes without it", anchor=False)
+    st.markdown("**What changes without it**")
     left, middle, right = st.columns(3)
     what = left.selectbox("Take away or replace", list(KINDS), key="ablate", bind="query-params")
     which, usual, after = 0, "the last token", len(run.strings) - 1

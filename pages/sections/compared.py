@@ -15,6 +15,7 @@ from pages.shared import live
 from pages.shared.columns import draw_table
 from pages.shared.page import plain, typed
 from pages.shared.pick import ALL, choose, pick_checkpoint, pick_head, pick_text, select
+from pages.shared.words import in_words
 from trainer.checkpoint import Checkpoint, CheckpointError
 
 ORDINALS = ("first", "second", "third", "fourth")
@@ -170,10 +171,16 @@ def one_prompt(shown: list[Shown], runs: list[PromptRun], head: int | None, posi
             with column:
                 st.text(one.label)
                 st.altair_chart(prompt_charts.firing_map(counts, largest))
-                firings = active_features(run, None if run.dense else head, span, limit=50)
-                order = ["feature", "head", "token", "activation", "reads from", "slot"]
+                features = active_features(run, None if run.dense else head, span, limit=20)
+                features = features.assign(words=in_words(one.checkpoint, features["feature"]))
+                order = ["feature", "head", "token", "activation", "reads from", "slot", "words"]
                 hidden = {"head": None} if run.dense else {}
-                draw_table(firings, {**widths, "activation": 60, **hidden}, height=260, column_order=order)
+                draw_table(
+                    features,
+                    {**widths, "activation": 60, "words": "in words", **hidden},
+                    height=260,
+                    column_order=order,
+                )
     st.markdown(
         "**The role of each head on this prompt**: the slot that it attends to most, and the one its features read most"
     )

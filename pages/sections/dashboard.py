@@ -1,6 +1,7 @@
 """The dashboard of one feature."""
 
 import shlex
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -11,22 +12,23 @@ from analysis.spreadsheet import guarded
 from analysis.store import Analysis
 from analysis.tokens import visible
 from pages.charts import features as charts
+from pages.components.listing import listing
 from pages.shared import live, strips
 from pages.shared.columns import draw_table
 from pages.shared.page import refuse, typed
-from pages.shared.pick import choose, number, pick_row, put
+from pages.shared.pick import choose, put
+from pages.shared.words import in_words
 from trainer.checkpoint import Checkpoint
 
 _SAE_VIS_FEATURES = 20
 
 
-def show(analysis: Analysis, labels: Labels, order: list[int]) -> None:
-    """Draw the feature that the address names, with steps to its neighbours in `order`.
+def show(checkpoint: Checkpoint, analysis: Analysis, labels: Labels, feature: int) -> None:
+    """Draw one feature.
 
     Raises:
         CheckpointError: an artefact is damaged.
     """
-    feature = _navigation(analysis, order)
     row = analysis.feature(feature)
     st.subheader(f"Feature {feature} of head {row['head']}", anchor=False)
     if row["head_share"] < 1:
@@ -45,25 +47,24 @@ def show(analysis: Analysis, labels: Labels, order: list[int]) -> None:
         share = "not judged" if pd.isna(row["role_share"]) else f"{row['role_share']:.0%} {row['role']}"
         st.metric("Reads from", share, border=True, help=f"largest slot of its DFA over {row['dfa_firings']:,} firings")
 
-    left, middle, right = st.columns(3)
+    left, right = st.columns(2)
     with left:
         st.markdown("**Activations**")
         st.altair_chart(charts.histogram(row["histogram"], 0, row["histogram_end"], "Activation", "Tokens"))
         st.markdown("**Where it reads from**")
         st.altair_chart(charts.slots(row))
-    with middle:
-        st.markdown("**Direct effect on logits**, per unit of activation")
-        low, high = row["bottom_logits"][0], row["top_logits"][0]
-        st.altair_chart(charts.histogram(row["logit_histogram"], low, high, "Logit effect", "Vocabulary"))
-        draw_table(_logits(row, analysis.strings), {"effect": "effect"}, height=240)
+        _label_form(labels, feature)
     with right:
         st.markdown("**Tokens**")
         reads = {"help": "the source with the largest DFA"}
-        draw_table(_tokens(row, analysis.strings), {"reads": reads}, height=240)
-        _label_form(labels, feature)
+        draw_table(_tokens(row, analysis.strings), {"reads": reads}, height=175)
+        st.markdown("**Direct effect on logits**, per unit of activation")
+        low, high = row["bottom_logits"][0], row["top_logits"][0]
+        st.altair_chart(charts.histogram(row["logit_histogram"], low, high, "Logit effect", "Vocabulary"))
+        draw_table(_logits(row, analysis.strings), {"effect": "effect"}, height=175)
 
     _examples(analysis, row)
-    _neighbours(analysis, feature)
+    _neighbours(checkpoint, analysis, feature)
 
 
 def exchange(labels: Labels, d_sae: int, name: str) -> None:
@@ -92,32 +93,6 @@ def sae_vis_page(checkpoint: Checkpoint, features: list[int]) -> None:
     if chosen and st.button("Make it"):
         page = live.sae_vis_page(checkpoint, tuple(chosen))
         st.download_button("Download the HTML", page, f"{checkpoint.name}-sae-vis.html", "text/html", on_click="ignore")
-
-
-def _navigation(analysis: Analysis, order: list[int]) -> int:
-    """The feature shown, and steps to others."""
-    d_sae = len(analysis.features)
-    if (st.session_state.get("feature") or 0) >= d_sae:  # of another checkpoint
-        put("feature", None)
-    first = order[0] if order else 0
-    with st.container(horizontal=True, vertical_alignment="bottom"):
-        chosen = number(st, "Feature id", 0, d_sae - 1, None, key="feature", width=160, placeholder=str(first))
-        feature = first if chosen is None else int(chosen)
-        head = analysis.features["head"]
-        place = order.index(feature) if feature in order else None
-        steps = {"Previous": -1, "Next": 1}
-        for name, step in steps.items():
-            at = max(0, step - 1) if place is None else place + step  # what is filtered away comes before the first
-            target = order[at] if 0 <= at < len(order) and (place is not None or step > 0) else None
-            _go(name, target, "of the features above, in their order")
-        for name, step in steps.items():
-            of_head = head[(head == head[feature] + step) & (analysis.features["firings"] > 0)]
-            _go(f"{name} head", int(of_head.index[0]) if len(of_head) else None, "its first feature that fires")
-    return feature
-
-
-def _go(name: str, target: int | None, what: str) -> None:
-    st.button(name, key=f"go_{name}", disabled=target is None, help=what, on_click=put, args=("feature", target))
 
 
 def _logits(row: pd.Series, strings: dict[int, str]) -> pd.DataFrame:
@@ -201,17 +176,16 @@ def _examples(analysis: Analysis, row: pd.Series) -> None:
             st.html("".join(parts))
 
 
-def _neighbours(analysis: Analysis, feature: int) -> None:
+def _neighbours(checkpoint: Checkpoint, analysis: Analysis, feature: int) -> None:
     table = analysis.neighbours(feature)
-    table = table.join(analysis.features[["head", "description"]], on="other")
-    st.markdown("**Nearest features**, by how often they fire together and by what they write. Tick one to go there.")
-    for column, across in zip(st.columns(2), (False, True), strict=True):
-        with column:
-            st.caption("of other heads" if across else "of its own head")
-            part = table[table["across"] == across].sort_values("jaccard", ascending=False)
-            if part.empty:
-                st.caption("none: it fires on too few tokens to compare")
-                continue
-            ids = part["other"].tolist()
-            columns = ["other", "head", "jaccard", "correlation", "cosine", "description"]
-            draw_table(part[columns], height=240, **pick_row(f"near_{across}", "feature", ids))
+    table = table.join(analysis.features["head"], on="other").sort_values("jaccard", ascending=False)
+    table["words"] = in_words(checkpoint, table["other"])
+    st.markdown("**Nearest features**, by how often they fire together and by what they write; a click goes there")
+    for name, across in (("of its own head", False), ("of other heads", True)):
+        st.caption(name)
+        part = table[table["across"] == across]
+        if part.empty:
+            st.caption("none: it fires on too few tokens to compare")
+            continue
+        rows = part[["other", "head", "jaccard", "correlation", "cosine", "words"]]
+        listing(rows, "other", None, partial(put, "feature"), f"near_{across}", to_top=True, height=200)

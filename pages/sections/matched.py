@@ -16,6 +16,7 @@ from pages.shared import live
 from pages.shared.columns import draw_table
 from pages.shared.page import feature_link, hint, plain
 from pages.shared.pick import choose, pick_row, select
+from pages.shared.words import in_words
 from trainer.checkpoint import CheckpointError
 
 _TABLE_ROWS = 1000  # sent to the browser of a table that shows all features
@@ -185,7 +186,10 @@ def _along(lines: list[tuple[str, PromptRun, int]], colours: Sequence[str]) -> N
 
 
 def _links(features: list[tuple[Shown, int]]) -> None:
-    """To the dashboards of features."""
+    """To the dashboards of features, with what is known of them in words."""
     with st.container(horizontal=True):
         for side, feature in features:
             feature_link(side.checkpoint, feature, f"Feature {feature} of {plain(side.short)}")
+    for side, feature in features:
+        if said := in_words(side.checkpoint, [feature])[0]:
+            st.text(f"{side.short} {feature}: {said}")

@@ -1,4 +1,4 @@
-"""The features that fire on a prompt: where in a map, which in a table, and from where one of them reads."""
+"""The features that fire on a prompt, one row each; where in a map; and from where one of them reads."""
 
 from typing import Any
 
@@ -7,13 +7,16 @@ import streamlit as st
 
 from analysis.prompt.run import PromptRun, active_features, firing_map, source_attribution
 from pages.charts import prompt as charts
+from pages.components.listing import listing
 from pages.shared import live
-from pages.shared.columns import draw_table
 from pages.shared.page import feature_link
-from pages.shared.pick import ALL, pick_head, pick_row, put, select
+from pages.shared.pick import ALL, pick_head, put, select
+from pages.shared.words import in_words
 from trainer.checkpoint import Checkpoint
 
 RANKS = ("activation", "direct effect on a next token", "DFA from a source")
+CHOSEN = ("token", "until", "source", "next", "firing")  # here, which means nothing on another prompt
+_PER_HEAD, _OF_ONE = 40, 300  # features listed
 _WIDEST = 96  # tokens of the map that can be read side by side
 _SOURCES = 60  # bars that can be read side by side
 
@@ -23,56 +26,93 @@ def tokens(run: PromptRun) -> list[str]:
     return [run.label(position) for position in range(1, len(run.strings))]
 
 
-def pick_place(run: PromptRun) -> tuple[int | None, tuple[int, int] | None]:
-    """The head, and the first and last position; None for all."""
-    left, middle, right = st.columns(3)
-    head = pick_head(0 if run.dense else len(run.pattern), column=left)
-    labels = tokens(run)
-    token = select(middle, "Token", [ALL, *labels], "token")
-    span = None
+def pick(
+    checkpoint: Checkpoint, prompt: str, run: PromptRun
+) -> tuple[int | None, tuple[int, int] | None, pd.DataFrame, pd.Series | None]:
+    """The head, the first and last position (None: all), the features that fire there as ranked, and one of them.
+
+    By default it is the first; None where none fires.
+    """
+    of_head, of_token, to_token, by, of_rank, feature = st.columns([1, 2, 2, 2, 2, 1.5])
+    head = pick_head(0 if run.dense else len(run.pattern), column=of_head)
+    labels, span = tokens(run), None
+    token = select(of_token, "Token", [ALL, *labels], "token")
     if token != ALL:
         first = labels.index(token)
-        until = select(right, "to token", labels[first:], "until")
+        until = select(to_token, "to token", labels[first:], "until")
         span = (1 + first, 1 + labels.index(until))
-    return head, span
+    rank = by.selectbox("Rank by", RANKS, key="rank", bind="query-params")
+    how: dict[str, Any] = {}
+    if rank == RANKS[2]:
+        sources = [run.label(0), *labels]
+        how = {"source": sources.index(select(of_rank, "Source", sources, "source"))}
+    elif rank == RANKS[1]:
+        last = span[1] if span else len(labels)
+        predicted = live.ablation(checkpoint, prompt, "layer by reconstruction", 0, last)
+        names = [f"{token} ({number})" for token, number in zip(predicted["token"], predicted["id"], strict=True)]
+        what = "what each firing adds to that token's logit at its own position, by the direct path alone"
+        wanted = names.index(select(of_rank, "Next token", names, "next", help=what))
+        how = {"effect": live.direct_effects(checkpoint, prompt, int(predicted["id"].iloc[wanted]))}
+    limit = _OF_ONE if run.dense or head is not None else _PER_HEAD
+    features = active_features(run, head, span, limit, **how)
+    if features.empty:
+        return head, span, features, None
+    names = features["feature"].astype(str).tolist()
+    return head, span, features, features.iloc[names.index(select(feature, "Feature", names, "firing"))]
 
 
-def rank_firings(
-    checkpoint: Checkpoint, prompt: str, run: PromptRun, head: int | None, span: tuple[int, int] | None
-) -> pd.DataFrame:
-    """The features that fire in the head and at the tokens picked, as ranked."""
-    return active_features(run, head, span, **_pick_rank(checkpoint, prompt, run, span))
-
-
-def pick_firing(checkpoint: Checkpoint, run: PromptRun, firings: pd.DataFrame) -> pd.Series | None:
-    """The table of features that fire, and one of them with what it reads; None where none fires."""
-    if firings.empty:
+def show(checkpoint: Checkpoint, run: PromptRun, features: pd.DataFrame, chosen: pd.Series | None) -> None:
+    """The list of features, grouped by head."""
+    if chosen is None:
         st.info("No feature fires here. Pick another head or token, or a checkpoint with a higher L0.")
-        return None
-    names = [f"{f}@{p}" for f, p in zip(firings["feature"], firings["position"], strict=True)]
-    draw_table(firings, {"head": None} if run.dense else None, height=300, **pick_row("table", "firing", names))
-    st.subheader("Where a feature reads from", anchor=False)
-    left, right = st.columns([3, 1], vertical_alignment="bottom")
-    firing = firings.iloc[names.index(select(left, "Feature @ position", names, "firing"))]
-    feature = int(firing["feature"])
+        return
+    read = [f"{token} ({slot})" for token, slot in zip(features["reads from"], features["slot"], strict=True)]
+    ranked = [name for name in ("effect", "from source") if name in features]
+    rows = features[["feature", "head", "along", *ranked, "activation", "share"]].assign(
+        **{"from": read, "words": in_words(checkpoint, features["feature"])}
+    )
+    listing(
+        rows,
+        "feature",
+        int(chosen["feature"]),
+        lambda feature: put("firing", str(feature)),
+        "features",
+        group=None if run.dense else "head",
+        tokens=run.strings,
+        search="Feature",
+        height=420,
+        **{"head": None} if run.dense else {},
+    )
+
+
+def show_sources(checkpoint: Checkpoint, run: PromptRun, firing: pd.Series) -> None:
+    """Where the chosen feature reads from, where it fires strongest.
+
+    Args:
+        firing: a row of `active_features`.
+    """
+    feature, head, position = (int(firing[name]) for name in ("feature", "head", "position"))
+    owner = "of all heads" if run.dense else f"of head {head}"
+    left, right = st.columns([3, 2], vertical_alignment="bottom")
+    left.markdown(f"**Where feature {feature} reads from**")
     if (checkpoint.path / "analysis" / "meta.json").exists():
         feature_link(checkpoint, feature, "Its dashboard", right)
-    sources = source_attribution(run, int(firing["head"]), feature % run.features_per_block, int(firing["position"]))
+    if said := in_words(checkpoint, [feature])[0]:
+        st.caption(said)
+    sources = source_attribution(run, head, feature % run.features_per_block, position)
     if len(sources) > _SOURCES:
         st.caption(f"The {_SOURCES} sources with the largest |DFA| of {len(sources)}, in order.")
         sources = sources.reindex(sources["dfa"].abs().nlargest(_SOURCES).index).sort_index()
-    owner = "of all heads" if run.dense else f"of head {firing['head']}"
     st.text(
         f"Feature {feature} {owner} at {firing['token']} "
         f"fires with {firing['activation']:.3f}; its largest source is {firing['reads from']} ({firing['slot']})."
     )
     st.altair_chart(charts.source_strips(sources))
-    return firing
 
 
 def draw_map(run: PromptRun) -> None:
     """Counts of features by head and token; a click on a cell picks its head and token, one beside them all."""
-    st.subheader("How many features fire", anchor=False)
+    st.markdown("**How many features fire**")
 
     def clicked() -> None:
         cells = st.session_state["map"]["selection"]["cell"]
@@ -87,20 +127,3 @@ def draw_map(run: PromptRun) -> None:
         counts = counts[counts["position"].between(first, first + _WIDEST)]
     chart = charts.firing_map(counts, largest)
     st.altair_chart(chart, width="stretch", key="map", on_select=clicked, selection_mode="cell")
-
-
-def _pick_rank(checkpoint: Checkpoint, prompt: str, run: PromptRun, span: tuple[int, int] | None) -> dict[str, Any]:
-    """By what features are ranked, as `active_features` takes it."""
-    left, right = st.columns(2, vertical_alignment="bottom")
-    rank = left.selectbox("Rank by", RANKS, key="rank", bind="query-params")
-    if rank == RANKS[2]:
-        labels = [run.label(0), *tokens(run)]
-        return {"source": labels.index(select(right, "Source", labels, "source"))}
-    if rank == RANKS[1]:
-        last = span[1] if span else len(run.strings) - 1
-        predicted = live.ablation(checkpoint, prompt, "layer by reconstruction", 0, last)
-        names = [f"{token} ({number})" for token, number in zip(predicted["token"], predicted["id"], strict=True)]
-        wanted = names.index(select(right, "Next token", names, "next"))
-        st.caption("What each firing adds to that token's logit at its own position, by the direct path alone.")
-        return {"effect": live.direct_effects(checkpoint, prompt, int(predicted["id"].iloc[wanted]))}
-    return {}

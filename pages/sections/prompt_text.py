@@ -6,15 +6,18 @@ import streamlit as st
 from analysis.prompt.patterns import FEATURE, KINDS, drawn, matrices
 from analysis.prompt.run import PromptRun
 from pages.components.reading import reading
-from pages.shared.pick import ALL, choose, put
+from pages.shared.pick import ALL, choose, put, show_example
 from pages.shared.strips import spaced
 
 _DENSE_HEAD = "head shown"  # a dense SAE has features of no head, but its model has heads
 
 
-def show(run: PromptRun, head: int | None, span: tuple[int, int] | None, firing: pd.Series | None) -> None:
+def show(prompt: str, run: PromptRun, head: int | None, span: tuple[int, int] | None, firing: pd.Series | None) -> None:
     """Tokens and patterns: a click on one picks it as the boxes below do, a click with shift a span."""
-    kind = choose("What a token reads", KINDS, "reads")
+    left, right = st.columns([2, 3])
+    kind = choose("What a token reads", KINDS, "reads", column=left, label_visibility="collapsed")
+    with right:
+        show_example(prompt)
     feature = None
     if kind == FEATURE:
         if firing is None:

@@ -42,6 +42,10 @@ COLUMNS: dict[str, Any] = {
     "role_share": _percent("share", width=60),
     "description": _text(width="large"),
     "other_description": _text("description of the other", width="large"),
+    "precision": _percent("of its firings", width=85, help="share of the feature's firings that are on the token"),
+    "recall": _percent("of the token's", width=85, help="share of the token's places on which the feature fires"),
+    "read_precision": _percent("of its reads", width=80, help="share of its firings whose largest source it is"),
+    "examples": _count(width=75, help="of its examples that have the words"),
     "fires_on": _text("fires on", width=75),
     "fires_on_share": _percent("share", width=60),
     "reads": _text(width=75),
@@ -74,8 +78,12 @@ COLUMNS: dict[str, Any] = {
     "mono_weighted_low": _percent("from "),
     "mono_weighted_high": _percent("to "),
     # a prompt
-    "activation": _number(format="%.3f"),
-    "share": _share("share of the head"),
+    "activation": _number(format="%.3f", width=78),
+    "share": _share("of head", width=70, help="its part of all that fires in the head at that token"),
+    "firings": _count("fires", width=50, help="tokens on which it fires"),
+    "along": _text("along the prompt", width=116, help="where it fires, and how strongly; hover it for the token"),
+    "words": _text("label or description", help="yours where you wrote one, else the description of the analysis"),
+    "from": _text("reads from", width=135, help="the source with the largest DFA where it fires strongest"),
     "source share": _percent("share of its DFA"),
     "effect": _number("effect on the logit", format="%.4f"),
     "from source": _number("DFA from it", format="%.3f"),
@@ -107,13 +115,22 @@ def draw_table(frame: pd.DataFrame, settings: dict[str, Any] | None = None, **mo
     """A table without its index.
 
     Args:
+        settings: as `configured` takes them.
+        more: of `st.dataframe`, as `pick_row` gives it.
+    """
+    st.dataframe(frame, hide_index=True, column_config=configured(frame, settings), **more)
+
+
+def configured(frame: pd.DataFrame, settings: dict[str, Any] | None = None) -> dict[str, Any]:
+    """How the columns of a table are drawn, as `st.dataframe` takes it; None where one is hidden.
+
+    Args:
         settings: where this table differs from COLUMNS: a width, a label, None to hide the column, or a column's
             whole configuration.
-        more: of `st.dataframe`, as `pick_row` gives it.
     """
     columns = {name: COLUMNS[name] for name in frame if name in COLUMNS}
     for name, setting in (settings or {}).items():
         before = columns.get(name) or {}
         part = {int: {"width": setting}, str: {"label": setting}}.get(type(setting), setting)
         columns[name] = None if setting is None else before | part if isinstance(before, dict) else part
-    st.dataframe(frame, hide_index=True, column_config=columns, **more)
+    return columns

@@ -35,15 +35,25 @@ _copy_link = st.components.v2.component(
 )
 
 
+_COMPACT = """<style>
+[data-testid=stMainBlockContainer] { padding-top: 4rem; }
+[data-testid=stMainBlockContainer] h1 { font-size: 1.6rem; padding: 0; }
+[data-testid=stMetricValue] { font-size: 1.15rem; }
+[data-testid=stMetric] { padding: .4rem .8rem; }
+[data-testid=stColumn]:has(.st-key-beside) { position: sticky; top: 4rem; align-self: flex-start; }
+@media (max-width: 820px) { [data-testid=stColumn]:has(.st-key-beside) { position: static; } }
+</style>"""
+
+
 def begin(title: str, what: str) -> None:
     """The top of a page: its title and one sentence on what it shows."""
     _through_app_py()
-    st.html("<style>[data-testid=stMainBlockContainer] { padding-top: 3.5rem; }</style>")
-    left, right = st.columns([6, 1], vertical_alignment="bottom")
-    left.title(title)
+    st.html(_COMPACT)
+    left, middle, right = st.columns([1, 6, 1], vertical_alignment="center")
+    left.title(title, anchor=False)
+    middle.caption(what)
     with right:
         _copy_link(key="copy_link")
-    st.caption(what)
 
 
 def _through_app_py() -> None:

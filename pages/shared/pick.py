@@ -134,16 +134,34 @@ def pick_text(label: str = "Evaluated on", key: str = "text", text: str = HELD_O
     return choose(label, [text, REPEATED], key, column=column) == REPEATED
 
 
-def pick_prompt() -> str:
-    """The prompt, and a tour of four examples, each with what to see."""
-    prompt = st.text_area("Prompt", EXAMPLES["Induction"][0], key="prompt", bind="query-params", height=90)
-    with st.container(horizontal=True):
+def pick_prompt(column: Any = st, examples: Any = st, dependent: Sequence[str] = ()) -> str:
+    """The prompt, and a tour of four examples.
+
+    Args:
+        column: where the field stands.
+        examples: where the buttons of the tour stand.
+        dependent: keys of widgets whose choice means nothing on another prompt.
+    """
+
+    def another(text: str | None = None) -> None:
+        if text is not None:
+            put("prompt", text)
+        for key in dependent:
+            st.session_state.pop(key, None)
+            forget(key)
+
+    with examples.container(horizontal=True, gap="small"):
         for name, (text, _) in EXAMPLES.items():
-            st.button(name, key=f"example_{name}", on_click=put, args=("prompt", text), help=text)
+            st.button(name, key=f"example_{name}", on_click=another, args=(text,), help=text, type="tertiary")
+    first = EXAMPLES["Induction"][0]
+    return column.text_area("Prompt", first, key="prompt", bind="query-params", height=68, on_change=another)
+
+
+def show_example(prompt: str) -> None:
+    """What to see on a prompt of the tour."""
     for text, what in EXAMPLES.values():
         if prompt == text:
             st.caption(f"On the shipped checkpoint batchtopk-x8-k32: {what}")
-    return prompt
 
 
 def pick_row(key: str, into: str, values: Sequence[Any]) -> dict[str, Any]:

@@ -61,14 +61,18 @@ def test_the_table_of_one_feature_adds_up(model, request):
     sae = BlockDiagSAE(lm.n_heads, lm.d_head, 12)
     run = run_prompt(lm.layer(1), sae, "the head reads the head")
     table = active_features(run, None, None)
-    assert len(table) == min(500, int((run.f[1:] > 0).sum()))
+    fires = (run.f[1:] > 0).sum(0).flatten()
+    assert sorted(table["feature"]) == fires.nonzero()[:, 0].tolist(), "one row each"
+    assert table["firings"].tolist() == fires[table["feature"].tolist()].tolist()
     assert table["activation"].is_monotonic_decreasing
     for row in table.head(20).itertuples():
         index = row.feature - row.head * 12
+        assert row.activation == run.f[1:, row.head, index].max()
+        assert (row.along == run.f[:, row.head, index].numpy()).all()
         sources = source_attribution(run, row.head, index, row.position)
         constant = dfa.Reader(sae, lm.layer(1)).constants()[row.feature].item()
         assert sources["dfa"].sum() + constant == pytest.approx(row.activation, abs=1e-4)
-        read = sources.loc[sources["token"] == row._7, "dfa"].sum()  # "reads from"
+        read = sources.loc[sources["token"] == row._9, "dfa"].sum()  # "reads from"
         assert read == pytest.approx(sources["dfa"].max(), abs=1e-5)
         assert sources["attention"].sum() == pytest.approx(1, abs=1e-5)
 
@@ -87,7 +91,7 @@ def test_sources_of_a_prompt_leave_value_biases_out(dense, monkeypatch):
         block, index = divmod(row.feature, run.features_per_block)
         sources = source_attribution(run, block, index, row.position).groupby("token")["dfa"].sum()
         assert sources.sum() + constants[row.feature].item() == pytest.approx(row.activation, abs=1e-4)
-        assert sources[row._7] == pytest.approx(sources.max(), abs=1e-5)  # "reads from"
+        assert sources[row._9] == pytest.approx(sources.max(), abs=1e-5)  # "reads from"
 
 
 TEXTS = ["<s>", " war", "war", " the", " The", ".", "\n\n", " 7", ' "', " peace", "!)"]

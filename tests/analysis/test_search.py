@@ -29,6 +29,23 @@ def test_tokens(wanted, meant):
     assert wanted.among(STRINGS) == meant
 
 
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        (" of", Tokens(" of")),
+        ('" of"', Tokens(" of", "exact")),
+        (r"/^\d+$/", Tokens(r"^\d+$", "regex")),
+        ("any digit", Tokens("digit", "class")),
+        ("any thing", Tokens("any thing")),
+        ('"', Tokens('"')),
+        ("//", Tokens("//")),
+        ("/usr", Tokens("/usr")),
+    ],
+)
+def test_tokens_as_they_are_typed(text, meant):
+    assert Tokens.typed(text) == meant
+
+
 @pytest.mark.parametrize("words", ["the war", "THE WAR", "e wa"])
 def test_near_words(words):
     texts = ["<s>", *["x"] * 15, " the", " wa", "r", *["y"] * 15]

@@ -92,7 +92,7 @@ def test_the_same_prompt_in_each(folder, gpt2):
     role = frame(app, "by attention").set_index("head")
     for table, name, ordinal in zip(tables, NAMES, ("first", "second", "third", "fourth"), strict=True):
         expected = run(folder / name, gpt2)
-        assert table["feature"].tolist() == active_features(expected, None, None, 50)["feature"].tolist()
+        assert table["feature"].tolist() == active_features(expected, limit=20)["feature"].tolist()
         assert role[f"by DFA {ordinal}"].tolist() == role_table(roles(expected))["by DFA"].tolist()
     assert sum(column.startswith("by attention") for column in role) == 1, "attention is the model's"
     token = app.selectbox(key="token").options[3]

@@ -9,9 +9,11 @@ import pytest
 
 from analysis.__main__ import main
 from analysis.labels import Labels
+from analysis.prompt.run import active_features, run_prompt
+from analysis.search import Tokens
 from analysis.store import Analysis
 from pages.shared import strips
-from tests.helpers import open_page, said
+from tests.helpers import listed, open_page, said
 from trainer.checkpoint import Checkpoint
 
 NAMES = ["block-l1_1", "dense", "batchtopk"]
@@ -57,9 +59,11 @@ def test_the_dashboard_of_the_most_frequent_feature(folder, name):
 def test_the_address_restores_filters_and_feature(folder):
     analysis = Analysis(Checkpoint(folder / "block-l1_1"))
     feature = int(analysis.search(head=2)["feature"].iloc[1])
-    app = open_page("pages/features.py", checkpoint="block-l1_1", head="2", order="rarest first", feature=str(feature))
+    app = open_page(
+        "pages/features.py", checkpoint="block-l1_1", head="2", order="fewest firings", feature=str(feature)
+    )
     assert not app.exception
-    browser = app.dataframe[0].value
+    browser = listed(app, "browser")
     assert set(browser["head"]) == {2}
     firings = analysis.features.loc[browser["feature"], "firings"]
     assert firings.is_monotonic_increasing
@@ -68,16 +72,42 @@ def test_the_address_restores_filters_and_feature(folder):
 
 def test_filters_narrow_the_browser(folder):
     app = open_page("pages/features.py", checkpoint="block-l1_1")
-    before = len(app.dataframe[0].value)
-    role = app.dataframe[0].value["role"].dropna().iloc[0]
+    before = len(listed(app, "browser"))
+    features = Analysis(Checkpoint(folder / "block-l1_1")).features
+    role = features["role"].dropna().iloc[0]
     app.selectbox(key="role").set_value(role).run()
-    assert set(app.dataframe[0].value["role"]) == {role}
-    app.text_input(key="fires").set_value("no such token").run()
+    assert set(features.loc[listed(app, "browser")["feature"], "role"]) == {role}
+    app.text_input(key="noted").set_value("no such words").run()
     assert "No feature fits" in said(app)
     assert not app.exception
-    app.text_input(key="fires").set_value("").run()
+    app.text_input(key="noted").set_value("").run()
     app.selectbox(key="role").set_value("all").run()
-    assert len(app.dataframe[0].value) == before
+    assert len(listed(app, "browser")) == before
+
+
+def test_a_search_ranks_by_the_share_of_firings_on_the_token(folder):
+    analysis = Analysis(Checkpoint(folder / "block-l1_1"))
+    for text in ("any function", "any content", '"e"', "/^[aeiou]$/"):
+        expected = analysis.search(fires_on=Tokens.typed(text))
+        app = open_page("pages/features.py", checkpoint="block-l1_1", fires=text)
+        assert not app.exception
+        if expected.empty:
+            assert "No feature fits" in said(app)
+            continue
+        shown = listed(app, "browser")
+        assert shown["feature"].tolist() == expected["feature"].tolist()[:200]
+        assert shown["precision"].tolist() == pytest.approx(expected["precision"].tolist()[:200])
+        assert shown_feature(app) == expected["feature"].iloc[0]
+    app.selectbox(key="order").set_value("share of the token's places").run()
+    assert listed(app, "browser")["recall"].is_monotonic_decreasing
+    app.selectbox(key="fires").set_value(None).run()
+    assert not app.exception and app.selectbox(key="order").value == "as searched, else most firings"
+
+
+def test_what_is_no_regular_expression_is_a_sentence(folder):
+    app = open_page("pages/features.py", checkpoint="block-l1_1", fires="/(/")
+    assert not app.exception
+    assert "is no regular expression" in app.error[0].value
 
 
 def test_a_feature_of_a_larger_checkpoint_gives_way(folder):
@@ -112,7 +142,7 @@ def test_a_strip_holds_the_source_that_matters_most():
 
 def test_previous_next_and_the_next_head(folder):
     app = open_page("pages/features.py", checkpoint="block-l1_1", head="1")
-    order = app.dataframe[0].value["feature"].tolist()
+    order = listed(app, "browser")["feature"].tolist()
     app.button(key="go_Next").click().run()
     assert shown_feature(app) == order[1]
     app.button(key="go_Previous").click().run()
@@ -132,7 +162,9 @@ def test_labels_are_written_found_and_harmless(folder):
     assert not app.exception
     assert Labels(folder / "block-l1_1").get(feature).label == "<script>alert(1)</script> *the*"
     again = open_page("pages/features.py", checkpoint="block-l1_1", noted="ALERT(1)")
-    assert again.dataframe[0].value["feature"].tolist() == [feature]
+    assert listed(again, "browser")[["feature", "words"]].values.tolist() == [
+        [feature, "<script>alert(1)</script> *the*"]
+    ]
     assert not [m for m in again.markdown if m.allow_html]
     assert not any("<script>" in element.proto.body for element in again.get("html"))
 
@@ -219,14 +251,14 @@ def test_heads_read_the_analysis(folder, name, show):
         assert app.dataframe[0].value["role_dfa"].tolist() == heads["role_dfa"].tolist()
 
 
-def test_the_prompt_page_links_ranks_and_ablates(folder):
-    app = open_page("pages/prompt.py", checkpoint="block-l1_1", prompt="the head reads the head")
+def test_the_prompt_page_links_ranks_and_ablates(folder, gpt2):
+    text = "the head reads the head"
+    app = open_page("pages/prompt.py", checkpoint="block-l1_1", prompt=text)
     assert not app.exception
-    assert len(app.dataframe) >= 3
-    ablation = app.dataframe[1].value
-    firing = app.dataframe[0].value
-    firing = firing[firing["position"].between(2, 20)].iloc[0]
-    app.selectbox(key="firing").set_value(f"{firing['feature']}@{firing['position']}").run()
+    ablation = app.dataframe[0].value
+    firings = active_features(run_prompt(gpt2.layer(1), Checkpoint(folder / "block-l1_1").sae, text), limit=40)
+    firing = firings[firings["position"].between(2, 20)].iloc[0]
+    app.selectbox(key="firing").set_value(str(firing["feature"])).run()
     assert f"After {firing['token']}: " in said(app), "the next token is that of where the feature fires"
     app.selectbox(key="ablate").set_value("all features of a head").run()
     assert "After 23: " in said(app), "a head's is that of the last token"
@@ -235,16 +267,18 @@ def test_the_prompt_page_links_ranks_and_ablates(folder):
     for rank, column in (("direct effect on a next token", "effect"), ("DFA from a source", "from source")):
         app.selectbox(key="rank").set_value(rank).run()
         assert not app.exception and not app.error
-        assert app.dataframe[0].value[column].abs().is_monotonic_decreasing
+        assert listed(app, "features")[column].abs().is_monotonic_decreasing
     for what in ("all features of a head", "a head, by its reconstruction", "the whole layer, by its reconstruction"):
         app.selectbox(key="ablate").set_value(what).run()
         assert not app.exception and not app.error
 
 
-def test_a_span_on_the_prompt_page(folder):
+def test_a_span_on_the_prompt_page(folder, gpt2):
     app = open_page("pages/prompt.py", checkpoint="block-l1_1", prompt="the head reads", token="3: e", until="5: h")
     assert not app.exception
-    assert set(app.dataframe[0].value["position"]) <= {3, 4, 5}
+    run = run_prompt(gpt2.layer(1), Checkpoint(folder / "block-l1_1").sae, "the head reads")
+    expected = active_features(run, span=(3, 5), limit=40)
+    assert listed(app, "features")["feature"].tolist() == expected["feature"].tolist()
 
 
 def test_a_long_prompt_stays_usable(folder):
@@ -254,5 +288,5 @@ def test_a_long_prompt_stays_usable(folder):
     app.slider(key="from").set_value(100).run()
     app.text_area(key="prompt").set_value("a head reads " * 9).run()
     assert not app.exception
-    (chart, *_) = app.get("vega_lite_chart")
+    chart = next(c for c in app.get("vega_lite_chart") if '"map"' in c.proto.spec or "active" in c.proto.spec)
     assert len(pa.ipc.open_stream(chart.proto.datasets[0].data.data).read_all()), "the map of the shorter prompt"

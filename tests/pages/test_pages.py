@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from tests.helpers import OTHERS, PAGES, edit_config, open_page, said, spoil
+from tests.helpers import OTHERS, PAGES, edit_config, listed, open_page, said, spoil
 from trainer.checkpoint import Checkpoint
 
 DRAWN = PAGES[:4]  # these have a chart without an analysis
@@ -107,17 +107,17 @@ def test_the_url_decides_what_is_shown(folder):
     assert not app.exception
     assert app.selectbox(key="checkpoint").value == "block-l1_4"
     assert app.text_area(key="prompt").value == "it writes a token"
-    assert set(app.dataframe[0].value["head"]) == {2}
+    assert set(listed(app, "features")["head"]) == {2}
 
 
 def test_the_prompt_page_shows_the_numbers_of_the_checkpoint(folder, gpt2):
-    """The page's table against the SAE applied by hand."""
+    """The page's list against the SAE applied by hand."""
     from analysis.prompt.run import active_features, run_prompt
 
     app = open_page("pages/prompt.py", checkpoint="block-l1_1", prompt="the head reads")
     sae = Checkpoint(folder / "block-l1_1").sae
-    expected = active_features(run_prompt(gpt2.layer(1), sae, "the head reads"), None, None)
-    shown = app.dataframe[0].value
+    expected = active_features(run_prompt(gpt2.layer(1), sae, "the head reads"), limit=40)
+    shown = listed(app, "features")
     assert shown["feature"].tolist() == expected["feature"].tolist()
     assert shown["activation"].tolist() == pytest.approx(expected["activation"].tolist(), rel=1e-4, abs=1e-5)
 
@@ -132,10 +132,22 @@ def test_a_prompt_that_cannot_be_run_is_a_sentence(folder, prompt, message):
 
 def test_an_example_is_one_click_away(folder):
     app = open_page("pages/prompt.py")
-    before = app.dataframe[0].value
+    before = listed(app, "features")
     app.button(key="example_Indirect object").click().run()
     assert app.text_area(key="prompt").value.startswith("When John")
-    assert not app.dataframe[0].value.equals(before)
+    assert not listed(app, "features").equals(before)
+
+
+def test_what_was_chosen_on_another_prompt_is_forgotten(folder):
+    app = open_page("pages/prompt.py", checkpoint="block-l1_1", prompt="the head reads", head="1", token="3: e")
+    chosen = str(listed(app, "features")["feature"].iloc[-1])
+    app.selectbox(key="firing").set_value(chosen).run()
+    assert (app.selectbox(key="token").value, app.selectbox(key="firing").value) == ("3: e", chosen)
+    app.text_area(key="prompt").set_value("the head reads the head").run()
+    assert app.selectbox(key="token").value == "all", "also where the token is there too"
+    assert app.selectbox(key="head").value == "1", "a head is the model's"
+    assert app.selectbox(key="firing").value == str(listed(app, "features")["feature"].iloc[0])
+    assert not {"token", "firing"} & set(app.query_params)
 
 
 def test_compare_shows_both_and_their_difference(folder):
@@ -164,7 +176,7 @@ def test_a_dense_checkpoint_has_one_row_and_says_so(folder):
     assert "no heads of its own" in said(app)
     app = open_page("pages/prompt.py", checkpoint="dense")
     assert not app.exception
-    assert set(app.dataframe[0].value["head"]) == {0}
+    assert "head" not in listed(app, "features")
 
 
 def test_markup_in_a_prompt_is_only_text(folder):

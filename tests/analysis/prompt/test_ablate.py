@@ -176,6 +176,11 @@ def test_ranking_by_one_source(lm, sae):
 
 def test_a_span_of_positions(lm, sae):
     run = run_prompt(lm.layer(LAYER), sae, PROMPT)
-    assert set(active_features(run, span=(3, 5))["position"]) <= {3, 4, 5}
-    everything = active_features(run)
-    assert len(active_features(run, span=(3, 5))) == everything["position"].between(3, 5).sum() > 0
+    table = active_features(run, span=(3, 5))
+    assert set(table["position"]) <= {3, 4, 5}
+    fires = (run.f[3:6] > 0).sum(0).flatten()
+    assert sorted(table["feature"]) == fires.nonzero()[:, 0].tolist() and len(table) > 0
+    assert table["firings"].tolist() == fires[table["feature"].tolist()].tolist()
+    few = active_features(run, span=(3, 5), limit=2)
+    assert few.groupby("head").size().max() <= 2
+    assert few["feature"].tolist() == table.groupby("head").head(2)["feature"].tolist()
