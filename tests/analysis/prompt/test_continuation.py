@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from analysis.prompt.continuation import continue_prompt
+from analysis.prompt.continuation import _choose, continue_prompt
 from analysis.prompt.intervene import Intervention, change
 from analysis.prompt.run import run_prompt
 
@@ -12,10 +12,11 @@ HOOK = f"blocks.{LAYER}.attn.hook_z"
 NOTHING = Intervention("scale features of head", 2, 1.0)
 
 
-@pytest.fixture(autouse=True)
-def no_end(lm, monkeypatch):
+@pytest.fixture
+def lm(lm, monkeypatch):
     """No token ends a text, unless a test says which."""
-    monkeypatch.setattr(type(lm.tokenizer), "eos_token_id", -1)
+    monkeypatch.setattr(type(lm.tokenizer), "eos_token_id", -1, raising=False)
+    return lm
 
 
 def run_of(lm, sae):
@@ -49,7 +50,7 @@ def test_greedy_is_the_likeliest_token_again_and_again(lm, sae):
         for found, model in ((text.clean, NOTHING), (text.edited, steer)):
             logits = plain_logits(lm, sae, tokens, model)[0, len(run.tokens) - 1 : -1]
             assert torch.allclose(found, logits.log_softmax(-1)[range(N), text.ids], atol=1e-3)
-    assert texts[0].ids != texts[1].ids, "nothing to see"
+    assert not torch.allclose(texts[1].clean, texts[1].edited, atol=1e-2), "nothing to see"
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
@@ -69,15 +70,15 @@ def test_a_seed_is_a_text(lm, sae):
     assert texts(1) == texts(1) != texts(2)
 
 
-def test_draws_follow_the_distribution_at_a_temperature(gpt2, sae):
-    """Of one new token: how often each is drawn, against its probability."""
-    run, temperature, n = run_of(gpt2, sae), 0.7, 300
-    layer = gpt2.layer(LAYER)
-    drawn = [continue_prompt(layer, sae, run, NOTHING, 1, temperature, seed)[0].ids[0] for seed in range(n)]
-    wanted = (gpt2.model(run.tokens[None])[0, -1] / temperature).softmax(-1)
-    found = torch.bincount(torch.tensor(drawn), minlength=len(wanted)) / n
-    assert (found - wanted).abs().max() < 4 * 0.5 / n**0.5
-    assert wanted.max() > 0.05 and (found > 0).sum() > 10, "a distribution to see"
+@pytest.mark.parametrize("temperature", [0.7, 1.5])
+def test_draws_follow_the_distribution_at_a_temperature(temperature):
+    """As many of evenly spread uniform numbers give a token as its probability says, none where that is 0."""
+    logits = torch.tensor([1.0, -1.0, -torch.inf, 3.0, 2.0, -torch.inf], dtype=torch.float64)
+    uniform, n = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000, len(logits)
+    drawn = torch.cat([_choose(logits[None], temperature, each) for each in [*uniform, uniform[0] * 0]])
+    probability = (logits / temperature).softmax(-1)
+    assert torch.allclose(torch.bincount(drawn, minlength=n) / 1000.0, probability.float(), atol=3e-3)
+    assert not {2, 5} & set(drawn.tolist())
 
 
 def test_a_closed_span_does_not_touch_new_tokens(lm, sae):
@@ -110,16 +111,16 @@ def test_it_stops_at_eos(lm, sae, monkeypatch):
     run, steer = run_of(lm, sae), Intervention("scale features of head", 2, -6.0)
     endless = continue_prompt(lm.layer(LAYER), sae, run, steer, N)
     for eos in (endless[0].ids[3], endless[1].ids[2]):
-        monkeypatch.setattr(type(lm.tokenizer), "eos_token_id", eos)
+        monkeypatch.setattr(type(lm.tokenizer), "eos_token_id", eos, raising=False)
         for text, whole in zip(continue_prompt(lm.layer(LAYER), sae, run, steer, N), endless, strict=True):
             end = whole.ids.index(eos) + 1 if eos in whole.ids else N
             assert text.ids == whole.ids[:end] and len(text.clean) == len(text.edited) == len(text.strings) == end
 
 
-def test_what_cannot_be_written(gpt2, sae):
-    run, layer = run_of(gpt2, sae), gpt2.layer(LAYER)
-    room = gpt2.n_ctx - len(run.tokens)
-    with pytest.raises(ValueError, match=f"{room + 1} are to follow, but .* reads at most {gpt2.n_ctx}"):
+def test_what_cannot_be_written(lm, sae):
+    run, layer = run_of(lm, sae), lm.layer(LAYER)
+    room = lm.n_ctx - len(run.tokens)
+    with pytest.raises(ValueError, match=f"{room + 1} are to follow, but .* reads at most {lm.n_ctx}"):
         continue_prompt(layer, sae, run, NOTHING, room + 1)
     with pytest.raises(ValueError, match="nothing to write: 0 new tokens"):
         continue_prompt(layer, sae, run, NOTHING, 0)
