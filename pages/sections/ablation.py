@@ -12,8 +12,11 @@ from trainer.checkpoint import Checkpoint
 
 CHOSEN = ("predict",)  # here, which means nothing on another prompt
 OF_FEATURE = "the feature chosen above"
-_OF_HEAD = {"all features of a head": "features of head", "a head, by its reconstruction": "head by reconstruction"}
-KINDS = {OF_FEATURE: "feature", **_OF_HEAD, "the whole layer, by its reconstruction": "layer by reconstruction"}
+_OF_HEAD = {
+    "all features of a head": "scale features of head",
+    "a head, by its reconstruction": "head by reconstruction",
+}
+KINDS = {OF_FEATURE: "scale feature", **_OF_HEAD, "the whole layer, by its reconstruction": "layer by reconstruction"}
 
 
 def show(checkpoint: Checkpoint, prompt: str, run: PromptRun, firing: pd.Series | None) -> None:

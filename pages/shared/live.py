@@ -14,7 +14,7 @@ import pandas as pd
 import streamlit as st
 
 from analysis.match.read import Match
-from analysis.prompt import ablate
+from analysis.prompt import intervene
 from analysis.prompt import run as prompts
 from analysis.store import Analysis
 from analysis.tokens import visible
@@ -148,7 +148,7 @@ def _of_run(checkpoint: Checkpoint, prompt: str) -> list[prompts.PromptRun]:
 
 @st.cache_resource(max_entries=64, **_PER_CHECKPOINT)
 def _of_ablation(
-    checkpoint: Checkpoint, prompt: str, kind: ablate.Kind, which: int, position: int
+    checkpoint: Checkpoint, prompt: str, kind: intervene.Kind, which: int, position: int
 ) -> list[pd.DataFrame]:
     return []
 
@@ -204,13 +204,14 @@ def run_prompt(checkpoint: Checkpoint, prompt: str) -> prompts.PromptRun:
 
 
 @sentences(_FORESEEN)
-def ablation(checkpoint: Checkpoint, prompt: str, kind: ablate.Kind, which: int, position: int) -> pd.DataFrame:
+def ablation(checkpoint: Checkpoint, prompt: str, kind: intervene.Kind, which: int, position: int) -> pd.DataFrame:
     """The likeliest and the most changed next tokens after `position`, with and without; errors are a sentence."""
     run = _run(checkpoint, prompt)
 
     def compute() -> pd.DataFrame:
         layer = _layer(checkpoint)
-        change = ablate.ablate(layer, read_sae(checkpoint), run, kind, which, position)
+        intervention = intervene.Intervention(kind, which)
+        change = intervene.intervene(layer, read_sae(checkpoint), run, intervention, position)
         table = change.table(change.most_changed())
         table.insert(0, "token", [visible(text) for text in layer.lm.token_strings(table["id"].tolist())])
         return table

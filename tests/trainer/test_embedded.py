@@ -9,7 +9,7 @@ import torch
 
 from analysis import attribution as dfa
 from analysis.corpus.passes import sources_on_repeats
-from analysis.prompt.ablate import ablate
+from analysis.prompt.intervene import Intervention, intervene
 from analysis.prompt.run import active_features, role_table, roles, run_prompt
 from pages.shared.pick import EXAMPLES
 from tests.helpers import ROOT
@@ -72,7 +72,7 @@ def test_the_tour_shows_what_it_says(lm):
         return active_features(runs[name], head, (last, last))
 
     def probability(name: str, kind: str, which: int) -> tuple[float, float, float]:
-        found = ablate(lm.layer(LAYER), sae, runs[name], kind, which)
+        found = intervene(lm.layer(LAYER), sae, runs[name], Intervention(kind, which))
         best = found.clean.argmax()
         return tuple(float(p.softmax(-1)[best]) for p in found)
 
@@ -80,14 +80,14 @@ def test_the_tour_shows_what_it_says(lm):
     for head in INDUCTION_HEADS:
         assert "mat" in induction[induction["head"] == head].iloc[0]["reads from"]
         assert tables["Induction"].loc[head, "by DFA"] == "induction"
-    clean, direct, full = probability("Induction", "features of head", 4)
+    clean, direct, full = probability("Induction", "scale features of head", 4)
     assert (clean, full) == (pytest.approx(0.47, abs=0.006), pytest.approx(0.33, abs=0.006))
     assert abs(direct - clean) < 0.02
 
     assert strongest("Indirect object").iloc[0][["head", "slot"]].tolist() == [8, "previous"]
     clean, _, full = probability("Indirect object", "layer by reconstruction", 0)
     assert (clean, full) == (pytest.approx(0.9, abs=0.006), pytest.approx(0.89, abs=0.006))
-    without = [probability("Indirect object", "features of head", head)[2] for head in range(9)]
+    without = [probability("Indirect object", "scale features of head", head)[2] for head in range(9)]
     assert without[4] == pytest.approx(0.85, abs=0.006) and min(without[:4] + without[5:]) > 0.87
 
     assert "House" in strongest("Previous token", 8).iloc[0]["reads from"]

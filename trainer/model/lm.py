@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens import HookedTransformer
+from transformer_lens import HookedTransformer, HookedTransformerKeyValueCache
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from trainer.errors import first_line
@@ -176,6 +176,21 @@ class LanguageModel:
             )
         return tokens
 
+    def single_token(self, text: str) -> int:
+        """The id of a text that is one token, as it stands in a prompt: with its leading space.
+
+        Raises:
+            ValueError: the text is no single token.
+        """
+        ids = token_ids(self.tokenizer, text)
+        if len(ids) != 1:
+            parts = ", ".join(map(repr, self.token_strings(ids)))
+            raise ValueError(
+                f"{text!r} is {len(ids)} tokens of {self.name} and not one: [{parts}] "
+                "(the space before a word belongs to its token)"
+            )
+        return ids[0]
+
     def token_strings(self, ids: list[int]) -> list[str]:
         """One readable string per token id: `<D7>` for bytes that are no character alone, `<50300>` for no token."""
         texts = self.tokenizer.batch_decode([[i] for i in ids], clean_up_tokenization_spaces=False)
@@ -253,8 +268,16 @@ class LanguageModel:
         names: Sequence[str],
         start_at_layer: int | None = None,
         edits: Sequence[tuple[str, Callable]] = (),
+        past: HookedTransformerKeyValueCache | None = None,
     ) -> dict[str, Tensor]:
-        """Values of some hooks, run from tokens or from a layer's residual stream; `names` in the order they fire."""
+        """Values of some hooks, run from tokens or from a layer's residual stream; `names` in the order they fire.
+
+        Args:
+            past: of earlier positions (`no_past`); `inputs` are tokens that come after them, and are added to it.
+        """
+        # Else TransformerLens would mask what looks like padding.
+        cached = {} if past is None else {"past_kv_cache": past, "attention_mask": torch.ones_like(inputs)}
+        before = 0 if past is None else past[0].past_keys.shape[1]
         got: dict[str, Tensor] = {}
 
         def keep(value: Tensor, hook: Any) -> None:
@@ -263,9 +286,13 @@ class LanguageModel:
                 raise _StopForward
 
         with self._hooked([*edits, *((name, keep) for name in names)]), suppress(_StopForward):
-            positions.reach(self.model, inputs.shape[1])
-            self.model(inputs.to(self.device), return_type=None, start_at_layer=start_at_layer)
+            positions.reach(self.model, before + inputs.shape[1])
+            self.model(inputs.to(self.device), return_type=None, start_at_layer=start_at_layer, **cached)
         return got
+
+    def no_past(self, batch: int) -> HookedTransformerKeyValueCache:
+        """Keys and values of no position yet, for `Layer.edited` to run on from."""
+        return HookedTransformerKeyValueCache.init_cache(self.model.cfg, self.device, batch)
 
     @contextmanager
     def _hooked(self, hooks: Sequence[tuple[str, Callable]]) -> Iterator[None]:
@@ -344,6 +371,20 @@ class Layer:
     ) -> Float[Tensor, "batch pos d_model"]:
         """The residual stream before the final norm, run as by `logits`: to unembed only the positions one needs."""
         return self.lm.capture(resid_pre, [self._final], self.index, self._replacing(z))[self._final]
+
+    def edited(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        edit: Callable[[Tensor], Tensor],
+        past: HookedTransformerKeyValueCache | None = None,
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """The residual stream before the final norm, run from tokens with `edit` of this layer's z in place of z.
+
+        Args:
+            past: of the positions before `tokens` (`LanguageModel.no_past`), to which these are added.
+        """
+        hook = (self.hook_name, lambda z, hook: edit(z).to(z.dtype))
+        return self.lm.capture(tokens, [self._final], edits=[hook], past=past)[self._final]
 
     def _attention(
         self, tokens: Int[Tensor, "batch pos"], earlier: list[str], later: list[str]

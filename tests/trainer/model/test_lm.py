@@ -114,6 +114,15 @@ def test_bad_names_and_prompts_are_sentences(gpt2, tmp_path):
         gpt2.to_tokens("")
 
 
+def test_a_single_token(gpt2):
+    """The tokenizer has bytes only."""
+    assert gpt2.token_strings([gpt2.single_token("q")]) == ["q"]
+    with pytest.raises(ValueError, match=r"' Mary' is 5 tokens of .* and not one: \[' ', 'M', 'a', 'r', 'y'\]"):
+        gpt2.single_token(" Mary")
+    with pytest.raises(ValueError, match="'' is 0 tokens"):
+        gpt2.single_token("")
+
+
 def test_a_named_model_that_is_not_in_the_cache_is_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ValueError, match="model 'pythia-14m' could not be loaded"):

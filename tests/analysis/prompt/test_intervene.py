@@ -5,27 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from analysis.prompt.ablate import ablate
+from analysis.prompt.intervene import Intervention, intervene
 from analysis.prompt.run import active_features, direct_effects, run_prompt, source_attribution
-from trainer.block_diag import BlockDiagSAE
 
 LAYER, PROMPT = 1, "the head reads the head"
-
-
-@pytest.fixture(params=["gpt2", "llama", "gemma2"])
-def lm(request):
-    return request.getfixturevalue(request.param)
-
-
-@pytest.fixture(params=["block", "dense", "topk"])
-def sae(request, lm):
-    torch.manual_seed(0)
-    if request.param == "dense":
-        sae = BlockDiagSAE(1, lm.n_heads * lm.d_head, 20)
-    else:
-        sae = BlockDiagSAE(lm.n_heads, lm.d_head, 5, *(("topk", 6, "layer") if request.param == "topk" else ()))
-    sae.b_dec.data.normal_()
-    return sae.requires_grad_(False)
 
 
 def ablated_z(lm, sae, z, kind, which):
@@ -46,8 +29,8 @@ def ablated_z(lm, sae, z, kind, which):
                 else:
                     gone = row.view(lm.n_heads, lm.d_head)
                     head = int(gone.norm(dim=1).argmax())
-                if (kind == "feature" and block * sae.features_per_block + index == which) or (
-                    kind == "features of head" and head == which
+                if (kind == "scale feature" and block * sae.features_per_block + index == which) or (
+                    kind == "scale features of head" and head == which
                 ):
                     z[q] -= f[q, block, index] * gone
     return z
@@ -66,14 +49,16 @@ def with_frozen_norms(lm, cache, change, position):
 
 
 @pytest.mark.parametrize("lm", ["gpt2", "llama", "gemma2"], indirect=True)
-@pytest.mark.parametrize("kind", ["feature", "features of head", "head by reconstruction", "layer by reconstruction"])
+@pytest.mark.parametrize(
+    "kind", ["scale feature", "scale features of head", "head by reconstruction", "layer by reconstruction"]
+)
 def test_direct_and_full(lm, sae, kind):
     tokens = lm.to_tokens(PROMPT)
     _, cache = lm.model.run_with_cache(tokens)
     z = cache[f"blocks.{LAYER}.attn.hook_z"][0]
-    which = int(sae.encode(z)[-1].argmax()) if kind == "feature" else 2
+    which = int(sae.encode(z)[-1].argmax()) if kind == "scale feature" else 2
     wanted = ablated_z(lm, sae, z, kind, which)
-    found = ablate(lm.layer(LAYER), sae, run_prompt(lm.layer(LAYER), sae, PROMPT), kind, which)
+    found = intervene(lm.layer(LAYER), sae, run_prompt(lm.layer(LAYER), sae, PROMPT), Intervention(kind, which))
 
     clean = lm.model(tokens)[0, -1]
     assert torch.allclose(found.clean, clean, atol=1e-4)
@@ -100,11 +85,12 @@ def test_direct_and_full(lm, sae, kind):
 def test_the_prediction_after_an_earlier_token(lm, sae):
     tokens = lm.to_tokens(PROMPT)
     z = lm.layer(LAYER).z(tokens)[0]
-    wanted = ablated_z(lm, sae, z, "features of head", 1)
+    wanted = ablated_z(lm, sae, z, "scale features of head", 1)
     full = lm.model.run_with_hooks(
         tokens, fwd_hooks=[(f"blocks.{LAYER}.attn.hook_z", lambda value, hook: wanted[None])]
     )
-    found = ablate(lm.layer(LAYER), sae, run_prompt(lm.layer(LAYER), sae, PROMPT), "features of head", 1, position=4)
+    run = run_prompt(lm.layer(LAYER), sae, PROMPT)
+    found = intervene(lm.layer(LAYER), sae, run, Intervention("scale features of head", 1), position=4)
     assert torch.allclose(found.clean, lm.model(tokens)[0, 4], atol=1e-4)
     assert torch.allclose(found.full, full[0, 4], atol=1e-4)
 
@@ -113,14 +99,68 @@ def test_one_position_only(lm, sae):
     tokens = lm.to_tokens(PROMPT)
     z = lm.layer(LAYER).z(tokens)[0]
     wanted = z.clone()
-    wanted[3] = ablated_z(lm, sae, z, "features of head", 1)[3]
+    wanted[3] = ablated_z(lm, sae, z, "scale features of head", 1)[3]
     full = lm.model.run_with_hooks(
         tokens, fwd_hooks=[(f"blocks.{LAYER}.attn.hook_z", lambda value, hook: wanted[None])]
     )
     run = run_prompt(lm.layer(LAYER), sae, PROMPT)
-    found = ablate(lm.layer(LAYER), sae, run, "features of head", 1, only_at=3)
+    found = intervene(lm.layer(LAYER), sae, run, Intervention("scale features of head", 1, first=3, last=3))
     assert torch.allclose(found.full, full[0, -1], atol=1e-4)
     assert torch.allclose(found.direct, found.clean, atol=1e-5), "another position does not reach the last one directly"
+
+
+def close(a, b):
+    """Two effects are the same."""
+    return all(torch.allclose(x, y, atol=1e-4) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["scale feature", "scale features of head"])
+def test_scaling(lm, sae, kind):
+    """By 1 nothing changes; the change of z is linear in the factor, and leaves at most what the span is."""
+    layer = lm.layer(LAYER)
+    run = run_prompt(layer, sae, PROMPT)
+    which = int(run.f[-1].argmax()) if kind == "scale feature" else 2
+    same = intervene(layer, sae, run, Intervention(kind, which, 1.0))
+    assert close((same.direct, same.full), (same.clean, same.clean))
+    gone = ablated_z(lm, sae, run.z, kind, which) - run.z
+    assert gone.abs().max() > 0.1, "nothing to see"
+    for factor in (0.0, 3.0, -1.0):
+        wanted = torch.zeros_like(gone)
+        wanted[4:7] = (1 - factor) * gone[4:7]
+        found = intervene(layer, sae, run, Intervention(kind, which, factor, 4, 6))
+        full = layer.logits(run.resid_pre[None], (run.z + wanted)[None])[0, -1]
+        assert torch.allclose(found.full, full, atol=1e-4)
+        assert (found.full - found.clean).abs().max() > 1e-3
+
+
+def test_clamping(lm, sae):
+    """A feature gets its value also where it does not fire; its own value changes nothing."""
+    layer = lm.layer(LAYER)
+    run = run_prompt(layer, sae, PROMPT)
+    silent = int((run.f[3] == 0).flatten().nonzero()[0])
+    block, index = divmod(silent, sae.features_per_block)
+    z = run.z.clone()
+    z[3] += 2.5 * (
+        sae.W_dec[block, index].view(lm.n_heads, lm.d_head)
+        if sae.is_dense
+        else torch.eye(lm.n_heads)[block, :, None] * sae.W_dec[block, index]
+    )
+    found = intervene(layer, sae, run, Intervention("clamp feature", silent, 2.5, 3, 3))
+    assert torch.allclose(found.full, layer.logits(run.resid_pre[None], z[None])[0, -1], atol=1e-4)
+    assert (found.full - found.clean).abs().max() > 1e-3
+    firing = int(run.f[3].argmax())
+    own = intervene(layer, sae, run, Intervention("clamp feature", firing, float(run.f[3].flatten()[firing]), 3, 3))
+    assert close((own.direct, own.full), (own.clean, own.clean))
+    zero = intervene(layer, sae, run, Intervention("clamp feature", firing, 0.0))
+    assert close(zero, intervene(layer, sae, run, Intervention("scale feature", firing, 0.0)))
+
+
+def test_the_logit_difference(lm, sae):
+    found = intervene(lm.layer(LAYER), sae, run_prompt(lm.layer(LAYER), sae, PROMPT), Intervention("scale feature"))
+    difference = found.logit_difference(7, 40)
+    assert difference.keys() == {"clean", "direct", "full"}
+    for name, logits in zip(difference, found, strict=True):
+        assert difference[name] == pytest.approx(float(logits[7]) - float(logits[40]), abs=1e-5)
 
 
 def test_ten_sessions_share_one_model(lm, sae):
@@ -128,7 +168,7 @@ def test_ten_sessions_share_one_model(lm, sae):
 
     def answer(session: int) -> list[torch.Tensor]:
         run = run_prompt(lm.layer(LAYER), sae, "the head reads " + "the " * session)
-        found = ablate(lm.layer(LAYER), sae, run, "features of head", session % lm.n_heads)
+        found = intervene(lm.layer(LAYER), sae, run, Intervention("scale features of head", session % lm.n_heads))
         return [run.f, run.final, found.clean, found.full, direct_effects(lm.layer(LAYER), sae, run, 40)]
 
     alone = [answer(session) for session in range(10)]
@@ -141,11 +181,14 @@ def test_ten_sessions_share_one_model(lm, sae):
 def test_what_is_not_there(lm, sae):
     run = run_prompt(lm.layer(LAYER), sae, "the head")
     with pytest.raises(ValueError, match=f"there is no feature {sae.d_sae}"):
-        ablate(lm.layer(LAYER), sae, run, "feature", sae.d_sae)
+        intervene(lm.layer(LAYER), sae, run, Intervention("scale feature", sae.d_sae))
     with pytest.raises(ValueError, match="there is no head -1"):
-        ablate(lm.layer(LAYER), sae, run, "features of head", -1)
-    with pytest.raises(ValueError, match="only_at 99 is out of range"):
-        ablate(lm.layer(LAYER), sae, run, "feature", 0, only_at=99)
+        intervene(lm.layer(LAYER), sae, run, Intervention("scale features of head", -1))
+    for first, last in ((0, 3), (99, None), (5, 3), (2, len(run.tokens))):
+        with pytest.raises(ValueError, match=f"positions {first} to .* are no span of 1 to {len(run.tokens) - 1}"):
+            intervene(lm.layer(LAYER), sae, run, Intervention("scale feature", first=first, last=last))
+    with pytest.raises(ValueError, match="position 99 is out of range"):
+        intervene(lm.layer(LAYER), sae, run, Intervention("scale feature"), position=99)
 
 
 @pytest.mark.parametrize("lm", ["gpt2", "llama", "gemma2"], indirect=True)
@@ -158,7 +201,7 @@ def test_direct_effects_of_firings_are_what_their_ablation_takes_away(lm, sae):
     table = active_features(run, span=(last, last), effect=effect)
     assert table["effect"].abs().is_monotonic_decreasing and len(table) == int((run.f[last] > 0).sum())
     for row in table.head(4).itertuples():
-        found = ablate(lm.layer(LAYER), sae, run, "feature", row.feature)
+        found = intervene(lm.layer(LAYER), sae, run, Intervention("scale feature", int(row.feature)))
         taken = before_cap(found.clean[token]) - before_cap(found.direct[token])
         assert row.effect == pytest.approx(float(taken), abs=1e-4)
 
