@@ -3,7 +3,7 @@
 import streamlit as st
 
 from analysis.prompt.run import PromptRun
-from pages.sections import ablation, prompt_features, prompt_heads, prompt_text
+from pages.sections import interventions, prompt_features, prompt_heads, prompt_text
 from pages.shared import live
 from pages.shared.address import permalink
 from pages.shared.page import begin
@@ -26,7 +26,7 @@ def explore(checkpoint: Checkpoint, prompt: str, run: PromptRun) -> None:
     with right:
         if firing is not None:
             prompt_features.show_sources(checkpoint, run, firing)
-        ablation.show(checkpoint, prompt, run, firing)
+        interventions.show(checkpoint, prompt, run, head, span, firing)
 
 
 begin(
@@ -38,7 +38,7 @@ checkpoints = readable()
 left, right = st.columns([2, 3])
 with left:
     checkpoint = pick_checkpoint(checkpoints, "Checkpoint", "checkpoint")
-prompt = pick_prompt(right, left, (*prompt_features.CHOSEN, *ablation.CHOSEN))
+prompt = pick_prompt(right, left, (*prompt_features.CHOSEN, *interventions.CHOSEN))
 run = live.run_prompt(checkpoint, prompt)
 explore(checkpoint, prompt, run)
 prompt_heads.show(run)

@@ -3,7 +3,7 @@
 import altair as alt
 import pandas as pd
 
-from pages.charts.common import slot_bars, slot_colour, tokens
+from pages.charts.common import HEADS, PALETTE, slot_bars, slot_colour, tokens
 
 
 def firing_map(frame: pd.DataFrame, largest: int) -> alt.Chart:
@@ -54,3 +54,12 @@ def source_strips(frame: pd.DataFrame) -> alt.VConcatChart:
             .properties(height=44, width="container", title=alt.Title(title, anchor="start", fontSize=12))
         )
     return alt.vconcat(*strips, spacing=4)
+
+
+def recovered(frame: pd.DataFrame) -> alt.Chart:
+    """How much of a logit difference the patch of each head alone recovers."""
+    tips = ["head", *(alt.Tooltip(f"{name}:Q", format=".3f") for name in ("patched", "direct", "recovered"))]
+    bars = alt.Chart(frame).mark_bar(color=PALETTE[0])
+    return bars.encode(
+        x=HEADS, y=alt.Y("recovered:Q", title="Recovered", axis=alt.Axis(format="%")), tooltip=tips
+    ).properties(height=120)

@@ -5,6 +5,7 @@ from typing import Any
 import pandas as pd
 import streamlit as st
 
+from analysis.prompt.intervene import Intervention
 from analysis.prompt.run import PromptRun, active_features, firing_map, source_attribution
 from pages.charts import prompt as charts
 from pages.components.listing import listing
@@ -48,7 +49,8 @@ def pick(
         how = {"source": sources.index(select(of_rank, "Source", sources, "source"))}
     elif rank == RANKS[1]:
         last = span[1] if span else len(labels)
-        predicted = live.ablation(checkpoint, prompt, "layer by reconstruction", 0, last)
+        effect = live.effect(checkpoint, prompt, Intervention("layer by reconstruction"), last)
+        predicted = live.next_tokens(checkpoint, effect)
         names = [f"{token} ({number})" for token, number in zip(predicted["token"], predicted["id"], strict=True)]
         what = "what each firing adds to that token's logit at its own position, by the direct path alone"
         wanted = names.index(select(of_rank, "Next token", names, "next", help=what))

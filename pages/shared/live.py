@@ -14,8 +14,11 @@ import pandas as pd
 import streamlit as st
 
 from analysis.match.read import Match
-from analysis.prompt import intervene
 from analysis.prompt import run as prompts
+from analysis.prompt.continuation import Continuation, continue_prompt
+from analysis.prompt.effect import Effect
+from analysis.prompt.intervene import Intervention, intervene
+from analysis.prompt.patch import Patch, patch, patch_every_head
 from analysis.store import Analysis
 from analysis.tokens import visible
 from pages.shared.page import hint, plain, sentences
@@ -146,10 +149,24 @@ def _of_run(checkpoint: Checkpoint, prompt: str) -> list[prompts.PromptRun]:
     return []
 
 
-@st.cache_resource(max_entries=64, **_PER_CHECKPOINT)
-def _of_ablation(
-    checkpoint: Checkpoint, prompt: str, kind: intervene.Kind, which: int, position: int
+@st.cache_resource(max_entries=32, **_PER_CHECKPOINT)
+def _of_effect(
+    checkpoint: Checkpoint, prompt: str, other: str, change: Intervention | Patch, position: int
+) -> list[Effect]:
+    return []
+
+
+@st.cache_resource(max_entries=32, **_PER_CHECKPOINT)
+def _of_scan(
+    checkpoint: Checkpoint, prompt: str, other: str, change: Patch, tokens: tuple[int, int], position: int
 ) -> list[pd.DataFrame]:
+    return []
+
+
+@st.cache_resource(max_entries=32, **_PER_CHECKPOINT)
+def _of_continuation(
+    checkpoint: Checkpoint, prompt: str, change: Intervention, n: int, temperature: float, seed: int
+) -> list[tuple[Continuation, Continuation]]:
     return []
 
 
@@ -204,19 +221,62 @@ def run_prompt(checkpoint: Checkpoint, prompt: str) -> prompts.PromptRun:
 
 
 @sentences(_FORESEEN)
-def ablation(checkpoint: Checkpoint, prompt: str, kind: intervene.Kind, which: int, position: int) -> pd.DataFrame:
-    """The likeliest and the most changed next tokens after `position`, with and without; errors are a sentence."""
+def effect(checkpoint: Checkpoint, prompt: str, change: Intervention | Patch, position: int, other: str = "") -> Effect:
+    """What a change does to the prediction of the token after `position`; errors are a sentence.
+
+    Args:
+        other: the prompt that a patch is taken from.
+    """
     run = _run(checkpoint, prompt)
+    there = _run(checkpoint, other) if isinstance(change, Patch) else None
 
-    def compute() -> pd.DataFrame:
-        layer = _layer(checkpoint)
-        intervention = intervene.Intervention(kind, which)
-        change = intervene.intervene(layer, read_sae(checkpoint), run, intervention, position)
-        table = change.table(change.most_changed())
-        table.insert(0, "token", [visible(text) for text in layer.lm.token_strings(table["id"].tolist())])
-        return table
+    def compute() -> Effect:
+        layer, sae = _layer(checkpoint), read_sae(checkpoint)
+        if isinstance(change, Patch):
+            return patch(layer, sae, run, there, change, position)
+        return intervene(layer, sae, run, change, position)
 
-    return _in_turn(_of_ablation(checkpoint, prompt, kind, which, position), "Ablating", compute)
+    return _in_turn(_of_effect(checkpoint, prompt, other, change, position), "Intervening", compute)
+
+
+def next_tokens(checkpoint: Checkpoint, effect: Effect) -> pd.DataFrame:
+    """The likeliest and the most changed next tokens, with and without a change: `Effect.table`, with their texts."""
+    table = effect.table(effect.most_changed())
+    texts = _layer(checkpoint).lm.token_strings(table["id"].tolist())
+    table.insert(0, "token", [visible(text) for text in texts])
+    return table
+
+
+@sentences(_FORESEEN)
+def single_token(checkpoint: Checkpoint, text: str) -> int:
+    """The id of a text that is one token; a sentence where it is not."""
+    return _layer(checkpoint).lm.single_token(text)
+
+
+@sentences(_FORESEEN)
+def patch_scan(
+    checkpoint: Checkpoint, prompt: str, other: str, change: Patch, tokens: tuple[int, int], position: int
+) -> pd.DataFrame:
+    """A patch of each head alone, by a logit difference (`patch_every_head`); errors are a sentence."""
+    run, there = _run(checkpoint, prompt), _run(checkpoint, other)
+    return _in_turn(
+        _of_scan(checkpoint, prompt, other, change, tokens, position),
+        "Patching head by head",
+        lambda: patch_every_head(_layer(checkpoint), read_sae(checkpoint), run, there, change, tokens, position),
+    )
+
+
+@sentences(_FORESEEN)
+def continuation(
+    checkpoint: Checkpoint, prompt: str, change: Intervention, n: int, temperature: float, seed: int
+) -> tuple[Continuation, Continuation]:
+    """The prompt continued without and with a change (`continue_prompt`); errors are a sentence."""
+    run = _run(checkpoint, prompt)
+    return _in_turn(
+        _of_continuation(checkpoint, prompt, change, n, temperature, seed),
+        "Writing on",
+        lambda: continue_prompt(_layer(checkpoint), read_sae(checkpoint), run, change, n, temperature, seed),
+    )
 
 
 def direct_effects(checkpoint: Checkpoint, prompt: str, token: int) -> Any:

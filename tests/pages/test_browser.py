@@ -29,7 +29,7 @@ def test_from_a_token_to_the_reason_why(visitor, chromium, address):
     page = visitor.page
     visitor.open("prompt")
     page.get_by_role("button", name="Induction", exact=True).click()
-    page.get_by_text("Where a feature reads from").wait_for()
+    page.get_by_text("its largest source is").wait_for()
     for head in ("3", "4", "5"):
         visitor.choose("Head", head)
         visitor.addressed(head=head)
@@ -40,9 +40,9 @@ def test_from_a_token_to_the_reason_why(visitor, chromium, address):
     sentence = page.get_by_text("of head 4 at 19").first
     sentence.wait_for()
     assert "its largest source is 6: \u00b7mat (induction)" in sentence.inner_text()
-    visitor.choose("Take away or replace", "all features of a head")
-    visitor.choose("Which head", "4")
-    visitor.addressed(which="4")
+    visitor.choose("Change", "all features of its head")
+    visitor.addressed(what="all features of its head")
+    page.get_by_text("Without all features of head 4, after 19: \u00b7the: \u00b7mat 3").wait_for()
     page.get_by_text("What each head does on this prompt").wait_for()
     visitor.idle()
     link, shown = page.url, sentence.inner_text()
@@ -67,14 +67,14 @@ def test_two_sessions_at_once_get_their_own_answers(chromium, address):
     for visitor in visitors:
         visitor.open("prompt")
     for visitor in visitors:
-        visitor.page.get_by_text("Where a feature reads from").wait_for()
+        visitor.page.get_by_text("its largest source is").wait_for()
     for visitor, text in zip(visitors, prompts, strict=True):
         visitor.prompt(text)
     for visitor, text in zip(visitors, prompts, strict=True):
         visitor.page.wait_for_url(f"**{text.split()[0]}*")
-        visitor.choose("Take away or replace", "the whole layer, by its reconstruction")
+        visitor.choose("Change", "the whole layer")
     for visitor, following in zip(visitors, prompts.values(), strict=True):
-        visitor.page.get_by_text(re.compile(rf"After \d+: \S+: \u00b7{following} \d")).wait_for()
+        visitor.page.get_by_text(re.compile(rf"after \d+: \S+: \u00b7{following} \d")).wait_for()
         visitor.leave()
 
 
@@ -146,7 +146,7 @@ def test_what_is_chosen_by_hand_after_a_prompt_by_hand_is_in_the_address(visitor
 def test_markup_in_a_prompt_only_appears(visitor):
     page = visitor.page
     visitor.open("prompt")
-    page.get_by_text("Where a feature reads from").wait_for()
+    page.get_by_text("its largest source is").wait_for()
     visitor.prompt("<img src=x onerror=document.title='owned'> <script>document.title='owned'</script> \u202e [a](b)")
     page.wait_for_url("**onerror*")
     page.get_by_text("What each head does on this prompt").wait_for()

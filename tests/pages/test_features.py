@@ -4,12 +4,10 @@ import shutil
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
 import pytest
 
 from analysis.__main__ import main
 from analysis.labels import Labels
-from analysis.prompt.run import active_features, run_prompt
 from analysis.search import Tokens
 from analysis.store import Analysis
 from pages.shared import strips
@@ -98,8 +96,10 @@ def test_a_search_ranks_by_the_share_of_firings_on_the_token(folder):
         assert shown["feature"].tolist() == expected["feature"].tolist()[:200]
         assert shown["precision"].tolist() == pytest.approx(expected["precision"].tolist()[:200])
         assert shown_feature(app) == expected["feature"].iloc[0]
-    app.selectbox(key="order").set_value("share of the token's places").run()
-    assert listed(app, "browser")["recall"].is_monotonic_decreasing
+        found = text
+    by = "share of the token's places"
+    app = open_page("pages/features.py", checkpoint="block-l1_1", fires=found, order=by)
+    assert listed(app, "browser")["recall"].is_monotonic_decreasing and app.selectbox(key="order").value == by
     app.selectbox(key="fires").set_value(None).run()
     assert not app.exception and app.selectbox(key="order").value == "as searched, else most firings"
 
@@ -242,51 +242,10 @@ def test_heads_read_the_analysis(folder, name, show):
         assert sheet["mono_share"].tolist() == pytest.approx(heads["mono_share"].tolist(), nan_ok=True)
         assert sheet["deviants"].tolist() == [len(d) for d in heads["mono_deviants"]]
         head = int(np.argmax(sheet["deviants"]))
-        listed = open_page("pages/heads.py", checkpoint=name, show=show, of_head=str(head))
+        one = open_page("pages/heads.py", checkpoint=name, show=show, of_head=str(head))
         if sheet["deviants"][head]:
-            links = listed.dataframe[1].value["feature"]
+            links = one.dataframe[1].value["feature"]
             deviants = heads["mono_deviants"][head]
             assert links.tolist() == [f"features?checkpoint={name}&feature={deviant}" for deviant in deviants]
     if show == "Roles":
         assert app.dataframe[0].value["role_dfa"].tolist() == heads["role_dfa"].tolist()
-
-
-def test_the_prompt_page_links_ranks_and_ablates(folder, gpt2):
-    text = "the head reads the head"
-    app = open_page("pages/prompt.py", checkpoint="block-l1_1", prompt=text)
-    assert not app.exception
-    ablation = app.dataframe[0].value
-    firings = active_features(run_prompt(gpt2.layer(1), Checkpoint(folder / "block-l1_1").sae, text), limit=40)
-    firing = firings[firings["position"].between(2, 20)].iloc[0]
-    app.selectbox(key="firing").set_value(str(firing["feature"])).run()
-    assert f"After {firing['token']}: " in said(app), "the next token is that of where the feature fires"
-    app.selectbox(key="ablate").set_value("all features of a head").run()
-    assert "After 23: " in said(app), "a head's is that of the last token"
-    app.selectbox(key="ablate").set_value("the feature chosen above").run()
-    assert {"probability", "direct logit change", "full logit change"} <= set(ablation.columns)
-    for rank, column in (("direct effect on a next token", "effect"), ("DFA from a source", "from source")):
-        app.selectbox(key="rank").set_value(rank).run()
-        assert not app.exception and not app.error
-        assert listed(app, "features")[column].abs().is_monotonic_decreasing
-    for what in ("all features of a head", "a head, by its reconstruction", "the whole layer, by its reconstruction"):
-        app.selectbox(key="ablate").set_value(what).run()
-        assert not app.exception and not app.error
-
-
-def test_a_span_on_the_prompt_page(folder, gpt2):
-    app = open_page("pages/prompt.py", checkpoint="block-l1_1", prompt="the head reads", token="3: e", until="5: h")
-    assert not app.exception
-    run = run_prompt(gpt2.layer(1), Checkpoint(folder / "block-l1_1").sae, "the head reads")
-    expected = active_features(run, span=(3, 5), limit=40)
-    assert listed(app, "features")["feature"].tolist() == expected["feature"].tolist()
-
-
-def test_a_long_prompt_stays_usable(folder):
-    app = open_page("pages/prompt.py", checkpoint="block-l1_1", prompt="a head reads " * 18)
-    assert not app.exception
-    assert app.slider(key="from").max == len("a head reads " * 18) + 1 - 96
-    app.slider(key="from").set_value(100).run()
-    app.text_area(key="prompt").set_value("a head reads " * 9).run()
-    assert not app.exception
-    chart = next(c for c in app.get("vega_lite_chart") if '"map"' in c.proto.spec or "active" in c.proto.spec)
-    assert len(pa.ipc.open_stream(chart.proto.datasets[0].data.data).read_all()), "the map of the shorter prompt"

@@ -110,18 +110,6 @@ def test_the_url_decides_what_is_shown(folder):
     assert set(listed(app, "features")["head"]) == {2}
 
 
-def test_the_prompt_page_shows_the_numbers_of_the_checkpoint(folder, gpt2):
-    """The page's list against the SAE applied by hand."""
-    from analysis.prompt.run import active_features, run_prompt
-
-    app = open_page("pages/prompt.py", checkpoint="block-l1_1", prompt="the head reads")
-    sae = Checkpoint(folder / "block-l1_1").sae
-    expected = active_features(run_prompt(gpt2.layer(1), sae, "the head reads"), limit=40)
-    shown = listed(app, "features")
-    assert shown["feature"].tolist() == expected["feature"].tolist()
-    assert shown["activation"].tolist() == pytest.approx(expected["activation"].tolist(), rel=1e-4, abs=1e-5)
-
-
 @pytest.mark.parametrize(("prompt", "message"), [("", "the prompt is empty"), ("x" * 500, "reads at most 256")])
 def test_a_prompt_that_cannot_be_run_is_a_sentence(folder, prompt, message):
     app = open_page("pages/prompt.py")
@@ -136,18 +124,6 @@ def test_an_example_is_one_click_away(folder):
     app.button(key="example_Indirect object").click().run()
     assert app.text_area(key="prompt").value.startswith("When John")
     assert not listed(app, "features").equals(before)
-
-
-def test_what_was_chosen_on_another_prompt_is_forgotten(folder):
-    app = open_page("pages/prompt.py", checkpoint="block-l1_1", prompt="the head reads", head="1", token="3: e")
-    chosen = str(listed(app, "features")["feature"].iloc[-1])
-    app.selectbox(key="firing").set_value(chosen).run()
-    assert (app.selectbox(key="token").value, app.selectbox(key="firing").value) == ("3: e", chosen)
-    app.text_area(key="prompt").set_value("the head reads the head").run()
-    assert app.selectbox(key="token").value == "all", "also where the token is there too"
-    assert app.selectbox(key="head").value == "1", "a head is the model's"
-    assert app.selectbox(key="firing").value == str(listed(app, "features")["feature"].iloc[0])
-    assert not {"token", "firing"} & set(app.query_params)
 
 
 def test_compare_shows_both_and_their_difference(folder):
