@@ -119,7 +119,7 @@ def test_scaling(lm, sae, kind):
     """By 1 nothing changes; the change of z is linear in the factor, and leaves at most what the span is."""
     layer = lm.layer(LAYER)
     run = run_prompt(layer, sae, PROMPT)
-    which = int(run.f[-1].argmax()) if kind == "scale feature" else 2
+    which = int(run.f[5].argmax()) if kind == "scale feature" else 2
     same = intervene(layer, sae, run, Intervention(kind, which, 1.0))
     assert close((same.direct, same.full), (same.clean, same.clean))
     gone = ablated_z(lm, sae, run.z, kind, which) - run.z
