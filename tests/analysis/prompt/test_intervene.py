@@ -119,15 +119,15 @@ def test_scaling(lm, sae, kind):
     """By 1 nothing changes; the change of z is linear in the factor, and leaves at most what the span is."""
     layer = lm.layer(LAYER)
     run = run_prompt(layer, sae, PROMPT)
-    which = int(run.f[5].argmax()) if kind == "scale feature" else 2
+    which = int(run.f[-1].argmax()) if kind == "scale feature" else 2
     same = intervene(layer, sae, run, Intervention(kind, which, 1.0))
     assert close((same.direct, same.full), (same.clean, same.clean))
     gone = ablated_z(lm, sae, run.z, kind, which) - run.z
     assert gone.abs().max() > 0.1, "nothing to see"
     for factor in (0.0, 3.0, -1.0):
         wanted = torch.zeros_like(gone)
-        wanted[4:7] = (1 - factor) * gone[4:7]
-        found = intervene(layer, sae, run, Intervention(kind, which, factor, 4, 6))
+        wanted[4:] = (1 - factor) * gone[4:]
+        found = intervene(layer, sae, run, Intervention(kind, which, factor, 4, len(run.tokens) - 1))
         full = layer.logits(run.resid_pre[None], (run.z + wanted)[None])[0, -1]
         assert torch.allclose(found.full, full, atol=1e-4)
         assert (found.full - found.clean).abs().max() > 1e-3
