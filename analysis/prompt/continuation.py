@@ -65,7 +65,7 @@ def continue_prompt(
         edit = _edit(sae, intervention, at[n_past : tokens.shape[1]], rows=slice(1, 2))
         final = layer.edited(tokens[:, n_past:], edit, past)
         n_past = tokens.shape[1]
-        chosen = _choose(lm.logits(final[:, -1:])[:, 0].double().cpu(), temperature, uniform)
+        chosen = _choose(lm.logits(final[:, -1:])[:, 0].cpu().double(), temperature, uniform)
         tokens = torch.cat([tokens, chosen[:, None]], dim=1)
         ended |= chosen == eos
         if ended.all():

@@ -126,7 +126,9 @@ def test_what_cannot_be_written(lm, sae):
         continue_prompt(layer, sae, run, NOTHING, 0)
     with pytest.raises(ValueError, match=r"temperature -1\.0 is below 0"):
         continue_prompt(layer, sae, run, NOTHING, 1, -1.0)
+    last = len(run.tokens) + N - 2  # that is read
+    continue_prompt(layer, sae, run, Intervention("scale feature", first=last), N)
     with pytest.raises(ValueError, match="are no span of 1 to"):
-        continue_prompt(layer, sae, run, Intervention("scale feature", first=len(run.tokens) + N), N)
+        continue_prompt(layer, sae, run, Intervention("scale feature", first=last + 1), N)
     with pytest.raises(ValueError, match="there is no feature -1"):
         continue_prompt(layer, sae, run, Intervention("scale feature", -1), N)

@@ -126,8 +126,8 @@ def test_scaling(lm, sae, kind):
     assert gone.abs().max() > 0.1, "nothing to see"
     for factor in (0.0, 3.0, -1.0):
         wanted = torch.zeros_like(gone)
-        wanted[4:7] = (1 - factor) * gone[4:7]
-        found = intervene(layer, sae, run, Intervention(kind, which, factor, 4, 6))
+        wanted[4:] = (1 - factor) * gone[4:]
+        found = intervene(layer, sae, run, Intervention(kind, which, factor, 4, len(run.tokens) - 1))
         full = layer.logits(run.resid_pre[None], (run.z + wanted)[None])[0, -1]
         assert torch.allclose(found.full, full, atol=1e-4)
         assert (found.full - found.clean).abs().max() > 1e-3
