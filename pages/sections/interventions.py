@@ -10,6 +10,7 @@ from analysis.prompt.effect import Effect
 from analysis.prompt.intervene import Intervention
 from analysis.prompt.patch import Patch, proposed_shift
 from analysis.prompt.run import PromptRun
+from analysis.tokens import visible
 from pages.charts import prompt as charts
 from pages.sections.prompt_features import tokens
 from pages.shared import live, strips
@@ -56,7 +57,7 @@ def show(
         span: the tokens chosen above.
         firing: the feature chosen above, a row of `active_features`; None where none fires.
     """
-    st.markdown("**What changes without it**")
+    st.markdown("**What a change does**")
     left, right = st.columns(2)
     what = left.selectbox("Change", list(_HOW), key="what", bind="query-params")
     how = select(right, "How", _HOW[what], "how")
@@ -156,9 +157,10 @@ def _draw_difference(
 ) -> None:
     """The logit difference of two tokens; of a patch, also with each head patched alone."""
     a, b = (live.single_token(checkpoint, text.replace("\u00b7", " ")) for text in texts)
+    first, second = (visible(text) for text in texts)
     found = effect.logit_difference(a, b)
     st.text(
-        f"logit({texts[0]}) - logit({texts[1]}): {found['clean']:+.3f} as it is, {found['full']:+.3f} (full), "
+        f"logit({first}) - logit({second}): {found['clean']:+.3f} as it is, {found['full']:+.3f} (full), "
         f"{found['direct']:+.3f} (direct)"
     )
     if isinstance(change.change, Patch) and change.change.kind.endswith("of head"):
