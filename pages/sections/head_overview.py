@@ -1,0 +1,136 @@
+"""All heads at a glance: what they read by source slot, a card for each, and behind it every number."""
+
+import html
+
+import pandas as pd
+import streamlit as st
+
+from analysis.labels import Labels
+from analysis.store import Analysis
+from analysis.tokens import visible
+from pages.charts import heads as charts
+from pages.shared.columns import draw_table
+from pages.shared.page import feature_link, refuse
+from pages.shared.pick import choose, pick_one_head, pick_text
+from trainer.checkpoint import Checkpoint
+
+_MEASURES = {"DFA of its features": "dfa", "Attention": "attention"}
+_TEXTS = {"": "text", "repeated_": "repeated random tokens"}
+_VERDICTS = {"Monosemantic": "green", "Polysemantic": "orange", "Unclassified": "gray", "Not judged": "gray"}
+_CARD = 362  # pixels: three side by side on a laptop
+_LINK = 96
+_FEATURES = 3  # of a card
+
+
+def show(checkpoint: Checkpoint, analysis: Analysis) -> None:
+    """Shares by slot on text and on repeated tokens, and a card per head."""
+    heads = analysis.heads
+    left, right = st.columns(2)
+    measure = _MEASURES[choose("Shares by source slot, of", _MEASURES, "shares", column=left)]
+    judged = "repeated_" if pick_text("Verdicts on", "judged", "Text", right) else ""
+    for column, (prefix, text) in zip(st.columns(2), _TEXTS.items(), strict=True):
+        column.altair_chart(charts.slot_map(heads, f"{prefix}{measure}", f"On {text}, %"))
+    st.caption(
+        "Induction, previous: share of attention there on repeated tokens. Copying: 1 copies, 0 is chance, -1 "
+        "suppresses; ± one standard error. Features: the most frequent, with their share of firings on text."
+        + (" A dense SAE's feature counts for the head that it writes to most." if checkpoint.is_dense else "")
+    )
+    features = _frequent(analysis, _labels(checkpoint))
+    with st.container(horizontal=True):
+        for _, head in heads.iterrows():
+            with st.container(border=True, width=_CARD, height="stretch", gap="xsmall"):
+                _card(checkpoint, head, judged, features[features["head"] == head["head"]])
+    with st.expander("Every number as a table"):
+        _table(analysis)
+    with st.expander("The pairs behind a copying score"):
+        _copying(analysis)
+
+
+def _card(checkpoint: Checkpoint, head: pd.Series, judged: str, features: pd.DataFrame) -> None:
+    verdict, _, why = head[f"{judged}mono_verdict"].partition(": ")
+    with st.container(horizontal=True, vertical_alignment="center", gap="xsmall"):
+        st.markdown(f"**Head {head['head']}**", width="content")
+        if verdict in _VERDICTS:
+            st.badge(verdict, color=_VERDICTS[verdict])
+        if head[f"{judged}mono_near_tie"]:
+            st.badge("near-tie", color="gray", help="its largest slot leads by less than 10 points")
+    scores = {
+        "Induction": f"{head['repeated_attention_induction']:.0%}",
+        "Previous": f"{head['repeated_attention_previous']:.0%}",
+        "Copying": f"{head['copying']:.2f} ± {head['copying_se']:.2f}",
+    }
+    with st.container(horizontal=True, gap="large"):
+        for name, score in scores.items():
+            st.markdown(f":small[:gray[{name}]]  \n**{score}**", width="content")
+    for feature in features.itertuples():
+        with st.container(horizontal=True, vertical_alignment="center", gap=None, wrap=False):
+            label = f":blue[{feature.feature}] {feature.share:.0%}"
+            feature_link(checkpoint, feature.feature, label, icon=None, width=_LINK)
+            _small(feature.text)
+    why = (why or verdict).replace("`", "")
+    _small(f"{why[:1].upper()}{why[1:]}{_apart(head, judged)}")
+
+
+def _apart(head: pd.Series, judged: str) -> str:
+    """Where a head looks, if its features read another slot."""
+    looks, reads, agree = (head[f"{judged}{name}"] for name in ("role_attention_besides_bos", "role_dfa", "agree"))
+    return "" if agree or pd.isna(reads) else f" Besides BOS it looks mostly at {looks}."
+
+
+def _small(text: str) -> None:
+    st.html(f'<div style="font-size:.8rem;line-height:1.35;opacity:.8">{html.escape(text)}</div>')
+
+
+def _frequent(analysis: Analysis, labels: "pd.Series[str]") -> pd.DataFrame:
+    """The features of every head that fire most: head, feature, share of the head's firings, label or description."""
+    features = analysis.features[analysis.features["firings"] > 0]
+    share = features["firings"] / features.groupby("head")["firings"].transform("sum")
+    text = labels.reindex(features.index).fillna(features["description"])
+    table = features[["head", "feature", "firings"]].assign(share=share, text=text)
+    return table.sort_values("firings", ascending=False, kind="stable").groupby("head").head(_FEATURES)
+
+
+def _labels(checkpoint: Checkpoint) -> "pd.Series[str]":
+    """What the user called features; nothing, with a sentence, where the file is damaged."""
+    try:
+        labels = Labels(checkpoint.path).table().set_index("feature")["label"]
+    except ValueError as error:
+        refuse(error)
+        return pd.Series(dtype=str)
+    return labels[labels != ""]
+
+
+def _table(analysis: Analysis) -> None:
+    st.caption(
+        f"On {analysis.meta['head_tokens']:,} tokens of text, and on random tokens repeated once. Role: the largest "
+        "source slot, by attention (besides BOS, on which heads rest) and by the DFA of the head's features. Entropy "
+        "(nats), largest weight and mean distance are of attention on text, the distance without BOS."
+    )
+    shown = analysis.heads[
+        ["head", "role_attention", "role_attention_besides_bos", "role_dfa", "agree", "repeated_role_attention",
+         "repeated_role_attention_besides_bos", "repeated_role_dfa", "repeated_agree", "copying", "copying_se",
+         "L0_share", "explained_share", "KL_share", "FVU", "entropy", "maximum", "distance"]
+    ]  # fmt: skip
+    draw_table(shown)
+
+
+def _copying(analysis: Analysis) -> None:
+    """The pairs with most attention of one head, as tokens."""
+    head = pick_one_head(len(analysis.heads))
+    row = analysis.heads.iloc[head]
+    st.caption(
+        f"What head {head} reads is among the 10 most promoted tokens in {row['copying_top10']:.0%}, among the 10 most "
+        f"suppressed in {row['copying_bottom10']:.0%}, by attention."
+    )
+    pairs = analysis.copying[analysis.copying["head"] == head]
+    contexts = analysis.contexts(pairs["context"].unique().tolist())
+    at = lambda context, position: visible(analysis.strings[int(contexts[context][position])])  # noqa: E731
+    table = pd.DataFrame(
+        {
+            "from": [at(pair.context, pair.query) for pair in pairs.itertuples()],
+            "reads": [at(pair.context, pair.source) for pair in pairs.itertuples()],
+            "attention": pairs["attention"].round(2),
+            "rank of its logit": pairs["rank"] + 1,
+        }
+    )
+    draw_table(table, height=250)
