@@ -1,7 +1,5 @@
 """All heads at a glance: what they read by source slot, a card for each, and behind it every number."""
 
-import html
-
 import pandas as pd
 import streamlit as st
 
@@ -10,7 +8,7 @@ from analysis.store import Analysis
 from analysis.tokens import visible
 from pages.charts import heads as charts
 from pages.shared.columns import draw_table
-from pages.shared.page import feature_link, refuse
+from pages.shared.page import feature_link, refuse, small
 from pages.shared.pick import choose, pick_one_head, pick_text
 from trainer.checkpoint import Checkpoint
 
@@ -18,7 +16,7 @@ _MEASURES = {"DFA of its features": "dfa", "Attention": "attention"}
 _TEXTS = {"": "text", "repeated_": "repeated random tokens"}
 _VERDICTS = {"Monosemantic": "green", "Polysemantic": "orange", "Unclassified": "gray", "Not judged": "gray"}
 _CARD = 362  # pixels: three side by side on a laptop
-_LINK = 96
+_LINK = 84
 _FEATURES = 3  # of a card
 
 
@@ -32,7 +30,7 @@ def show(checkpoint: Checkpoint, analysis: Analysis) -> None:
         column.altair_chart(charts.slot_map(heads, f"{prefix}{measure}", f"On {text}, %"))
     st.caption(
         "Induction, previous: share of attention there on repeated tokens. Copying: 1 copies, 0 is chance, -1 "
-        "suppresses; ± one standard error. Features: the most frequent, with their share of firings on text."
+        "suppresses; ± one standard error. Features: most frequent on text, with share of firings."
         + (" A dense SAE's feature counts for the head that it writes to most." if checkpoint.is_dense else "")
     )
     features = _frequent(analysis, _labels(checkpoint))
@@ -66,19 +64,15 @@ def _card(checkpoint: Checkpoint, head: pd.Series, judged: str, features: pd.Dat
         with st.container(horizontal=True, vertical_alignment="center", gap=None, wrap=False):
             label = f":blue[{feature.feature}] {feature.share:.0%}"
             feature_link(checkpoint, feature.feature, label, icon=None, width=_LINK)
-            _small(feature.text)
+            small(feature.text)
     why = (why or verdict).replace("`", "")
-    _small(f"{why[:1].upper()}{why[1:]}{_apart(head, judged)}")
+    small(f"{why[:1].upper()}{why[1:]}{_apart(head, judged)}")
 
 
 def _apart(head: pd.Series, judged: str) -> str:
     """Where a head looks, if its features read another slot."""
     looks, reads, agree = (head[f"{judged}{name}"] for name in ("role_attention_besides_bos", "role_dfa", "agree"))
     return "" if agree or pd.isna(reads) else f" Besides BOS it looks mostly at {looks}."
-
-
-def _small(text: str) -> None:
-    st.html(f'<div style="font-size:.8rem;line-height:1.35;opacity:.8">{html.escape(text)}</div>')
 
 
 def _frequent(analysis: Analysis, labels: "pd.Series[str]") -> pd.DataFrame:

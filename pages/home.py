@@ -1,0 +1,27 @@
+"""Where one starts: what this is, the heads of one checkpoint, an example in three clicks, and the words used."""
+
+import streamlit as st
+
+from pages.sections import start, words
+from pages.shared import live
+from pages.shared.page import begin, sentences
+from pages.shared.pick import pick_checkpoint, readable
+
+begin(
+    "What does each attention head do?",
+    "A sparse autoencoder (SAE) takes apart what the heads of one attention layer write, into features that each fire "
+    "on few tokens. Block-diagonal SAEs, which this project trains, give every feature to exactly one head.",
+)
+top = st.container()
+words.show()  # also where there is nothing else to show
+with top:
+    checkpoints = readable()
+    left, right = st.columns([2, 3], vertical_alignment="bottom")
+    with left:
+        checkpoint = pick_checkpoint(checkpoints, "Checkpoint", "checkpoint")
+    with right:
+        start.describe(checkpoint)
+    analysis = live.analysis_or_hint(checkpoint)
+    with sentences():
+        start.heads(checkpoint, analysis)
+        start.example(checkpoint, analysis)
