@@ -9,8 +9,8 @@ from pages.shared.pick import pick_checkpoint, readable
 
 begin(
     "What does each attention head do?",
-    "A sparse autoencoder (SAE) takes apart what the heads of one attention layer write, into features that each fire "
-    "on few tokens. Block-diagonal SAEs, which this project trains, give every feature to exactly one head.",
+    "A sparse autoencoder (SAE) takes what the heads of an attention layer write apart into features. Block-diagonal "
+    "SAEs give each feature to one head.",
 )
 top = st.container()
 words.show()  # also where there is nothing else to show
@@ -24,4 +24,7 @@ with top:
     analysis = live.analysis_or_hint(checkpoint)
     with sentences():
         start.heads(checkpoint, analysis)
-        start.example(checkpoint, analysis)
+        if analysis is None:
+            start.without_analysis(checkpoint)
+        else:
+            start.example(checkpoint, analysis)

@@ -25,10 +25,11 @@ from transformers import (
 )
 
 ROOT = Path(__file__).parents[1]
-PAGES = [f"pages/{name}.py" for name in ("tradeoffs", "heads", "prompt", "compare", "features", "runs")]
+PAGES = [f"pages/{name}.py" for name in ("tradeoffs", "heads", "prompt", "compare", "features", "runs", "home")]
 PATIENCE = 600  # seconds that anything may take: a test fails where something hangs, not where the machine is busy
 OTHERS = {"bricken": "--l1_coefficients=0.3", "gated": "--l1_coefficients=2", "jumprelu": "--l1_coefficients=2",
           "topk": "--k=9", "batchtopk": "--k=9"}  # fmt: skip
+ANALYSED = ["block-l1_1", "dense", "batchtopk"]  # of the checkpoints that tests train
 for _name in ("WANDB__SERVICE_WAIT", "WANDB_INIT_TIMEOUT"):
     os.environ.setdefault(_name, str(PATIENCE))
 settings.register_profile(

@@ -44,53 +44,47 @@ def heads(checkpoint: Checkpoint, analysis: Analysis | None) -> None:
         for head in range(checkpoint.n_heads):
             with st.container(gap=None, **card):
                 page = "pages/prompt.py" if analysis is None else "pages/features.py"
-                _link(page, f":blue[**Head {head}**]", checkpoint, icon=None, **_head(checkpoint, head))
+                _link(page, f":blue[**Head {head}**]", checkpoint, icon=None, head=str(head))
                 if analysis is not None:
                     st.caption(_reads(analysis.heads.iloc[head]), text_alignment="center")
 
 
-def example(checkpoint: Checkpoint, analysis: Analysis | None) -> None:
+def example(checkpoint: Checkpoint, analysis: Analysis) -> None:
     """Induction in three clicks: a prompt, a feature, all heads."""
+    scores = analysis.heads["repeated_attention_induction"]
+    head = int(scores.to_numpy().argmax())
     st.markdown("**Induction in three clicks**")
-    head = None if analysis is None else int(analysis.heads["repeated_attention_induction"].argmax())
-    prompt, feature, overview = (column.container(border=True, height="stretch") for column in st.columns(3))
+    prompt, feature, overview = (column.container(border=True, height="stretch") for column in st.columns([5, 4, 3]))
     with prompt:
         st.markdown(f"**1 · A prompt:** {plain(_PROMPT)}. What followed an earlier *the* may follow again.")
-        if analysis is not None:
-            share = analysis.heads["repeated_attention_induction"][head]
-            st.caption(
-                f"Of all heads, head {head} attends most to the token after an earlier copy: {share:.0%} of its "
-                "attention on repeated random tokens."
-            )
-        of = {} if head is None else _head(checkpoint, head)
-        _link("pages/prompt.py", "What fires, and what it reads", checkpoint, prompt=_PROMPT, token=_LAST, **of)
-    with feature:
-        found = None if analysis is None else _inductive(analysis, head)
-        if found is not None:
-            st.markdown(
-                f"**2 · A feature:** of those of head {head} that read such tokens most, the most frequent one."
-            )
-            small(found["description"])
-            feature_link(checkpoint, int(found["feature"]), f"Feature {found['feature']}")
-        elif analysis is not None:
-            st.markdown(f"**2 · A feature:** none of head {head} reads such tokens most.")
-        else:
-            st.markdown("**2 · A feature:** which one reads such tokens, an analysis says. There is none yet.")
-    with overview:
-        what = (
-            "what every head reads, its scores and whether its features agree"
-            if analysis
-            else "what each costs, and how much is kept"
+        st.caption(
+            f"Of all heads, head {head} attends most to the token after an earlier copy: {scores[head]:.0%} of its "
+            "attention on repeated random tokens."
         )
-        st.markdown(f"**3 · All heads:** {what}.")
+        _to_prompt(checkpoint, head=str(head))
+    with feature:
+        of_head = analysis.features[analysis.features["head"] == head]
+        found = of_head[of_head["role"] == "induction"].nlargest(1, "firings")
+        which = "the most frequent of those" if len(found) else "there is none"
+        st.markdown(f"**2 · A feature** of head {head} that reads such tokens most: {which}.")
+        for each in found.itertuples():
+            small(each.description)
+            feature_link(checkpoint, each.feature, f"Feature {each.feature}")
+    with overview:
+        st.markdown("**3 · All heads:** what they read, their scores, and whether their features agree.")
         _link("pages/heads.py", "Heads", checkpoint)
 
 
-def _inductive(analysis: Analysis, head: int | None) -> pd.Series | None:
-    """The most frequent feature of a head whose role is induction."""
-    features = analysis.features
-    features = features[(features["head"] == head) & (features["role"] == "induction")]
-    return None if features.empty else features.loc[features["firings"].idxmax()]
+def without_analysis(checkpoint: Checkpoint) -> None:
+    """What one can do before there is an analysis."""
+    st.markdown(f"**Induction** on {plain(_PROMPT)}: which head and feature to look at, an analysis will say.")
+    with st.container(horizontal=True):
+        _to_prompt(checkpoint)
+        _link("pages/heads.py", "What each head costs, and how much is kept", checkpoint)
+
+
+def _to_prompt(checkpoint: Checkpoint, **query: str) -> None:
+    _link("pages/prompt.py", "What fires, and what it reads", checkpoint, prompt=_PROMPT, token=_LAST, **query)
 
 
 def _reads(head: pd.Series) -> str:
@@ -101,10 +95,5 @@ def _reads(head: pd.Series) -> str:
     return f"{slot} {head[f'dfa_{head.role_dfa}']:.0%}" + (f", {marks}" if marks else "")
 
 
-def _head(checkpoint: Checkpoint, head: int) -> dict[str, str]:
-    """The head in an address; the features of a dense SAE have none on the Prompt page."""
-    return {} if checkpoint.is_dense else {"head": str(head)}
-
-
-def _link(page: str, label: str, checkpoint: Checkpoint, icon: str | None = ARROW, **query: Any) -> None:
+def _link(page: str, label: str, checkpoint: Checkpoint, icon: str | None = ARROW, **query: str) -> None:
     st.page_link(page, label=label, icon=icon, query_params={"checkpoint": checkpoint.name, **query})
