@@ -175,8 +175,7 @@ def write_text(path: Path, documents: int = 60, words: int = 300) -> Path:
 
 def open_page(page: str, **query) -> AppTest:
     app = AppTest.from_file(str(ROOT / "app.py"), default_timeout=PATIENCE)
-    app.run()
-    app.switch_page(page)
+    app.switch_page(page)  # before the first run: the default page would keep what it chose in the session
     for key, value in query.items():
         app.query_params[key] = value
     return app.run()

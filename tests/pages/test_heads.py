@@ -103,7 +103,7 @@ def test_where_a_head_looks_is_said_if_its_features_read_another_slot(folder):
 @pytest.mark.parametrize("measure", ["dfa", "repeated_attention"])
 def test_the_map_has_every_share(folder, measure):
     heads = Analysis(Checkpoint(folder / "dense")).heads
-    shown = slot_map(heads, measure, "").layer[0].data
+    shown = slot_map(heads, measure, "").data
     assert len(shown) == len(heads) * len(SLOTS)
     for head, shares in shown.groupby("head"):
         expected = [100 * heads.loc[head, f"{measure}_{slot}"] for slot in SLOTS]
