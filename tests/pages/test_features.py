@@ -1,6 +1,5 @@
 """The Features page, and what other pages do with features, through AppTest."""
 
-
 import pandas as pd
 import pyarrow as pa
 import pytest
