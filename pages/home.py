@@ -8,17 +8,17 @@ from pages.shared.page import begin, sentences
 from pages.shared.pick import pick_checkpoint, readable
 
 begin(
-    "What does each attention head do?",
-    "A sparse autoencoder (SAE) takes what the heads of an attention layer write apart into features. Block-diagonal "
-    "SAEs give each feature to one head.",
+    "Start",
+    "What does each attention head do? A sparse autoencoder (SAE) takes what the heads of a layer write apart into "
+    "features. Block-diagonal SAEs give each feature to one head.",
 )
 top = st.container()
 words.show()  # also where there is nothing else to show
 with top:
     checkpoints = readable()
     left, right = st.columns([2, 3], vertical_alignment="bottom")
-    with left:
-        checkpoint = pick_checkpoint(checkpoints, "Checkpoint", "checkpoint")
+    with left:  # no other page calls it so: what two pages call alike, Streamlit takes out of a link
+        checkpoint = pick_checkpoint(checkpoints, "Checkpoint", "sae")
     with right:
         start.describe(checkpoint)
     analysis = live.analysis_or_hint(checkpoint)

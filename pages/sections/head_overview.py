@@ -1,5 +1,7 @@
 """All heads at a glance: what they read by source slot, a card for each, and behind it every number."""
 
+from urllib.parse import quote
+
 import pandas as pd
 import streamlit as st
 
@@ -8,7 +10,7 @@ from analysis.store import Analysis
 from analysis.tokens import visible
 from pages.charts import heads as charts
 from pages.shared.columns import draw_table
-from pages.shared.page import feature_link, refuse, small
+from pages.shared.page import refuse, small
 from pages.shared.pick import choose, pick_one_head, pick_text
 from trainer.checkpoint import Checkpoint
 
@@ -62,8 +64,8 @@ def _card(checkpoint: Checkpoint, head: pd.Series, judged: str, features: pd.Dat
             st.markdown(f":small[:gray[{name}]]  \n**{score}**", width="content")
     for feature in features.itertuples():
         with st.container(horizontal=True, vertical_alignment="center", gap=None, wrap=False):
-            label = f":blue[{feature.feature}] {feature.share:.0%}"
-            feature_link(checkpoint, feature.feature, label, icon=None, width=_LINK)
+            address = f"features?checkpoint={quote(checkpoint.name)}&feature={feature.feature}"
+            st.markdown(f":small[[{feature.feature}]({address}) {feature.share:.0%}]", width=_LINK)
             small(feature.text)
     why = (why or verdict).replace("`", "")
     small(f"{why[:1].upper()}{why[1:]}{_apart(head, judged)}")

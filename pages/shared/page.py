@@ -112,7 +112,7 @@ def hint(error: CheckpointError, then: str) -> None:
         st.code(typed(error.command), language="bash")
 
 
-def feature_link(checkpoint: Checkpoint, feature: int, label: str, column: Any = st, **more: Any) -> None:
-    """A link to the dashboard of a feature; `more` is of `st.page_link`."""
+def feature_link(checkpoint: Checkpoint, feature: int, label: str, column: Any = st) -> None:
+    """A link to the dashboard of a feature."""
     query = {"checkpoint": checkpoint.name, "feature": str(feature)}
-    column.page_link("pages/features.py", label=label, query_params=query, **{"icon": ARROW} | more)
+    column.page_link("pages/features.py", label=label, icon=ARROW, query_params=query)

@@ -10,7 +10,7 @@ from tests.browser import Visitor
 # Of each page, what its address can hold.
 PARAMETERS = {
     "prompt": "checkpoint prompt head token until from rank source next firing ablate which predict",
-    "": "checkpoint",
+    "": "sae",
     "tradeoffs": "site text head y log runs curve",
     "runs": "run model dataset hook_layer name preset recipe k l1_coefficients block expansion_factor normalize lr "
     "total_training_steps batch_size distinct_tokens eval_tokens context_size seed device wandb",
