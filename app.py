@@ -11,7 +11,8 @@ ICON = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 8 8">
 
 page = st.navigation(
     [
-        st.Page("pages/tradeoffs.py", title="Tradeoffs", default=True),
+        st.Page("pages/home.py", title="Start", default=True),
+        st.Page("pages/tradeoffs.py", title="Tradeoffs"),
         st.Page("pages/heads.py", title="Heads"),
         st.Page("pages/features.py", title="Features"),
         st.Page("pages/prompt.py", title="Prompt"),

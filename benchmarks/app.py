@@ -128,14 +128,14 @@ def measure(browser: Browser, server: subprocess.Popen, address: str) -> None:
 
     print(f"{os.cpu_count()} cores, {ROUNDS} rounds, headless Chromium beside the server; seconds, median (slowest)\n")
     print("| | first chart or table | complete |\n|---|---|---|")
-    row("first visit, imports included", [seconds(page, lambda: page.goto(address), "Tradeoffs")])
+    row("first visit, imports included", [seconds(page, lambda: page.goto(f"{address}/tradeoffs"), "Tradeoffs")])
     for name in PAGES[1:]:
         row(f"{name}, first time", [go(name)])
     for what, context in (("new session, empty browser cache", None), ("new session, known browser", page.context)):
         values = []
         for _ in range(ROUNDS):
             fresh = (context or browser.new_context()).new_page()
-            values.append(seconds(fresh, partial(fresh.goto, address), "Tradeoffs"))
+            values.append(seconds(fresh, partial(fresh.goto, f"{address}/tradeoffs"), "Tradeoffs"))
             fresh.close()
         row(what, values)
     for name in PAGES:

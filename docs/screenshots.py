@@ -12,9 +12,10 @@ SIZES = {"tablet": (820, 1180), "laptop": (1280, 800), "desk": (1920, 1080)}
 K32, K64 = (f"smollm2-135m-L17-batchtopk-x8-k{k}" for k in (32, 64))
 DENSE = "smollm2-135m-L17-batchtopk-dense-x4-k32"
 PAGES = {
-    "tradeoffs": "",
-    "heads-figures": f"heads?checkpoint={K32}",
-    "heads-roles": "heads?show=Roles",
+    "start": "",
+    "tradeoffs": "tradeoffs",
+    "heads": f"heads?checkpoint={K32}",
+    "heads-figures": f"heads?checkpoint={K32}&show=Figures",
     "heads-monosemanticity": "heads?show=Monosemanticity",
     "heads-redundancy": "heads?show=Redundancy+across+heads",
     "features": f"features?checkpoint={K32}&head=4&feature=2218",

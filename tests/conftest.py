@@ -11,7 +11,7 @@ from jaxtyping import install_import_hook
 install_import_hook(["trainer", "analysis"], "tests.check")
 
 from tests.browser import Visitor, browse, serve
-from tests.helpers import OTHERS, save_tiny_gemma2, save_tiny_gpt2, save_tiny_llama, tiny_run, write_text
+from tests.helpers import ANALYSED, OTHERS, save_tiny_gemma2, save_tiny_gpt2, save_tiny_llama, tiny_run, write_text
 
 
 def pytest_addoption(parser) -> None:
@@ -82,6 +82,19 @@ def trained(tmp_path_factory, gpt2_folder, text_file):
             assert main([*arguments, f"--recipe={recipe}", sparsity, f"--name={recipe}"]) == 0
     finally:
         del os.environ["ATTN_SAES_CACHE"]
+    return folder
+
+
+@pytest.fixture(scope="session")
+def analysed(trained, tmp_path_factory):
+    """Three analysed checkpoints and one without."""
+    from analysis.__main__ import main
+
+    folder = tmp_path_factory.mktemp("with-analysis")
+    for name in (*ANALYSED, "topk"):
+        shutil.copytree(trained / name, folder / name)
+    paths = [str(folder / name) for name in ANALYSED]
+    assert main([*paths, "--tokens=900", "--examples=4", "--quantile_examples=3", "--device=cpu"]) == 0
     return folder
 
 

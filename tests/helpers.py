@@ -26,10 +26,11 @@ from transformers import (
 )
 
 ROOT = Path(__file__).parents[1]
-PAGES = [f"pages/{name}.py" for name in ("tradeoffs", "heads", "prompt", "compare", "features", "runs")]
+PAGES = [f"pages/{name}.py" for name in ("tradeoffs", "heads", "prompt", "compare", "features", "runs", "home")]
 PATIENCE = 600  # seconds that anything may take: a test fails where something hangs, not where the machine is busy
 OTHERS = {"bricken": "--l1_coefficients=0.3", "gated": "--l1_coefficients=2", "jumprelu": "--l1_coefficients=2",
           "topk": "--k=9", "batchtopk": "--k=9"}  # fmt: skip
+ANALYSED = ["block-l1_1", "dense", "batchtopk"]  # of the checkpoints that tests train
 for _name in ("WANDB__SERVICE_WAIT", "WANDB_INIT_TIMEOUT"):
     os.environ.setdefault(_name, str(PATIENCE))
 settings.register_profile(
@@ -175,8 +176,7 @@ def write_text(path: Path, documents: int = 60, words: int = 300) -> Path:
 
 def open_page(page: str, **query) -> AppTest:
     app = AppTest.from_file(str(ROOT / "app.py"), default_timeout=PATIENCE)
-    app.run()
-    app.switch_page(page)
+    app.switch_page(page)  # before the first run: the default page would keep what it chose in the session
     for key, value in query.items():
         app.query_params[key] = value
     return app.run()

@@ -1,11 +1,13 @@
-"""Altair charts of heads: their figures, role cards and redundancy."""
+"""Altair charts of heads: their figures, what they read and redundancy."""
 
 import altair as alt
 import numpy as np
 import pandas as pd
 
 from analysis.attribution import SLOTS
-from pages.charts.common import CRITERIA, GREY, HEADS, PALETTE, slot_bars
+from pages.charts.common import CRITERIA, GREY, HEADS, PALETTE
+
+_FAINT = 2  # % below which a number is drawn faintly
 
 
 def per_head_bars(frame: pd.DataFrame, metric: str, title: str) -> alt.LayerChart:
@@ -21,17 +23,35 @@ def per_head_bars(frame: pd.DataFrame, metric: str, title: str) -> alt.LayerChar
     return alt.layer(*layers).properties(height=220)
 
 
-def role_card(head: pd.Series) -> alt.Chart:
-    """Attention and positive DFA of one head by source slot, on text and on repeated random tokens."""
+def slot_map(heads: pd.DataFrame, measure: str, title: str) -> alt.LayerChart:
+    """Shares by source slot, one row per head.
+
+    Args:
+        measure: of the columns `<measure>_<slot>`.
+    """
     rows = [
-        (f"{what}, {text}", slot, head[f"{prefix}{key}_{slot}"])
-        for prefix, text in (("", "text"), ("repeated_", "repeated tokens"))
-        for key, what in (("attention", "attention"), ("dfa", "DFA"))
-        for slot in SLOTS
+        (h["head"], slot.replace("_", " "), 100 * h[f"{measure}_{slot}"]) for _, h in heads.iterrows() for slot in SLOTS
     ]
-    frame = pd.DataFrame(rows, columns=["measure", "slot", "share"])
-    bar = alt.Y("measure:N", title=None, sort=None, axis=alt.Axis(labelLimit=200))
-    return slot_bars(frame, bar, "Share", ["measure"]).properties(height=alt.Step(34))
+    frame = pd.DataFrame(rows, columns=["head", "slot", "share"])
+    slots = [slot.replace("_", " ") for slot in SLOTS]
+    base = alt.Chart(frame).encode(
+        x=alt.X(
+            "slot:N",
+            title=None,
+            sort=slots,
+            axis=alt.Axis(labelAngle=-45, labelOverlap=False, ticks=False, domain=False),
+        ),
+        y=alt.Y("head:O", title="Head", axis=alt.Axis(labelFlush=False, ticks=False, domain=False)),
+        tooltip=["head", "slot", alt.Tooltip("share:Q", format=".1f", title="%")],
+    )
+    shade = alt.Opacity("share:Q", scale=alt.Scale(domain=[0, 100], range=[0, 0.7]), legend=None)
+    cells = base.mark_rect(color=PALETTE[0]).encode(opacity=shade)
+    # The colour of the page's text, which is readable on every shade, on light and on dark.
+    numbers = base.mark_text(color="currentColor", fontSize=11).encode(
+        text=alt.Text("share:Q", format=".0f"),
+        opacity=alt.condition(alt.datum.share < _FAINT, alt.value(0.35), alt.value(1)),
+    )
+    return (cells + numbers).properties(title=title, height=alt.Step(20))
 
 
 def monosemanticity(heads: pd.DataFrame) -> alt.LayerChart:

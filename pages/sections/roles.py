@@ -1,4 +1,4 @@
-"""The parts of the Heads page that read the analysis: role cards, monosemanticity, redundancy across heads."""
+"""Whether the features of a head do the same (monosemanticity), and whether those of two do (redundancy)."""
 
 from urllib.parse import quote
 
@@ -6,48 +6,10 @@ import pandas as pd
 import streamlit as st
 
 from analysis.store import Analysis
-from analysis.tokens import visible
 from pages.charts import heads as charts
 from pages.shared.columns import draw_table
-from pages.shared.pick import pick_head, pick_row, pick_text
+from pages.shared.pick import pick_head, pick_one_head, pick_row, pick_text
 from trainer.checkpoint import Checkpoint
-
-
-def cards(checkpoint: Checkpoint, analysis: Analysis) -> None:
-    """Every head in a table, one of them as a card."""
-    heads = analysis.heads
-    st.caption(
-        f"On {analysis.meta['head_tokens']:,} tokens of text and on repeated random tokens. Role: the largest source "
-        "slot, by attention (besides BOS, on which heads rest) and by the DFA of the head's features. Tick a row for "
-        "its card."
-    )
-    shown = heads[
-        ["head", "role_attention", "role_attention_besides_bos", "role_dfa", "agree", "repeated_role_attention",
-         "repeated_role_attention_besides_bos", "repeated_role_dfa", "repeated_agree", "copying", "copying_se",
-         "L0_share", "explained_share", "KL_share", "FVU"]
-    ]  # fmt: skip
-    draw_table(shown, **pick_row("roles", "of_head", range(len(heads))))
-    row = heads.iloc[_head(heads)]
-    st.subheader(f"Head {row['head']}", anchor=False)
-    left, right = st.columns([3, 2])
-    with left:
-        st.markdown("**Where it looks, and what its features read**")
-        st.altair_chart(charts.role_card(row))
-        for prefix, text in (("", "text"), ("repeated_", "repeated random tokens")):
-            look, read = row[f"{prefix}role_attention_besides_bos"], row[f"{prefix}role_dfa"]
-            if pd.isna(read):
-                st.caption(f"On {text} no feature of it fires.")
-            elif not row[f"{prefix}agree"]:
-                st.caption(
-                    f"On {text} the two disagree: it looks mostly at {look} (besides BOS), its features read {read}."
-                )
-    with right:
-        st.markdown("**Copying**")
-        st.markdown(
-            f"{row['copying']:.2f} ± {row['copying_se']:.2f}: what it reads is among the 10 most promoted tokens in "
-            f"{row['copying_top10']:.0%}, among the 10 most suppressed in {row['copying_bottom10']:.0%}, by attention."
-        )
-        draw_table(_copying(analysis, int(row["head"])), height=250)
 
 
 def monosemanticity(checkpoint: Checkpoint, analysis: Analysis) -> None:
@@ -64,7 +26,7 @@ def monosemanticity(checkpoint: Checkpoint, analysis: Analysis) -> None:
     st.altair_chart(charts.monosemanticity(heads))
     sheet = heads.assign(deviants=heads["mono_deviants"].map(len)).drop(columns="mono_deviants")
     draw_table(sheet, **pick_row("sheet", "of_head", range(len(heads))))
-    head = _head(heads)
+    head = pick_one_head(len(heads))
     row = heads.iloc[head]
     deviants = analysis.features.loc[row["mono_deviants"]]
     st.subheader(f"Features of head {head} that deviate", anchor=False)
@@ -113,11 +75,6 @@ def redundancy(checkpoint: Checkpoint, analysis: Analysis) -> None:
     _linked(table, checkpoint)
 
 
-def _head(heads: pd.DataFrame) -> int:
-    """The head whose details are shown, chosen in a table or here."""
-    return int(st.selectbox("Head", list(range(len(heads))), key="of_head", bind="query-params"))
-
-
 def _linked(table: pd.DataFrame, checkpoint: Checkpoint) -> None:
     """A table in which the numbers of features are links to their dashboards.
 
@@ -128,18 +85,3 @@ def _linked(table: pd.DataFrame, checkpoint: Checkpoint) -> None:
     table = table.assign(**{name: address + table[name].astype(str) for name in numbers})
     links = {name: st.column_config.LinkColumn(display_text=r"feature=(\d+)$") for name in numbers}
     draw_table(table, links, height=280)
-
-
-def _copying(analysis: Analysis, head: int) -> pd.DataFrame:
-    """The pairs behind a copying score, as tokens."""
-    pairs = analysis.copying[analysis.copying["head"] == head]
-    contexts = analysis.contexts(pairs["context"].unique().tolist())
-    at = lambda context, position: visible(analysis.strings[int(contexts[context][position])])  # noqa: E731
-    return pd.DataFrame(
-        {
-            "from": [at(pair.context, pair.query) for pair in pairs.itertuples()],
-            "reads": [at(pair.context, pair.source) for pair in pairs.itertuples()],
-            "attention": pairs["attention"].round(2),
-            "rank of its logit": pairs["rank"] + 1,
-        }
-    )

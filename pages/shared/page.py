@@ -3,6 +3,7 @@
 Everything a widget chooses is in the URL (`bind="query-params"`), so an address is a permalink.
 """
 
+import html
 import os
 import re
 from collections.abc import Iterator
@@ -86,6 +87,11 @@ def plain(text: str | Path) -> str:
     fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
     edge = " " if "`" in (line[0], line[-1]) else ""
     return f"{fence}{edge}{line}{edge}{fence}"
+
+
+def small(text: str) -> None:
+    """A text from a file in small letters, as it is."""
+    st.html(f'<div style="font-size:.8rem;line-height:1.35;opacity:.8">{html.escape(text)}</div>')
 
 
 def refuse(why: object) -> None:

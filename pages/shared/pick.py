@@ -129,6 +129,11 @@ def pick_head(n_heads: int, label: str = "Head", key: str = "head", column: Any 
     return None if head == ALL else int(head)
 
 
+def pick_one_head(n_heads: int) -> int:
+    """The head whose details are shown, chosen here or by a tick in a table."""
+    return int(st.selectbox("Head", list(range(n_heads)), key="of_head", bind="query-params"))
+
+
 def pick_text(label: str = "Evaluated on", key: str = "text", text: str = HELD_OUT, column: Any = st) -> bool:
     """Whether figures on repeated random tokens are asked for, instead of those on text."""
     return choose(label, [text, REPEATED], key, column=column) == REPEATED

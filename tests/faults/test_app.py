@@ -10,12 +10,13 @@ from tests.browser import Visitor
 # Of each page, what its address can hold.
 PARAMETERS = {
     "prompt": "checkpoint prompt head token until from rank source next firing ablate which predict",
-    "": "site text head y log runs curve",
+    "": "sae",
+    "tradeoffs": "site text head y log runs curve",
     "runs": "run model dataset hook_layer name preset recipe k l1_coefficients block expansion_factor normalize lr "
     "total_training_steps batch_size distinct_tokens eval_tokens context_size seed device wandb",
     "compare": "a b c d show text criterion prompt head token against firing pair dense",
     "features": "checkpoint head role fires reads promotes noted density order page feature kind attention whole",
-    "heads": "checkpoint show text of_head judged",
+    "heads": "checkpoint show text of_head judged shares",
 }
 PATHS = list(PARAMETERS)
 HOSTILE = [

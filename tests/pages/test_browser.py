@@ -172,7 +172,7 @@ def test_another_sites_name_for_this_machine_gets_no_session(address):
         connection.close()
 
 
-@pytest.mark.parametrize("path", ["", "heads?show=Roles", "features", "compare", "runs"])
+@pytest.mark.parametrize("path", ["", "tradeoffs", "heads", "features", "compare", "runs"])
 def test_every_page_comes_up_without_errors(visitor, path):
     visitor.open(path)
     visitor.page.get_by_role("button", name="Copy link").wait_for()

@@ -1,31 +1,14 @@
-"""The Features page and the analysis parts of the Heads page, through AppTest."""
+"""The Features page, and what other pages do with features, through AppTest."""
 
-import shutil
-
-import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.__main__ import main
 from analysis.labels import Labels
 from analysis.search import Tokens
 from analysis.store import Analysis
 from pages.shared import strips
-from tests.helpers import listed, open_page, said
+from tests.helpers import ANALYSED, listed, open_page, said
 from trainer.checkpoint import Checkpoint
-
-NAMES = ["block-l1_1", "dense", "batchtopk"]
-
-
-@pytest.fixture(scope="module")
-def analysed(trained, tmp_path_factory):
-    """Three analysed checkpoints and one without."""
-    folder = tmp_path_factory.mktemp("with-analysis")
-    for name in (*NAMES, "topk"):
-        shutil.copytree(trained / name, folder / name)
-    paths = [str(folder / name) for name in NAMES]
-    assert main([*paths, "--tokens=900", "--examples=4", "--quantile_examples=3", "--device=cpu"]) == 0
-    return folder
 
 
 @pytest.fixture
@@ -38,7 +21,7 @@ def shown_feature(app) -> int:
     return int(box.placeholder if box.value is None else box.value)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ANALYSED)
 def test_the_dashboard_of_the_most_frequent_feature(folder, name):
     app = open_page("pages/features.py", checkpoint=name)
     assert not app.exception and not app.error
@@ -181,7 +164,7 @@ def test_a_label_changed_elsewhere_is_not_overwritten(folder):
 
 @pytest.mark.parametrize("page", ["pages/features.py", "pages/heads.py"])
 def test_without_an_analysis_the_command_is_there(folder, page):
-    app = open_page(page, checkpoint="topk", show="Roles")
+    app = open_page(page, checkpoint="topk")
     assert not app.exception
     assert "has no analysis yet" in said(app)
     assert app.code[0].value.startswith("python -m analysis ")
@@ -205,7 +188,7 @@ def test_a_role_is_a_slot_and_no_markdown(folder, page, table, column):
     file = folder / "batchtopk" / "analysis" / f"{table}.parquet"
     changed = pd.read_parquet(file).assign(**{column: "![x](http://evil.example/x)"})
     changed.to_parquet(file)
-    app = open_page(f"pages/{page}.py", checkpoint="batchtopk", **{"show": "Roles"} if page == "heads" else {})
+    app = open_page(f"pages/{page}.py", checkpoint="batchtopk")
     assert not app.exception
     assert f"column {column} has what is no source slot" in said(app)
 
@@ -218,34 +201,3 @@ def test_a_feature_that_never_fires_says_so(folder):
     app = open_page("pages/features.py", checkpoint="batchtopk", feature="7")
     assert not app.exception
     assert "does not fire on the tokens analysed" in said(app)
-
-
-def test_a_head_without_a_feature_that_fires_says_so(folder):
-    file = folder / "block-l1_1" / "analysis" / "heads.parquet"
-    table = pd.read_parquet(file)
-    table.loc[0, "repeated_role_dfa"] = None
-    table.to_parquet(file)
-    app = open_page("pages/heads.py", checkpoint="block-l1_1", show="Roles", of_head="0")
-    assert not app.exception
-    assert "On repeated random tokens no feature of it fires." in said(app)
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("show", ["Roles", "Monosemanticity", "Redundancy across heads"])
-def test_heads_read_the_analysis(folder, name, show):
-    app = open_page("pages/heads.py", checkpoint=name, show=show)
-    assert not app.exception and not app.error
-    assert app.get("vega_lite_chart")
-    heads = Analysis(Checkpoint(folder / name)).heads
-    if show == "Monosemanticity":
-        sheet = app.dataframe[0].value
-        assert sheet["mono_share"].tolist() == pytest.approx(heads["mono_share"].tolist(), nan_ok=True)
-        assert sheet["deviants"].tolist() == [len(d) for d in heads["mono_deviants"]]
-        head = int(np.argmax(sheet["deviants"]))
-        one = open_page("pages/heads.py", checkpoint=name, show=show, of_head=str(head))
-        if sheet["deviants"][head]:
-            links = one.dataframe[1].value["feature"]
-            deviants = heads["mono_deviants"][head]
-            assert links.tolist() == [f"features?checkpoint={name}&feature={deviant}" for deviant in deviants]
-    if show == "Roles":
-        assert app.dataframe[0].value["role_dfa"].tolist() == heads["role_dfa"].tolist()

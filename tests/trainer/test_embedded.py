@@ -3,6 +3,7 @@
 import importlib.util
 import sys
 import zipfile
+from urllib.parse import parse_qsl
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from analysis.corpus.passes import sources_on_repeats
 from analysis.prompt.intervene import Intervention, intervene
 from analysis.prompt.run import active_features, role_table, roles, run_prompt
 from pages.shared.pick import EXAMPLES
-from tests.helpers import ROOT
+from tests.helpers import ROOT, open_page
 from trainer import embedded
 from trainer.block_diag import BlockDiagSAE
 from trainer.checkpoint import Checkpoint
@@ -101,6 +102,19 @@ def test_the_tour_shows_what_it_says(lm):
     assert tables["Duplicate token"].loc[INDUCTION_HEADS, "by DFA"].tolist() == ["induction"] * 3
     for head in INDUCTION_HEADS[1:]:
         assert strongest("Duplicate token", head).iloc[0]["reads from"].endswith(" ,")
+
+
+def test_the_example_of_the_start_page_is_what_the_prompt_shows(lm):
+    """Its head, token and feature, which come from the analysis and not from the prompt (pages/sections/start.py)."""
+    links = [link.proto for link in open_page("pages/home.py", sae=SHIPPED.name).get("page_link")]
+    addresses = [dict(parse_qsl(link.query_string)) for link in links]
+    (prompt,) = [address for address in addresses if "prompt" in address]
+    (feature,) = [int(address["feature"]) for address in addresses if "feature" in address]
+    run = run_prompt(lm.layer(LAYER), Checkpoint(SHIPPED).sae, prompt["prompt"])
+    last = len(run.tokens) - 1
+    assert prompt["token"] == run.label(last)
+    strongest = active_features(run, int(prompt["head"]), (last, last)).iloc[0]
+    assert (strongest["feature"], strongest["slot"]) == (feature, "induction") and "mat" in strongest["reads from"]
 
 
 def test_heads_with_a_known_job(lm):

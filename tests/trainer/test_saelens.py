@@ -20,7 +20,7 @@ from trainer.saelens import main, to_saelens
 HOOK = "blocks.1.attn.hook_z"
 N_HEADS, D_HEAD = 4, 8  # of the tiny GPT-2
 SECTIONS = {
-    "pages/heads.py": ["Figures", "Roles", "Monosemanticity", "Redundancy across heads"],
+    "pages/heads.py": ["Overview", "Figures", "Monosemanticity", "Redundancy across heads"],
     "pages/compare.py": ["Figures", "One prompt", "Features"],
 }
 FOLDED = {"model_from_pretrained_kwargs": {"fold_ln": True, "fold_value_biases": True}}

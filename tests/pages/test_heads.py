@@ -1,0 +1,159 @@
+"""What the Heads page says of an analysis, through AppTest."""
+
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from analysis.attribution import SLOTS
+from analysis.labels import Labels
+from analysis.store import Analysis
+from pages.charts.heads import slot_map
+from tests.helpers import ANALYSED, open_page, said
+from trainer.checkpoint import Checkpoint
+
+
+@pytest.fixture
+def folder(analysed, show_copy):
+    return show_copy(analysed)
+
+
+def small(app) -> list[str]:
+    """Texts in small letters, without their style."""
+    bodies = [element.proto.body for element in app.get("html")]
+    return [body.removesuffix("</div>").partition(">")[2] for body in bodies if body.startswith("<div")]
+
+
+def linked(app) -> list[tuple[str, str, str]]:
+    """Of the features on the cards: id, address and share."""
+    found = [re.fullmatch(r":small\[\[(\d+)\]\((.*)\) (\d+%)\]", element.value) for element in app.markdown]
+    return [match.groups() for match in found if match]
+
+
+def change(folder, name: str, table: str, **columns) -> None:
+    file = folder / name / "analysis" / f"{table}.parquet"
+    pd.read_parquet(file).assign(**columns).to_parquet(file)
+
+
+@pytest.mark.parametrize("name", ANALYSED)
+@pytest.mark.parametrize("judged", ["", "repeated_"])
+def test_every_head_has_a_card(folder, name, judged):
+    app = open_page("pages/heads.py", checkpoint=name, judged="Repeated random tokens" if judged else "Text")
+    assert not app.exception and not app.error
+    heads = Analysis(Checkpoint(folder / name)).heads
+    assert len(app.get("vega_lite_chart")) == 2
+    marks = [element.value for element in app.markdown]
+    badges = []
+    for head in heads.itertuples():
+        assert f"**Head {head.head}**" in marks
+        for score in (
+            f"Induction]]  \n**{head.repeated_attention_induction:.0%}**",
+            f"Previous]]  \n**{head.repeated_attention_previous:.0%}**",
+            f"Copying]]  \n**{head.copying:.2f} ± {head.copying_se:.2f}**",
+        ):
+            assert [mark for mark in marks if mark.endswith(score)]
+        verdict, _, why = getattr(head, f"{judged}mono_verdict").partition(": ")
+        badges += [verdict] + ["near-tie"] * getattr(head, f"{judged}mono_near_tie")
+        why = why.replace("`", "")
+        assert [text for text in small(app) if text.startswith(why[0].upper() + why[1:])], why
+    assert [mark.split("[")[1].rstrip("]") for mark in marks if "-badge[" in mark] == badges
+    assert app.dataframe[0].value["role_dfa"].tolist() == heads["role_dfa"].tolist()
+
+
+@pytest.mark.parametrize("name", ANALYSED)
+def test_a_card_links_the_most_frequent_features_of_its_head(folder, name):
+    analysis = Analysis(Checkpoint(folder / name))
+    app = open_page("pages/heads.py", checkpoint=name)
+    expected, share = [], []
+    for _, features in analysis.features.groupby("head"):
+        features = features[features["firings"] > 0]
+        first = features.sort_values("firings", ascending=False, kind="stable")[:3]
+        expected += [(str(feature), f"features?checkpoint={name}&feature={feature}") for feature in first["feature"]]
+        share += [f"{n / features['firings'].sum():.0%}" for n in first["firings"]]
+    assert linked(app) == [(*link, part) for link, part in zip(expected, share, strict=True)]
+
+
+def test_a_label_takes_the_place_of_a_description_and_neither_is_markup(folder):
+    change(folder, "block-l1_1", "features", description="<b>made</b>")
+    change(folder, "block-l1_1", "heads", mono_verdict="![x](http://evil.example) <i>")
+    first, second = [int(feature) for feature, _, _ in linked(open_page("pages/heads.py", checkpoint="block-l1_1"))[:2]]
+    labels = Labels(folder / "block-l1_1")
+    labels.put(first, "*mine* <b>", "", seen=0.0)
+    labels.put(second, "", "only a note", seen=0.0)
+    app = open_page("pages/heads.py", checkpoint="block-l1_1")
+    assert not app.exception
+    texts = small(app)
+    assert texts[:2] == ["*mine* &lt;b&gt;", "&lt;b&gt;made&lt;/b&gt;"]
+    assert "![x](http://evil.example) &lt;i&gt;" in " ".join(texts) and "evil" not in said(app)
+
+
+def test_damaged_labels_are_a_sentence_and_the_cards_stay(folder):
+    (folder / "block-l1_1" / "labels.sqlite").write_text("no database")
+    app = open_page("pages/heads.py", checkpoint="block-l1_1")
+    assert not app.exception
+    assert "labels.sqlite cannot be used" in app.error[0].value
+    assert linked(app)
+
+
+def test_where_a_head_looks_is_said_if_its_features_read_another_slot(folder):
+    roles = {"role_attention_besides_bos": "previous", "role_dfa": ["self", "previous", "self", None]}
+    change(folder, "block-l1_1", "heads", **roles, agree=[False, True, False, False])
+    texts = small(open_page("pages/heads.py", checkpoint="block-l1_1"))
+    assert len([text for text in texts if text.endswith("Besides BOS it looks mostly at previous.")]) == 2
+
+
+@pytest.mark.parametrize("measure", ["dfa", "repeated_attention"])
+def test_the_map_has_every_share(folder, measure):
+    heads = Analysis(Checkpoint(folder / "dense")).heads
+    shown = slot_map(heads, measure, "").data
+    assert len(shown) == len(heads) * len(SLOTS)
+    for head, shares in shown.groupby("head"):
+        expected = [100 * heads.loc[head, f"{measure}_{slot}"] for slot in SLOTS]
+        assert shares["share"].tolist() == pytest.approx(expected)
+
+
+def test_the_address_says_of_what_the_shares_are(folder):
+    specs = [
+        [chart.proto.spec for chart in open_page("pages/heads.py", checkpoint="dense", **shares).get("vega_lite_chart")]
+        for shares in ({}, {"shares": "Attention"}, {"shares": "nothing"})
+    ]
+    assert specs[0] == specs[2] and specs[0] != specs[1]
+
+
+def test_without_an_analysis_the_overview_shows_the_figures(folder):
+    app = open_page("pages/heads.py", checkpoint="topk")
+    assert "has no analysis yet" in said(app) and app.metric[0].label == "L0"
+    app = open_page("pages/heads.py", checkpoint="topk", show="Monosemanticity")
+    assert "has no analysis yet" in said(app) and not app.metric
+
+
+@pytest.mark.parametrize("name", ANALYSED)
+def test_deviants_are_listed_and_linked(folder, name):
+    app = open_page("pages/heads.py", checkpoint=name, show="Monosemanticity")
+    assert not app.exception and not app.error
+    assert app.get("vega_lite_chart")
+    heads = Analysis(Checkpoint(folder / name)).heads
+    sheet = app.dataframe[0].value
+    assert sheet["mono_share"].tolist() == pytest.approx(heads["mono_share"].tolist(), nan_ok=True)
+    assert sheet["deviants"].tolist() == [len(d) for d in heads["mono_deviants"]]
+    head = int(np.argmax(sheet["deviants"]))
+    if sheet["deviants"][head]:
+        listed = open_page("pages/heads.py", checkpoint=name, show="Monosemanticity", of_head=str(head))
+        links = listed.dataframe[1].value["feature"]
+        deviants = heads["mono_deviants"][head]
+        assert links.tolist() == [f"features?checkpoint={name}&feature={deviant}" for deviant in deviants]
+
+
+@pytest.mark.parametrize("name", ANALYSED)
+def test_redundancy_is_drawn(folder, name):
+    app = open_page("pages/heads.py", checkpoint=name, show="Redundancy across heads")
+    assert not app.exception and not app.error
+    assert len(app.get("vega_lite_chart")) == 2
+
+
+def test_the_pairs_behind_a_copying_score_are_those_of_the_head(folder):
+    pairs = Analysis(Checkpoint(folder / "block-l1_1")).copying
+    app = open_page("pages/heads.py", checkpoint="block-l1_1", of_head="2")
+    shown = app.dataframe[1].value
+    assert (shown["rank of its logit"] - 1).tolist() == pairs.loc[pairs["head"] == 2, "rank"].tolist()
