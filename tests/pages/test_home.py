@@ -25,6 +25,9 @@ def links(app, page: str) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("name", ANALYSED)
 def test_the_example_leads_where_the_analysis_says(folder, name):
+    if name != "dense":  # of the tiny model none is
+        file = folder / name / "analysis" / "features.parquet"
+        pd.read_parquet(file).assign(role="induction").to_parquet(file)
     app = open_page(PAGE, sae=name)
     assert not app.exception and not app.error
     checkpoint = Checkpoint(folder / name)
