@@ -5,25 +5,24 @@ import io
 import os
 import sqlite3
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import msgspec
 import pandas as pd
 
+from analysis.database import database
 from analysis.spreadsheet import unguarded
 from trainer.config import require
 from trainer.errors import one_line
-from trainer.files import parse_json, require_file
+from trainer.files import parse_json
 
 _COLUMNS = ("feature", "label", "note", "changed")
 _TABLE = (
     "CREATE TABLE labels (feature INTEGER PRIMARY KEY, label TEXT NOT NULL, note TEXT NOT NULL, changed REAL NOT NULL)"
 )
 _LENGTH = msgspec.Meta(max_length=2**16)
-_WAIT = 3  # seconds for which a write of another session is waited for
 
 
 class Label(NamedTuple):
@@ -124,29 +123,8 @@ class Labels:
             connection.executemany("INSERT OR REPLACE INTO labels VALUES (?, ?, ?, ?)", rows)
         return len(rows)
 
-    @contextmanager
-    def _open(self) -> Iterator[sqlite3.Connection]:
-        """A connection of its own for each use: threads of the app share none."""
-        try:
-            if os.path.lexists(self._file):
-                require_file(self._file)
-            connection = sqlite3.connect(self._file, timeout=_WAIT)
-            try:
-                with connection:
-                    # A view or a trigger of somebody else's would run here.
-                    made = [sql for (sql,) in connection.execute("SELECT sql FROM sqlite_master")]
-                    if made not in ([], [_TABLE]):
-                        raise sqlite3.DatabaseError("it is another program's database")
-                    connection.execute(_TABLE.replace("TABLE", "TABLE IF NOT EXISTS"))
-                    yield connection
-            finally:
-                connection.close()
-        except sqlite3.OperationalError as error:
-            busy = error.args and "locked" in error.args[0]
-            why = f"is in use by another program for over {_WAIT} s: try again" if busy else f"cannot be used: {error}"
-            raise ValueError(one_line(f"{self._file} {why}")) from error
-        except (sqlite3.Error, OSError, msgspec.ValidationError) as error:
-            raise ValueError(one_line(f"{self._file} cannot be used: {error}")) from error
+    def _open(self) -> AbstractContextManager[sqlite3.Connection]:
+        return database(self._file, _TABLE)
 
 
 def _records(text: str) -> list[dict[str, str | None]]:

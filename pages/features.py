@@ -23,6 +23,8 @@ def browse(checkpoint: Checkpoint, analysis: Analysis) -> None:
             fitting = feature_browser.pick_fitting(checkpoint, analysis)
             feature = feature_browser.pick_feature(analysis, fitting["feature"].tolist())
             on_page = feature_browser.show(checkpoint, analysis, fitting, feature)
+            with st.expander("The features above as a file"):
+                dashboard.export(fitting, checkpoint.name)
             with st.expander("Labels: export and import"):
                 dashboard.exchange(labels, len(analysis.features), checkpoint.name)
             with st.expander("The features above as one sae-vis page"):

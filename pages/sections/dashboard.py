@@ -8,6 +8,7 @@ import pandas as pd
 import streamlit as st
 
 from analysis.labels import Labels
+from analysis.lists import Lists
 from analysis.spreadsheet import guarded
 from analysis.store import Analysis
 from analysis.tokens import visible
@@ -30,7 +31,10 @@ def show(checkpoint: Checkpoint, analysis: Analysis, labels: Labels, feature: in
         CheckpointError: an artefact is damaged.
     """
     row = analysis.feature(feature)
-    st.subheader(f"Feature {feature} of head {row['head']}", anchor=False)
+    left, right = st.columns([3, 2], vertical_alignment="bottom")
+    left.subheader(f"Feature {feature} of head {row['head']}", anchor=False)
+    with right:
+        _lists(Lists(checkpoint.path), feature)
     if row["head_share"] < 1:
         st.caption(
             f"A dense SAE's feature belongs to no one head; {row['head_share']:.0%} of its squared decoder norm is in "
@@ -65,6 +69,14 @@ def show(checkpoint: Checkpoint, analysis: Analysis, labels: Labels, feature: in
 
     _examples(analysis, row)
     _neighbours(checkpoint, analysis, feature)
+
+
+def export(fitting: pd.DataFrame, name: str) -> None:
+    """The features that fit the filters, as a file."""
+    table = fitting.drop(columns=["label", "note"], errors="ignore")
+    texts = {"csv": guarded(table).to_csv(index=False), "json": table.to_json(orient="records", indent=1)}
+    for column, (kind, text) in zip(st.columns(2), texts.items(), strict=True):
+        column.download_button(f"{len(table):,} as {kind.upper()}", text, f"features-{name}.{kind}")
 
 
 def exchange(labels: Labels, d_sae: int, name: str) -> None:
@@ -139,6 +151,31 @@ def _save(labels: Labels, feature: int) -> None:
         st.toast("Saved")
     except ValueError as error:
         st.session_state["label_refused"] = str(error)
+
+
+def _lists(lists: Lists, feature: int) -> None:
+    """The lists that the feature is on, old ones and new ones."""
+    key = f"lists_{feature}"  # a choice for one feature never lands on another
+
+    def put_there() -> None:
+        try:
+            lists.put(feature, st.session_state[key])
+        except ValueError as error:
+            st.session_state["list_refused"] = str(error)
+
+    try:
+        every = lists.all()
+    except ValueError as error:
+        refuse(error)
+        return
+    on = [name for name, features in every.items() if feature in features]
+    st.session_state.setdefault(key, on)
+    st.multiselect(
+        "Lists", sorted(every), key=key, accept_new_options=True, on_change=put_there, placeholder="put it on a list",
+        label_visibility="collapsed", help="type a new name to make a list",
+    )  # fmt: skip
+    if refused := st.session_state.pop("list_refused", None):
+        refuse(f"{refused}.")
 
 
 def _examples(analysis: Analysis, row: pd.Series) -> None:

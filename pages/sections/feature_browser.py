@@ -7,6 +7,7 @@ import pandas as pd
 import streamlit as st
 
 from analysis.attribution import SLOTS
+from analysis.lists import Lists
 from analysis.search import Tokens
 from analysis.store import Analysis, Order
 from analysis.tokens import TOKEN_CLASSES
@@ -17,6 +18,7 @@ from pages.shared.words import in_words, written
 from trainer.checkpoint import Checkpoint
 
 _PER_PAGE = 200
+_REMEMBERED = 15  # features seen
 _FIRES, _READS = "Fires on", "Reads token"
 _CLASSES = [f"any {name}" for name in TOKEN_CLASSES]
 _HOW = (
@@ -57,6 +59,7 @@ def pick_fitting(checkpoint: Checkpoint, analysis: Analysis) -> pd.DataFrame:
     left, right = st.columns([2, 3], vertical_alignment="bottom")
     with left.popover("More filters", width="stretch"):
         promotes = st.selectbox("Promotes", _CLASSES, None, key="promotes", **token)
+        listed = _pick_list(checkpoint, bound)
         largest = "the source slot with the largest share of its positive DFA on text"
         role = st.selectbox("Reads from", [ALL, *SLOTS], key="role", help=largest, **bound)
         near = st.text_input("Words near a firing in its examples", key="near", **bound)
@@ -85,9 +88,25 @@ def pick_fitting(checkpoint: Checkpoint, analysis: Analysis) -> pd.DataFrame:
     except ValueError as error:  # what was typed is no regular expression
         refuse(error)
         st.stop()
+    if listed is not None:
+        fitting = fitting[fitting["feature"].isin(listed)]
     if column := _ORDERS.get(by):
         fitting = fitting.sort_values(column[0], ascending=column[1], kind="stable", na_position="last")
     return fitting
+
+
+def _pick_list(checkpoint: Checkpoint, bound: dict[str, Any]) -> list[int] | None:
+    """The features of a list; None where none is picked, or there is none."""
+    try:
+        lists = Lists(checkpoint.path).all()
+    except ValueError as error:
+        refuse(error)
+        return None
+    names = sorted(lists)
+    if st.session_state.get("list") not in (None, *names):  # of another checkpoint
+        put("list", None)
+    name = st.selectbox("On the list", names, None, key="list", placeholder="any or none", **bound)
+    return lists[name] if name else None
 
 
 def pick_feature(analysis: Analysis, order: list[int]) -> int:
@@ -109,7 +128,18 @@ def pick_feature(analysis: Analysis, order: list[int]) -> int:
         for name, step in steps.items():
             of_head = head[(head == head[feature] + step) & (analysis.features["firings"] > 0)]
             _go(f"{name} head", int(of_head.index[0]) if len(of_head) else None, "its first feature that fires")
+        _draw_history(str(analysis.folder), feature)
     return feature
+
+
+def _draw_history(of: str, feature: int) -> None:
+    """What was looked at before in this session `of` an analysis, the last first."""
+    visited = st.session_state.setdefault("visited", {}).setdefault(of, [])
+    if visited[:1] != [feature]:
+        visited[:] = [feature, *(each for each in visited if each != feature)][:_REMEMBERED]
+    with st.popover("Seen", help="features looked at before"):
+        for each in visited[1:]:
+            st.button(str(each), key=f"seen_{each}", on_click=put, args=("feature", each), type="tertiary")
 
 
 def show(checkpoint: Checkpoint, analysis: Analysis, fitting: pd.DataFrame, feature: int) -> list[int]:

@@ -12,8 +12,9 @@ def show(run: PromptRun) -> None:
     st.subheader("What each head does on this prompt", anchor=False)
     st.caption(
         "Shares over all destinations but BOS. Upper bar, attention: where the head looks. Lower bar, DFA: what the "
-        "features that fire read. Slots are exclusive; the first that applies counts: bos, self, induction (after an "
-        "earlier copy of this token), duplicate (an earlier copy), previous, local (2 to 5 back), other."
+        "features that fire read. Slots are exclusive, the first that applies counts: bos, self, induction (after an "
+        "earlier copy of this token), duplicate (an earlier copy), previous, the fuzzy ones (of a similar token), then "
+        "the class of the token that is read, local (2 to 5 back), other."
     )
     shares = roles(run)
     left, right = st.columns([3, 2])

@@ -189,11 +189,19 @@ def _in_turn(kept: list[_T], what: str, compute: Callable[[], _T]) -> _T:
     return kept[0]
 
 
+def _fuzzy_from(checkpoint: Checkpoint) -> float:
+    """From where its analysis calls tokens similar; without one no cosine is as large."""
+    try:
+        return read_analysis(checkpoint).meta["fuzzy_from"]
+    except CheckpointError:
+        return 2.0
+
+
 def _run(checkpoint: Checkpoint, prompt: str) -> prompts.PromptRun:
     return _in_turn(
         _of_run(checkpoint, prompt),
         "Running the prompt",
-        lambda: prompts.run_prompt(_layer(checkpoint), read_sae(checkpoint), prompt),
+        lambda: prompts.run_prompt(_layer(checkpoint), read_sae(checkpoint), prompt, _fuzzy_from(checkpoint)),
     )
 
 

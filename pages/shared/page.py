@@ -17,6 +17,7 @@ from streamlit.runtime.pages_manager import PagesManager
 from trainer.checkpoint import Checkpoint, CheckpointError
 
 ROOT = Path(__file__).parents[2]
+LINKED = "of"  # the checkpoint of a link: Streamlit drops from it what the page that one leaves calls so too
 ARROW = ":material/arrow_forward:"
 _copy_link = st.components.v2.component(
     "copy_link",
@@ -124,5 +125,5 @@ def hint(error: CheckpointError, then: str) -> None:
 
 def feature_link(checkpoint: Checkpoint, feature: int, label: str, column: Any = st) -> None:
     """A link to the dashboard of a feature."""
-    query = {"checkpoint": checkpoint.name, "feature": str(feature)}
+    query = {LINKED: checkpoint.name, "feature": str(feature)}
     column.page_link("pages/features.py", label=label, icon=ARROW, query_params=query)

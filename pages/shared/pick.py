@@ -8,7 +8,7 @@ from typing import Any
 import streamlit as st
 
 from pages.shared.address import forget
-from pages.shared.page import folder, plain, typed
+from pages.shared.page import LINKED, folder, plain, typed
 from trainer.checkpoint import Checkpoint, list_checkpoints
 
 ALL = "all"
@@ -69,6 +69,10 @@ def pick_checkpoint(checkpoints: list[Checkpoint], label: str, key: str, index: 
     default = names[(names.index(_default(checkpoints).name) + index) % len(names)]
     wanted, missing = st.query_params.get(key), f"{key} that is not there"
     name = st.session_state.get(key, wanted)
+    if (linked := st.query_params.pop(LINKED, None)) is not None:
+        name = wanted = linked
+        if name in by_name:
+            st.session_state[key] = name
     if name not in by_name:
         name = st.session_state[key] = default
     if wanted is not None and wanted not in by_name:

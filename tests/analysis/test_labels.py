@@ -38,7 +38,7 @@ def test_a_change_of_another_session_is_not_overwritten(tmp_path):
 
 
 def test_many_sessions_at_once_lose_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(f"{Labels.__module__}._WAIT", PATIENCE)
+    monkeypatch.setattr("analysis.database._WAIT", PATIENCE)
 
     def write(session: int) -> None:
         for index in range(10):
@@ -155,7 +155,7 @@ def test_another_programs_database_is_left_as_it_is(tmp_path):
 
 
 def test_a_file_that_another_program_locks_is_a_sentence_and_nothing_is_lost(tmp_path, monkeypatch):
-    monkeypatch.setattr("analysis.labels._WAIT", 0.05)
+    monkeypatch.setattr("analysis.database._WAIT", 0.05)
     labels = Labels(tmp_path)
     labels.put(1, "kept", "", 0.0)
     with closing(sqlite3.connect(labels._file)) as other:

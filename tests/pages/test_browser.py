@@ -120,6 +120,11 @@ def test_the_address_says_what_is_shown(visitor):
     page.get_by_text("Nearest features").wait_for()
     visitor.idle()
     assert f"checkpoint={other}" in page.url and "feature=" in page.url
+    visitor.open(f"prompt?checkpoint={other}")  # Streamlit drops from a link what the page that one leaves has too
+    page.get_by_role("link", name="Its dashboard").click()
+    page.get_by_text("Nearest features").wait_for()
+    visitor.idle()
+    assert f"checkpoint={other}" in page.url and "feature=" in page.url
 
 
 def test_what_is_chosen_by_hand_after_a_prompt_by_hand_is_in_the_address(visitor):

@@ -4,6 +4,7 @@ import pandas as pd
 import pytest
 
 from analysis.labels import Labels
+from analysis.lists import Lists
 from analysis.search import Tokens
 from analysis.store import Analysis
 from pages.shared import strips
@@ -201,3 +202,43 @@ def test_a_feature_that_never_fires_says_so(folder):
     app = open_page("pages/features.py", checkpoint="batchtopk", feature="7")
     assert not app.exception
     assert "does not fire on the tokens analysed" in said(app)
+
+
+def test_a_feature_is_put_on_a_list_found_there_and_exported(folder):
+    Lists(folder / "block-l1_1").put(5, ["mine"])
+    app = open_page("pages/features.py", checkpoint="block-l1_1", feature="9")
+    box = app.multiselect(key="lists_9")
+    assert (box.options, box.value) == (["mine"], [])
+    box.set_value(["mine"]).run()
+    assert not app.exception and Lists(folder / "block-l1_1").all() == {"mine": [5, 9]}
+    app.selectbox(key="list").set_value("mine").run()
+    alive = Analysis(Checkpoint(folder / "block-l1_1")).search()["feature"].tolist()
+    assert listed(app, "browser")["feature"].tolist() == [each for each in alive if each in (5, 9)]
+    app.multiselect(key="lists_9").set_value([]).run()
+    assert Lists(folder / "block-l1_1").all() == {"mine": [5]}
+    assert 9 not in listed(app, "browser")["feature"].tolist()
+
+
+def test_lists_that_cannot_be_read_are_a_sentence(folder):
+    (folder / "block-l1_1" / "lists.sqlite").write_bytes(b"nonsense" * 100)
+    app = open_page("pages/features.py", checkpoint="block-l1_1")
+    assert not app.exception and "lists.sqlite cannot be used" in app.error[0].value
+    assert len(listed(app, "browser"))
+
+
+def test_what_was_seen_is_one_click_away(folder):
+    app = open_page("pages/features.py", checkpoint="block-l1_1")
+    first, second = listed(app, "browser")["feature"][:2]
+    app.button(key="go_Next").click().run()
+    assert shown_feature(app) == second
+    app.button(key=f"seen_{first}").click().run()
+    assert shown_feature(app) == first and [b for b in app.button if b.key == f"seen_{second}"]
+
+
+def test_a_link_names_its_checkpoint(folder):
+    app = open_page("pages/features.py", of="batchtopk", feature="3")
+    assert not app.exception and app.selectbox(key="checkpoint").value == "batchtopk"
+    assert "of" not in app.query_params and app.query_params["checkpoint"] == "batchtopk"
+    assert shown_feature(app) == 3
+    app = open_page("pages/features.py", of="nope")
+    assert "There is no checkpoint `nope`" in app.warning[0].value
