@@ -145,8 +145,8 @@ def test_clamping(lm, sae):
         if sae.is_dense
         else torch.eye(lm.n_heads)[block, :, None] * sae.W_dec[block, index]
     )
-    found = intervene(layer, sae, run, Intervention("clamp feature", silent, 2.5, 3, 3))
-    assert torch.allclose(found.full, layer.logits(run.resid_pre[None], z[None])[0, -1], atol=1e-4)
+    found = intervene(layer, sae, run, Intervention("clamp feature", silent, 2.5, 3, 3), 3)  # Gemma's window is short
+    assert torch.allclose(found.full, layer.logits(run.resid_pre[None], z[None])[0, 3], atol=1e-4)
     assert (found.full - found.clean).abs().max() > 1e-3
     firing = int(run.f[3].argmax())
     own = intervene(layer, sae, run, Intervention("clamp feature", firing, float(run.f[3].flatten()[firing]), 3, 3))
