@@ -1,6 +1,7 @@
 """The Tradeoffs page: its figures against eval.json, its Pareto lines against brute force, what a selection means."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -8,21 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from streamlit.testing.v1 import AppTest
 
 from analysis.runs import tables
 from pages.charts import tradeoffs as tradeoff_charts
-from tests.helpers import OTHERS, PATIENCE, ROOT, edit_config, said
+from tests import helpers
+from tests.helpers import OTHERS, edit_config, said
 from trainer.checkpoint import list_checkpoints, read_metrics
 from trainer.files import write_json
 
 
-def open_page(**query) -> AppTest:
-    """The first page of the app, at an address."""
-    app = AppTest.from_file(str(ROOT / "app.py"), default_timeout=PATIENCE)
-    for key, value in query.items():
-        app.query_params[key] = value
-    return app.run()
+open_page = partial(helpers.open_page, "pages/tradeoffs.py")
 
 
 def table(app) -> pd.DataFrame:
