@@ -17,7 +17,6 @@ from tests.helpers import OTHERS, edit_config, said
 from trainer.checkpoint import list_checkpoints, read_metrics
 from trainer.files import write_json
 
-
 open_page = partial(helpers.open_page, "pages/tradeoffs.py")
 
 
