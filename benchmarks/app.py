@@ -75,15 +75,34 @@ def fill(page: Page, name: str, text: str) -> Callable[[], None]:
     return lambda: box.press("Control+Enter")
 
 
+def search(page: Page, text: str) -> None:
+    """Look for features that fire on a token."""
+    box = page.get_by_role("combobox", name="Fires on", exact=True)
+    box.fill(text)
+    box.press("Enter")
+
+
+def choose(page: Page, name: str, option: str) -> None:
+    """Choose in a select box, by keyboard."""
+    box = page.get_by_role("combobox", name=name, exact=True)
+    box.fill(option)
+    page.get_by_role("option", name=option, exact=True).wait_for()
+    box.press("Enter")
+
+
+def until_idle(page: Page, act: Callable[[], object]) -> float:
+    """Seconds from an act to the page complete."""
+    started = time.perf_counter()
+    act()
+    idle(page)
+    return time.perf_counter() - started - 0.3
+
+
 def prompts(page: Page, texts: list[str]) -> list[float]:
     """Seconds from sending each prompt to the page complete."""
     taken = []
     for text in texts:
-        send = fill(page, "Prompt", text)
-        started = time.perf_counter()
-        send()
-        idle(page)
-        taken.append(time.perf_counter() - started - 0.3)
+        taken.append(until_idle(page, fill(page, "Prompt", text)))
     return taken
 
 
@@ -147,13 +166,21 @@ def measure(browser: Browser, server: subprocess.Popen, address: str) -> None:
     visit = partial(page.goto, f"{address}/features?checkpoint={WIDE}")
     row("24,579 features, first time", [seconds(page, visit, "Features")])
     steps = {
-        "a token that fires": lambda i: fill(page, "Fires on", ["the", "of", "and", "to", "in"][i])(),
+        "a token that fires": lambda i: search(page, ["the", "of", "and", "to", "in"][i]),
         "the next feature": lambda i: page.get_by_role("button", name="Next", exact=True).click(),
     }
     for name, step in steps.items():
         row(f"24,579 features, {name}", [seconds(page, partial(step, i), "Features") for i in range(ROUNDS)])
     page.goto(f"{address}/prompt")
     idle(page)
+    choices = {
+        "a token": lambda i: page.locator(".token").nth(5 + i).click(),
+        "a head": lambda i: page.get_by_role("button", name=f"Pattern of head {i}").click(),
+        "the next feature": lambda i: page.keyboard.press("j"),
+        "what is changed": lambda i: choose(page, "Change", ["the whole layer", "the feature"][i % 2]),
+    }
+    for name, choice in choices.items():
+        print(f"| Prompt, {name} | | {spread([until_idle(page, partial(choice, i)) for i in range(ROUNDS)])} |")
     print(f"| a new prompt of 66 tokens | | {spread(prompts(page, [f'{i} {TEXT * 3}' for i in range(ROUNDS)]))} |")
     print(f"| a new prompt of 1,016 tokens | | {spread(prompts(page, [f'{i} {TEXT * 44}' for i in range(3)]))} |")
     print(f"\nThe server holds {resident(server.pid):.1f} GB.")
