@@ -1,6 +1,6 @@
 # make app: set up, fetch the embedded model once, open the app.   make test, make lint: what CI runs.
 # make results: the figures of all shipped checkpoints anew (40 minutes).
-# make faults: the table of docs/reliability.md (5 minutes on two cores).
+# make faults: the table of docs/reliability.md, slow tests too.
 # make bench: the tables of benchmarks/README.md (25 minutes on two cores; the app's want Chromium).
 .PHONY: app test lint format bench faults results
 
@@ -26,7 +26,7 @@ lint: $(VENV)/test.stamp
 
 faults: $(VENV)/test.stamp
 	$(BIN)/python -m trainer.embedded
-	$(BIN)/python -m pytest -n 2 tests/faults --reliability=docs/reliability.md
+	$(BIN)/python -m pytest -n 2 -m '' tests/faults --reliability=docs/reliability.md
 
 results: $(VENV)/test.stamp
 	$(BIN)/python -m trainer.embedded

@@ -88,7 +88,7 @@ export default function draw({ parentElement, data, setTriggerValue }) {
     }
 
     function pick(id) {
-        chosen = id;
+        kept.chosen = chosen = id;
         shown.forEach(({ row, id: each }) => row.setAttribute("aria-selected", String(each === id)));
         shown.find(({ id: each }) => each === id)?.row.scrollIntoView({ block: "nearest" });
         setTriggerValue("picked", id);
@@ -167,5 +167,11 @@ export default function draw({ parentElement, data, setTriggerValue }) {
     scroller.style.maxHeight = `${data.height}px`;
     root.replaceChildren(scroller);
     scroller.scrollTop = top;
+    const marked = shown.find(({ id }) => id === chosen)?.row;
+    if (marked && kept.chosen !== chosen) {  // chosen elsewhere on the page
+        const [low, high] = [marked.offsetTop - header.offsetHeight, marked.offsetTop + marked.offsetHeight];
+        if (low < scroller.scrollTop || high > scroller.scrollTop + scroller.clientHeight) scroller.scrollTop = low;
+    }
+    kept.chosen = chosen;
     if (focused) scroller.focus({ preventScroll: true });
 }

@@ -5,17 +5,20 @@ from difflib import ndiff
 from random import Random
 from urllib.parse import quote
 
+import pytest
+
 from tests.browser import Visitor
 
 # Of each page, what its address can hold.
 PARAMETERS = {
-    "prompt": "checkpoint prompt head token until from rank source next firing ablate which predict",
+    "prompt": "checkpoint prompt head token until from rank source next firing reads what how which where amount other "
+    "shift predict wanted against continue new temperature seed",
     "": "sae",
     "tradeoffs": "site text head y log runs curve",
     "runs": "run model dataset hook_layer name preset recipe k l1_coefficients block expansion_factor normalize lr "
     "total_training_steps batch_size distinct_tokens eval_tokens context_size seed device wandb",
     "compare": "a b c d show text criterion prompt head token against firing pair dense",
-    "features": "checkpoint head role fires reads promotes noted density order page feature kind attention whole",
+    "features": "checkpoint head role fires reads promotes noted near list of density order page feature kind attention whole",
     "heads": "checkpoint show text of_head judged shares",
 }
 PATHS = list(PARAMETERS)
@@ -28,6 +31,7 @@ HOSTILE = [
 ]
 
 
+@pytest.mark.slow
 def test_what_is_set_by_hand_survives_a_reload_and_a_way_back(chromium, address, tries, fault):
     """Every control, in any order: a reload shows the same, and so does Back, of the next page and of each entry."""
     n, backs = tries(1, 12), 0

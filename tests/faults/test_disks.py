@@ -128,6 +128,7 @@ def sentence(said: str, of: Path) -> None:
     assert str(of) in said, said
 
 
+@pytest.mark.slow
 def test_no_room_left(child, folder, tries, fault):
     (folder.parent / "out").mkdir()
     draw, n, refused = random.Random(3), tries(1, 4), 0
@@ -149,6 +150,7 @@ def test_no_room_left(child, folder, tries, fault):
           "one sentence that names the file, what was there is as before; works after room was made")  # fmt: skip
 
 
+@pytest.mark.slow
 def test_folders_that_may_not_be_written(child, folder, fault):
     (folder.parent / "out").mkdir()
     whole = contents(folder.parent)
@@ -193,6 +195,7 @@ def reads(folder: str) -> list[str]:
     return said
 
 
+@pytest.mark.slow
 def test_what_may_not_be_read(child, folder, fault):
     assert match([str(folder / A), str(folder / B), *_TEXT]) == 0
     usual, _ = child.call("tests.faults.test_disks", "reads", str(folder))
@@ -211,6 +214,7 @@ def test_what_may_not_be_read(child, folder, fault):
     fault(AREA, "a folder or file of a checkpoint that may not be read", len(closed), "one sentence")
 
 
+@pytest.mark.slow
 def test_labels_without_room(child, folder, fault):
     for size in (1, 4096, 8192):
         said, _ = child.call("tests.faults.test_disks", "label", str(folder / B), "x" * 9000, size=size)

@@ -258,6 +258,7 @@ def test_weights(folder, tries, fault):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_tables_of_an_analysis(folder, tries, fault):
     n = tries(40, 420)
     files = [folder / NAME / "analysis" / f"{name}.parquet" for name in _TABLES]
@@ -330,6 +331,7 @@ for checkpoint in listing.readable:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is limited as on Linux")
 def test_sizes_that_lie_cost_no_memory(analysed, tmp_path, fault):
     copies = {

@@ -106,6 +106,7 @@ def test_flipped_bits(command, tries, fault, capsys):
     fault(AREA, "one bit flipped in a saved state or an activation shard", 2 * n, "refused, the file named")
 
 
+@pytest.mark.slow
 def test_full_disks(command, tries, fault):
     arguments, out = command
     assert main(arguments("whole")) == 0
@@ -148,6 +149,7 @@ def test_one_constant_head(gpt2_folder, text_file, tmp_path, tries, fault, monke
     fault(AREA, "one head of a layer is constant", len(kinds), "named; the others are trained and evaluated")
 
 
+@pytest.mark.slow
 def test_folders_that_vanish(command, fault, monkeypatch, capsys):
     arguments, out = command
     cache, steps = out.parent / "cache", "--total_training_steps=300"  # three shards

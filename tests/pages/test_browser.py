@@ -1,27 +1,24 @@
 """A newcomer in a real browser: types a prompt on the embedded model and sees its features."""
 
 import http.client
-import os
 import re
-import subprocess
-import sys
 from contextlib import suppress
 
 import pytest
 from playwright.sync_api import TimeoutError
 
-from tests.browser import ATTEMPTS, Visitor
-from tests.helpers import PATIENCE, ROOT
+from tests.browser import ATTEMPTS, Visitor, browse
+from tests.helpers import PATIENCE
 
 
-def test_without_a_browser_these_tests_are_skipped_but_not_in_ci(tmp_path):
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-rs", "-p", "no:cacheprovider", __file__, "-k", "markup"]
-    environment = {key: value for key, value in os.environ.items() if key != "CI"} | {"PATH": str(tmp_path)}
-    for more, status, sentence in (({}, 0, "no Chromium on this machine"), ({"CI": "1"}, 1, "CI must have a browser")):
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment | more, capture_output=True, text=True, timeout=PATIENCE
-        )
-        assert (done.returncode, sentence in done.stdout) == (status, True), done.stdout[-2000:]
+def test_without_a_browser_these_tests_are_skipped_but_not_in_ci(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CI", raising=False)
+    with pytest.raises(pytest.skip.Exception, match="no Chromium on this machine"), browse():
+        pass
+    monkeypatch.setenv("CI", "1")
+    with pytest.raises(pytest.fail.Exception, match="CI must have a browser"), browse():
+        pass
 
 
 def test_from_a_token_to_the_reason_why(visitor, chromium, address):
@@ -52,7 +49,7 @@ def test_from_a_token_to_the_reason_why(visitor, chromium, address):
     restored = fresh.page.get_by_text("of head 4 at 19").first
     restored.wait_for()
     assert restored.inner_text() == shown, "the address restores the page"
-    shares = re.compile(r"After 19: \u00b7the: \u00b7mat 4[67]\.\d% as it is, 3[23]\.\d% without \(full\)")
+    shares = re.compile(r"after 19: \u00b7the: \u00b7mat 3[23]\.\d% \(full\), .* 4[67]\.\d% as it is")
     fresh.page.get_by_text(shares).wait_for()
     dashboard = fresh.page.get_by_role("link", name="Its dashboard")
     dashboard.click()
@@ -146,6 +143,36 @@ def test_what_is_chosen_by_hand_after_a_prompt_by_hand_is_in_the_address(visitor
     assert page.url == address
     assert page.get_by_role("textbox", name="Prompt").input_value() == "one two three four. one two three"
     assert page.get_by_role("combobox", name="Token", exact=True).first.input_value() == "7: \u00b7two"
+
+
+def test_a_list_is_walked_by_mouse_and_by_keys(visitor):
+    page = visitor.page
+    rows = page.locator(".rows").first.locator("tbody tr[aria-selected]")
+
+    def at(place: int) -> None:
+        feature = rows.nth(place).locator("td").first.text_content()
+        page.get_by_role("heading", name=re.compile(rf"Feature {feature} of head")).wait_for()
+        visitor.idle()
+        assert rows.nth(place).get_attribute("aria-selected") == "true"
+
+    visitor.open("features?fires=any+digit")
+    at(0)
+    rows.nth(3).click()
+    at(3)
+    for key, place in (("j", 4), ("k", 3)):
+        page.keyboard.press(key)
+        at(place)
+    page.locator(".rows").first.focus()
+    page.keyboard.press("ArrowUp")
+    at(2)
+    page.keyboard.press("/")
+    assert page.evaluate("document.activeElement.ariaLabel") == "Fires on"
+    page.get_by_role("button", name="of the token's").click()
+    shares = [float(text.rstrip("%")) for text in rows.locator("td:nth-child(4)").all_text_contents()]
+    assert shares == sorted(shares, reverse=True) and shares[0] > shares[-1]
+    at(rows.locator("td:first-child").all_text_contents().index(page.url.split("feature=")[1].split("&")[0]))
+    page.locator(".rows").last.locator("tbody tr[aria-selected]").first.click()
+    page.wait_for_function("document.querySelector('[data-testid=stMain]').scrollTop == 0")
 
 
 def test_markup_in_a_prompt_only_appears(visitor):
