@@ -18,7 +18,8 @@ PARAMETERS = {
     "runs": "run model dataset hook_layer name preset recipe k l1_coefficients block expansion_factor normalize lr "
     "total_training_steps batch_size distinct_tokens eval_tokens context_size seed device wandb",
     "compare": "a b c d show text criterion prompt head token against firing pair dense",
-    "features": "checkpoint head role fires reads promotes noted near list of density order page feature kind attention whole",
+    "features": "checkpoint head role fires reads promotes noted near list of density order page feature kind "
+    "attention whole",
     "heads": "checkpoint show text of_head judged shares",
 }
 PATHS = list(PARAMETERS)
