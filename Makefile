@@ -1,8 +1,8 @@
 # make app: set up, fetch the embedded model once, open the app.   make test, make lint: what CI runs.
 # make results: the figures of all shipped checkpoints anew (40 minutes).
-# make faults: the table of docs/reliability.md, slow tests too.
+# make faults: the table of docs/reliability.md.   make slow: tests that take too long for make test.
 # make bench: the tables of benchmarks/README.md (25 minutes on two cores; the app's want Chromium).
-.PHONY: app test lint format bench faults results
+.PHONY: app test lint format bench faults slow results
 
 # The first Python on the PATH that the pinned packages support (3.10 to 3.14); PYTHON=... overrides.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
@@ -27,6 +27,9 @@ lint: $(VENV)/test.stamp
 faults: $(VENV)/test.stamp
 	$(BIN)/python -m trainer.embedded
 	$(BIN)/python -m pytest -n 2 -m '' tests/faults --reliability=docs/reliability.md
+
+slow: $(VENV)/test.stamp
+	$(BIN)/python -m pytest -n 2 -m slow --ignore=tests/faults
 
 results: $(VENV)/test.stamp
 	$(BIN)/python -m trainer.embedded

@@ -1,7 +1,6 @@
 """Two to four checkpoints side by side: figures, the same prompt in each, and which features are the same."""
 
 from pages.sections import compared, matched
-from pages.shared import live
 from pages.shared.page import begin
 from pages.shared.pick import choose, pick_prompt, readable, show_example
 
@@ -21,7 +20,7 @@ if view == FIGURES:
 else:
     prompt = pick_prompt()
     show_example(prompt)
-    runs = [live.run_prompt(one.checkpoint, prompt) for one in shown]
+    runs = compared.run(shown, prompt)
     head, position = compared.pick_place(runs)
     if view == PROMPT:
         compared.one_prompt(shown, runs, head, position)

@@ -73,6 +73,15 @@ def short_names(names: list[str]) -> list[str]:
     return ["-".join(name[shared:]) for name in words] if len(names) > 1 else names
 
 
+def run(shown: list[Shown], prompt: str) -> list[PromptRun]:
+    """The prompt through each; where they share a model, the slots of all are those of the first."""
+    first = shown[0].checkpoint
+    return [
+        live.run_prompt(each, prompt, first if each.config.model == first.config.model else None)
+        for each in (one.checkpoint for one in shown)
+    ]
+
+
 def pick_place(runs: list[PromptRun]) -> tuple[int | None, int | None]:
     """A head and a position of a prompt; None for all of them."""
     first = runs[0]

@@ -145,7 +145,7 @@ def _turns() -> Turns:
 
 
 @st.cache_resource(max_entries=6, **_PER_CHECKPOINT)
-def _of_run(checkpoint: Checkpoint, prompt: str) -> list[prompts.PromptRun]:
+def _of_run(checkpoint: Checkpoint, prompt: str, fuzzy_from: float) -> list[prompts.PromptRun]:
     return []
 
 
@@ -197,19 +197,23 @@ def _fuzzy_from(checkpoint: Checkpoint) -> float:
         return 2.0
 
 
-def _run(checkpoint: Checkpoint, prompt: str) -> prompts.PromptRun:
+def _run(checkpoint: Checkpoint, prompt: str, slots_of: Checkpoint | None = None) -> prompts.PromptRun:
+    fuzzy_from = _fuzzy_from(slots_of or checkpoint)
     return _in_turn(
-        _of_run(checkpoint, prompt),
+        _of_run(checkpoint, prompt, fuzzy_from),
         "Running the prompt",
-        lambda: prompts.run_prompt(_layer(checkpoint), read_sae(checkpoint), prompt, _fuzzy_from(checkpoint)),
+        lambda: prompts.run_prompt(_layer(checkpoint), read_sae(checkpoint), prompt, fuzzy_from),
     )
 
 
 @sentences(_FORESEEN)
-def run_prompt(checkpoint: Checkpoint, prompt: str) -> prompts.PromptRun:
+def run_prompt(checkpoint: Checkpoint, prompt: str, slots_of: Checkpoint | None = None) -> prompts.PromptRun:
     """Run a prompt, fetching the embedded model first if it is not there; errors end the page with a sentence.
 
     Where the model is not found, a field asks where it lies now.
+
+    Args:
+        slots_of: another one of the same model, whose analysis says which tokens are similar; default its own.
     """
     model = checkpoint.config.model
     if model.name == embedded.NAME and not embedded.is_ready():
@@ -225,7 +229,7 @@ def run_prompt(checkpoint: Checkpoint, prompt: str) -> prompts.PromptRun:
     if fingerprint != model.fingerprint:
         st.warning(f"{plain(model.name)} has other weights here than when {plain(checkpoint.name)} was trained.")
         _ask_for_model(checkpoint)
-    return _run(checkpoint, prompt)
+    return _run(checkpoint, prompt, slots_of)
 
 
 @sentences(_FORESEEN)

@@ -3,10 +3,13 @@
 import subprocess
 import sys
 
+import pytest
+
 from benchmarks import gpu
 from tests.helpers import ROOT
 
 
+@pytest.mark.slow
 def test_every_row_of_the_gpu_benchmark_runs():
     command = [sys.executable, "-m", "benchmarks.gpu", "--device=cpu", "--small"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

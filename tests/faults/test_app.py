@@ -44,6 +44,7 @@ def test_what_is_set_by_hand_survives_a_reload_and_a_way_back(chromium, address,
     fault("app", "controls set by hand, in any order: Back", backs, "what was shown")
 
 
+@pytest.mark.slow
 def test_an_address_can_bring_nothing_but_a_page_or_a_sentence(chromium, address, tries, fault):
     """Every parameter of every page, with values that somebody chose to do harm."""
     n, pages = tries(1, 60), list(PARAMETERS)

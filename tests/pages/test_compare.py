@@ -135,7 +135,7 @@ def test_the_url_restores_head_token_and_pair(folder):
         f"Feature {feature} of `{name}`" for feature, name in zip(features, ("l1_1", "l1_4"), strict=True)
     ]
     assert [link.query_string for link in links] == [
-        f"checkpoint={name}&feature={feature}" for name, feature in zip(NAMES, features, strict=False)
+        f"of={name}&feature={feature}" for name, feature in zip(NAMES, features, strict=False)
     ]
     # A pair that the filter leaves no room for gives way to the first that is there.
     app = compare(*NAMES[:2], firing="false", head="2", pair=pair, show="Features")
