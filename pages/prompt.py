@@ -40,5 +40,7 @@ with left:
     checkpoint = pick_checkpoint(checkpoints, "Checkpoint", "checkpoint")
 prompt = pick_prompt(right, left, (*prompt_features.CHOSEN, *interventions.CHOSEN))
 run = live.run_prompt(checkpoint, prompt)
-explore(checkpoint, prompt, run)
+above = st.container()
 prompt_heads.show(run)
+with above:  # last: where a sentence ends this part, the other one is there
+    explore(checkpoint, prompt, run)
