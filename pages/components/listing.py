@@ -2,22 +2,16 @@
 
 import base64
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import streamlit as st
 
+from pages.components import component
 from pages.shared.columns import configured
 
-_here = Path(__file__)
-_listing = st.components.v2.component(
-    "listing",
-    html="<div class='listing'></div>",
-    css=_here.with_suffix(".css").read_text(),
-    js=_here.with_suffix(".js").read_text(),
-)
+_listing = component(__file__)
 
 
 def listing(

@@ -1,6 +1,6 @@
 // What the tokens of a prompt read, and who reads them. All text goes through textContent.
 const READS = "230,159,0", READ_BY = "86,180,233", NEGATIVE = "213,94,0";  // Okabe and Ito
-const LARGE = 168, SMALL = 56, STRONGEST = 3;
+const LARGE = 224, SMALL = 64, STRONGEST = 3;
 
 const bytes = (text) => Int8Array.from(atob(text), (c) => c.charCodeAt(0));
 const rgba = (value, colour = READS) => `rgba(${value < 0 ? NEGATIVE : colour},${(Math.abs(value) / 127).toFixed(3)})`;

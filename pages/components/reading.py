@@ -2,20 +2,14 @@
 
 import base64
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import streamlit as st
 
 from analysis.prompt.patterns import Drawn, Picture
+from pages.components import component
 
-_here = Path(__file__)
-_reading = st.components.v2.component(
-    "reading",
-    html="<div class='reading'></div>",
-    css=_here.with_suffix(".css").read_text(),
-    js=_here.with_suffix(".js").read_text(),
-)
+_reading = component(__file__)
 
 
 def reading(
