@@ -32,6 +32,7 @@ from analysis import schema
 from analysis.proportion import wilson
 from analysis.schema import Expected
 from analysis.search import Tokens, near_words
+from analysis.tokens import CONTINUES, in_text
 from trainer.checkpoint import Checkpoint, CheckpointError
 from trainer.config import require
 from trainer.files import flaw, read_json, write_json
@@ -362,7 +363,8 @@ class Analysis:
         """How many examples of each feature have words near the firing."""
         examples = self.table("examples", ["feature", "context", "position"])
         contexts = self.table("contexts")
-        texts = [[self.strings[int(i)] for i in ids] for ids in contexts["token_ids"]]
+        joined = [in_text([self.strings[int(i)] for i in ids]) for ids in contexts["token_ids"]]
+        texts = [[text.replace(CONTINUES, "") for text in of] for of in joined]
         near = {c: near_words(of, words) for c, of in zip(contexts["context"], texts, strict=True)}
         with self._files.reading("examples"):
             known = examples["context"].isin(near)

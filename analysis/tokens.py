@@ -2,6 +2,7 @@
 
 import re
 import unicodedata
+from collections.abc import Sequence
 from functools import cache
 
 # In order of precedence, by the text of a token alone; where a sentence starts depends on what precedes.
@@ -27,6 +28,8 @@ _FUNCTION_WORDS = """
 """
 _IS_FUNCTION_WORD = frozenset(_FUNCTION_WORDS.split()).__contains__
 _ENDS_SENTENCE = re.compile(r"[.!?\u2026\u3002\uff01\uff1f][\"')\]}\u201d\u2019\u00bb]*\s*$")
+_BYTE = re.compile("<(?:0x)?([89A-F][0-9A-F])>|(.)", re.DOTALL)
+CONTINUES = "\u203f"  # a tie: the rest of the character before it
 _TRANSPARENT = re.compile(r"[\s\"'()\[\]{}\u201c\u201d\u2018\u2019\u00ab\u00bb]*$")
 
 
@@ -64,6 +67,38 @@ def is_transparent(text: str) -> bool:
 def may_start_sentence(text: str) -> bool:
     """Whether a token begins with a letter that is not lower case."""
     return text.strip()[:1].isalpha() and not text.strip()[0].islower()
+
+
+def in_text(tokens: Sequence[str]) -> list[str]:
+    """Tokens that follow each other, as one reads them: bytes that make a character together are that character.
+
+    It stands where its first byte is, and a tie in each later token that has a part of it. What makes no character
+    (UTF-8) stays as it is.
+
+    Args:
+        tokens: each as it is read alone, with `<E4>` or `<0xE4>` for a byte (`LanguageModel.token_strings`).
+    """
+    units: list[tuple[int, str | None, str]] = [
+        (at, found[1], found[2] or "") for at, token in enumerate(tokens) for found in _BYTE.finditer(token)
+    ]
+    shown, i = [""] * len(tokens), 0
+    while i < len(units):
+        at, byte, plain = units[i]
+        character, size = plain, 1
+        if byte:
+            size = max(1, 8 - (int(byte, 16) ^ 0xFF).bit_length())  # as many leading ones as the character has bytes
+            parts = [part or "" for _, part, _ in units[i : i + size]]
+            try:
+                character = bytes.fromhex("".join(parts)).decode() if all(parts) else ""
+            except UnicodeDecodeError:
+                character = ""
+            if not character:
+                character, size = f"<{byte}>", 1
+        shown[at] += character
+        for later in sorted({unit[0] for unit in units[i : i + size]} - {at}):
+            shown[later] += CONTINUES
+        i += size
+    return shown
 
 
 def visible(text: str) -> str:

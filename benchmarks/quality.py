@@ -17,7 +17,7 @@ from trainer.checkpoint import Checkpoint, list_checkpoints
 def main(folder: Path) -> None:
     rows = [each for each in list_checkpoints(folder).readable if each.eval and each.config.options]
     rows.sort(key=lambda each: (each.config.options.sae.preset or each.config.options.sae.recipe, each.name))
-    columns = "L0 | FVU | KL score | CE score, repeated tokens | dead | worst head's FVU"
+    columns = "L0 | FVU | KL score | CE score, repeated tokens | silent | worst head's FVU"
     print(f"| checkpoint | {columns} | FVU of heads 3, 4, 5 |\n|{'---|' * 8}")
     for each in rows:
         name, f = each.name, each.eval

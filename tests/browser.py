@@ -147,7 +147,8 @@ class Visitor:
                 with suppress(TimeoutError):  # a list of what can be added may be empty
                     box.click()
                     options.first.wait_for(timeout=ATTEMPTS[0])
-                    options.nth(random.randrange(options.count())).click(timeout=ATTEMPTS[0])
+                    chosen = random.randrange(options.count() or 1)  # it closes where something is drawn anew
+                    options.nth(chosen).click(timeout=ATTEMPTS[0])
                 self.page.keyboard.press("Escape")
             case "stButtonGroup":
                 buttons = control.get_by_role("radio")

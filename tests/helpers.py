@@ -218,7 +218,11 @@ def config_of(sae, lm=None, layer: int = 0, text: str = "toy", context_size: int
 
 def edit_config(path: Path, **changes) -> None:
     """Change keys of config.json as they are on disk."""
-    file = path / "config.json"
+    edit_json(path / "config.json", **changes)
+
+
+def edit_json(file: Path, **changes) -> None:
+    """Change keys of a file as they are on disk."""
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 

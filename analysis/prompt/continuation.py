@@ -9,6 +9,7 @@ from torch import Tensor
 
 from analysis.prompt.intervene import Intervention, change, check_span
 from analysis.prompt.run import PromptRun
+from analysis.tokens import in_text
 from trainer.block_diag import BlockDiagSAE
 from trainer.config import require
 
@@ -93,7 +94,7 @@ def _scored(
         eos = layer.lm.tokenizer.eos_token_id
         ids = ids[: ids.index(eos) + 1] if eos in ids else ids
         clean, edited = (each[row, : len(ids)] for each in by_model)
-        texts.append(Continuation(ids, layer.lm.token_strings(ids), clean, edited))
+        texts.append(Continuation(ids, in_text(layer.lm.token_strings(ids)), clean, edited))
     return texts[0], texts[1]
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from analysis import attribution as dfa
-from analysis.tokens import visible
+from analysis.tokens import CONTINUES, in_text, visible
 from trainer.block_diag import BlockDiagSAE
 from trainer.config import require
 
@@ -27,6 +27,7 @@ class PromptRun:
 
     tokens: Int[Tensor, " pos"]
     strings: list[str]
+    """as in `tokens.in_text`"""
     f: Float[Tensor, "pos block feature"]
     z: Float[Tensor, "pos head d_head"]
     pattern: Float[Tensor, "head query source"]
@@ -55,8 +56,12 @@ class PromptRun:
         return self.values[head] @ self.W_enc[head][:, features]
 
     def label(self, position: int) -> str:
-        """`position: token`, unique within the prompt and readable."""
-        return f"{position}: {visible(self.strings[position])}"
+        """`position: token`, unique within the prompt and readable; of a part of a character, the whole and ties."""
+        text, start = self.strings[position], position
+        while text.startswith(CONTINUES) and start > 0:
+            start -= 1
+            text = self.strings[start] + text
+        return f"{position}: {visible(text)}"
 
 
 @torch.no_grad()
@@ -81,7 +86,7 @@ def run_prompt(layer: "Layer", sae: BlockDiagSAE, prompt: str, fuzzy_from: float
     ids = tokens[0].cpu()
     return PromptRun(
         tokens=ids,
-        strings=layer.lm.token_strings(ids.tolist()),
+        strings=in_text(layer.lm.token_strings(ids.tolist())),
         f=reader.sae.encode(z).cpu(),
         z=z.cpu(),
         pattern=pattern.cpu(),
@@ -103,6 +108,11 @@ def firing_map(run: PromptRun) -> pd.DataFrame:
         for q in range(1, len(counts))
     ]
     return pd.DataFrame(rows, columns=["head", "position", "token", "active", "activation"])
+
+
+def firing(run: PromptRun) -> list[int]:
+    """The features that fire on any token but BOS."""
+    return (run.f[1:] > 0).any(0).flatten().nonzero()[:, 0].tolist()
 
 
 def active_features(

@@ -21,8 +21,18 @@ SCORES = ("CE_score", "KL_score")  # larger is better; they can be negative or a
 _SCALARS = ("L0", "MSE", "FVU", "CE_score", "CE_score_se", "KL_score", "KL_score_se", "dead_fraction")
 
 
+def outside(score: float | None) -> str:
+    """In words what a score says that lies outside of 0 to 1; nothing of others, also of none."""
+    if score is None or math.isnan(score) or 0 <= score <= 1:
+        return ""
+    return "above 1: predicts better than without the SAE" if score > 1 else "below 0: worse than zero ablation"
+
+
 def summary(checkpoints: list[Checkpoint], repeated: bool = False, head: int | None = None) -> pd.DataFrame:
     """One row per checkpoint. A run without eval.json shows its last training batch instead.
+
+    `silent_fraction` is of the features on the tokens of eval.json, `dead_fraction` of those in training at its last
+    logged step (docs/metrics.md).
 
     Args:
         checkpoints: of models with the same number of heads, where `head` is given.
@@ -37,7 +47,10 @@ def summary(checkpoints: list[Checkpoint], repeated: bool = False, head: int | N
         last, seconds = _log_of(checkpoint.path)
         n_tokens = figures.get("n_tokens")
         if head is not None:
-            figures, width = dict(per_head(figures, model.n_heads).loc[head]), model.d_head
+            figures, last_of = (dict(per_head(each, model.n_heads).loc[head]) for each in (figures, last))
+            width = model.d_head
+        else:
+            last_of = last
         row = {
             "name": checkpoint.name,
             "recipe": checkpoint.recipe,
@@ -46,6 +59,8 @@ def summary(checkpoints: list[Checkpoint], repeated: bool = False, head: int | N
             "status": config.status,
             "figures": source,
             **{key: figures.get(key) for key in _SCALARS},
+            "silent_fraction": None if source == "training batch" else figures.get("dead_fraction"),
+            "dead_fraction": last_of.get("dead_fraction"),
             "MSE_per_dim": None if figures.get("MSE") is None else figures["MSE"] / width,
             "n_tokens": n_tokens,
             "parameters": config.sae.n_parameters,
@@ -58,7 +73,7 @@ def summary(checkpoints: list[Checkpoint], repeated: bool = False, head: int | N
         }
         rows.append(row)
     frame = pd.DataFrame(rows)
-    numeric = [*_SCALARS, "MSE_per_dim", "n_tokens", "tokens_seen", "training_seconds"]
+    numeric = [*_SCALARS, "silent_fraction", "MSE_per_dim", "n_tokens", "tokens_seen", "training_seconds"]
     numeric = [column for column in numeric if column in frame]
     frame[numeric] = frame[numeric].apply(pd.to_numeric)  # None (not measurable, not known) becomes NaN
     return frame

@@ -11,7 +11,7 @@ from analysis.labels import Labels
 from analysis.lists import Lists
 from analysis.spreadsheet import guarded
 from analysis.store import Analysis
-from analysis.tokens import visible
+from analysis.tokens import in_text, visible
 from pages.charts import features as charts
 from pages.components.listing import listing
 from pages.shared import live, strips
@@ -191,7 +191,7 @@ def _examples(analysis: Analysis, row: pd.Series) -> None:
     attention = middle.toggle("Attention row", key="attention", bind="query-params", help="where the head looks")
     whole = right.toggle("Whole contexts", key="whole", bind="query-params")
     for example in examples[examples["kind"] == kind].itertuples():
-        texts = [analysis.strings[int(i)] for i in example.token_ids]
+        texts = in_text([analysis.strings[int(i)] for i in example.token_ids])
         position = int(example.position)
         source = int(np.abs(example.dfa).argmax())
         span = None if whole else strips.around(position, source, len(texts))

@@ -8,10 +8,12 @@ import streamlit as st
 
 from analysis.attribution import SLOTS
 from analysis.lists import Lists
+from analysis.prompt.run import firing
 from analysis.search import Tokens
 from analysis.store import Analysis, Order
 from analysis.tokens import TOKEN_CLASSES
 from pages.components.listing import listing
+from pages.shared import live
 from pages.shared.page import refuse
 from pages.shared.pick import ALL, number, pick_head, put
 from pages.shared.words import in_words, written
@@ -62,6 +64,7 @@ def pick_fitting(checkpoint: Checkpoint, analysis: Analysis) -> pd.DataFrame:
         listed = _pick_list(checkpoint, bound)
         largest = "the source slot with the largest share of its positive DFA on text"
         role = st.selectbox("Reads from", [ALL, *SLOTS], key="role", help=largest, **bound)
+        prompt = st.text_input("A prompt on which it fires", key="mine", **bound)
         near = st.text_input("Words near a firing in its examples", key="near", **bound)
         noted = st.text_input("Words of its label, note or description", key="noted", **bound)
         steps = [0, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1]
@@ -88,6 +91,8 @@ def pick_fitting(checkpoint: Checkpoint, analysis: Analysis) -> pd.DataFrame:
     except ValueError as error:  # what was typed is no regular expression
         refuse(error)
         st.stop()
+    if prompt:
+        fitting = fitting[fitting["feature"].isin(firing(live.run_prompt(checkpoint, prompt)))]
     if listed is not None:
         fitting = fitting[fitting["feature"].isin(listed)]
     if column := _ORDERS.get(by):

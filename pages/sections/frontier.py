@@ -38,10 +38,17 @@ def pick(checkpoints: list[Checkpoint]) -> tuple[list[Checkpoint], Figures]:
     repeated = pick_text(column=middle)
     head = pick_head(checkpoints[0].n_heads, column=right)
     left, right = st.columns([7, 2], vertical_alignment="bottom")
-    spoken = {metric: metric.replace("_", " ") for metric in tables.METRICS}
-    metric = choose("L0 against", tables.METRICS, "y", "FVU", left, format_func=spoken.get)
+    frame = tables.summary(checkpoints, repeated, head)
+    unknown = {score for score in tables.SCORES if frame[score].isna().all()}
+    spoken = {metric: metric.replace("_", " ") for metric in tables.METRICS if metric not in unknown}
+    metric = choose("L0 against", spoken, "y", "FVU", left, format_func=spoken.get)
+    for score in sorted(unknown):
+        st.caption(
+            f"No checkpoint has a {score.replace('_', ' ')} here: zero ablation costs less than 3 standard errors of "
+            "this text, or nothing is evaluated yet."
+        )
     log = right.toggle("Log axes", value=True, key="log", bind="query-params", help="scores stay linear")
-    return checkpoints, Figures(tables.summary(checkpoints, repeated, head), metric, log, head)
+    return checkpoints, Figures(frame, metric, log, head)
 
 
 def show(figures: Figures) -> pd.DataFrame:
@@ -99,15 +106,21 @@ def table(selected: pd.DataFrame) -> None:
     """Figures and costs."""
     first = [
         "name", "recipe", "sparsity", "L0", "FVU", "CE_score", "KL_score", "parameters", "tokens_seen",
-        "training_minutes", "status", "figures", "MSE",
+        "training_minutes", "status", "figures", "MSE", "MSE_per_dim", "silent_fraction", "n_tokens", "dead_fraction",
     ]  # fmt: skip
-    hidden = {"training_seconds", "block", "model", "hook_layer"}
-    order = [*first, *(column for column in selected if column not in {*first, *hidden})]
+    unknown = {name for score in tables.SCORES if selected[score].isna().all() for name in (score, f"{score}_se")}
+    hidden = {"training_seconds", "block", "model", "hook_layer", *unknown}
+    order = [column for column in dict.fromkeys([*first, *selected]) if column not in hidden]
     draw_table(selected.assign(training_minutes=selected["training_seconds"] / 60), column_order=order)
     st.caption(
         "Training minutes are the sum over the log of tokens by tokens per second: SAEs of one command train together, "
-        "and each has the time of all of them; harvesting and evaluating are not in it. Empty: not known."
+        "and each has the time of all of them; harvesting and evaluating are not in it. Silent: on the tokens of "
+        "the evaluation. Dead: in training, for as many tokens as `dead_after_tokens` says. Empty: not known."
     )
+    for score in tables.SCORES:
+        words = selected[score].map(tables.outside)
+        for word, names in selected["name"].groupby(words[words != ""]):
+            st.text(f"{score.replace('_', ' ')} {word}: {', '.join(sorted(names))}")
 
 
 def training_curves(checkpoints: list[Checkpoint], selected: pd.DataFrame, recipes: list[str]) -> None:

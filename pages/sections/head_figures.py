@@ -35,17 +35,17 @@ def show(checkpoint: Checkpoint, figures: dict[str, Any]) -> None:
 
 
 def _totals(figures: dict[str, Any]) -> None:
+    scores = {name: figures[f"{name}_score"] for name in ("CE", "KL")}
+    measured = [name for name, score in scores.items() if score is not None]
     with st.container(horizontal=True):
         st.metric("L0", f"{figures['L0']:.1f}", border=True, help="mean active features per token, all heads")
         st.metric("FVU", f"{figures['FVU']:.3f}", border=True, help="fraction of variance unexplained")
-        for name in ("CE", "KL"):
-            score, error = figures[f"{name}_score"], figures[f"{name}_score_se"]
+        for name in measured:
             st.metric(
                 f"{name} score",
-                "not measurable" if score is None else f"{score:.3f} ± {error:.3f}",
+                f"{figures[f'{name}_score']:.3f} ± {figures[f'{name}_score_se']:.3f}",
                 border=True,
-                help="± one standard error, paired per token against clean; not measurable where zero ablation is "
-                "within 3 standard errors of no effect",
+                help="± one standard error, paired per token against clean",
             )
         st.metric(
             f"Silent on {figures['n_tokens']:,} tokens",
@@ -53,6 +53,11 @@ def _totals(figures: dict[str, Any]) -> None:
             border=True,
             help="of features",
         )
+    for name, score in scores.items():
+        if score is None:
+            st.caption(f"No {name} score: zero ablation of the layer costs less than 3 standard errors on this text.")
+        elif word := tables.outside(score):
+            st.caption(f"The {name} score is {word}.")
     losses = " · ".join(
         f"{key} {figures[f'CE_{key}']:.4f} ± {figures[f'CE_{key}_se']:.4f}" for key in ("clean", "sae", "zero", "mean")
     )
@@ -68,13 +73,16 @@ def _per_head(checkpoint: Checkpoint, figures: dict[str, Any]) -> None:
         st.caption(f"Scores with one head replaced are measured on the first {figures['n_tokens_per_head']:,} tokens.")
     frame = tables.per_head(figures, checkpoint.n_heads)
     columns = st.columns(2)
-    for index, (metric, title) in enumerate(_PANELS.items()):
+    drawn = [metric for metric in _PANELS if frame[metric].notna().any()]
+    for index, metric in enumerate(drawn):
         with columns[index % 2]:
-            st.markdown(f"**{title}**")
-            if frame[metric].notna().any():
-                st.altair_chart(charts.per_head_bars(frame, metric, metric.replace("_", " ")), width="stretch")
+            st.markdown(f"**{_PANELS[metric]}**")
+            st.altair_chart(charts.per_head_bars(frame, metric, metric.replace("_", " ")), width="stretch")
             unmeasured = frame.loc[frame[metric].isna(), "head"].tolist()
             if unmeasured:
-                why = "has no meaning for a dense SAE" if metric == "dead_fraction" else "not measurable on this text"
-                st.caption(f"{why}: heads {', '.join(map(str, unmeasured))}")
+                st.caption(f"not measurable on this text: heads {', '.join(map(str, unmeasured))}")
+    for metric in [metric for metric in _PANELS if metric not in drawn]:
+        why = "has no meaning for a dense SAE" if metric == "dead_fraction" else "of no head is measurable on this text"
+        st.caption(f"{_PANELS[metric]}: {why}.")
+    frame = frame.rename(columns={"dead_fraction": "silent_fraction"}).dropna(axis="columns", how="all")
     st.dataframe(frame, hide_index=True)  # with all digits

@@ -19,7 +19,9 @@ COLUMNS: dict[str, Any] = {
        for score in ("CE_score", "CE_score_se", "KL_score", "KL_score_se")},
     "MSE": _number(format="%.4g"),
     "MSE_per_dim": _number("MSE per dim", format="%.3g"),
-    "dead_fraction": _percent("silent", help="features that fire on none of the tokens evaluated on"),
+    "silent_fraction": _percent("silent", help="features that fire on none of the tokens evaluated on"),
+    "dead_fraction": _percent("dead", help="features that had not fired for `dead_after_tokens` when training ended, "
+                                           "or at its last logged step"),
     "n_tokens": _count("evaluated on"),
     "parameters": _count(),
     "tokens_seen": _count("training tokens"),

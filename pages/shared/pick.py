@@ -110,9 +110,14 @@ def select(column: Any, label: str, options: Sequence[str], key: str, **more: An
 def choose(
     label: str, options: Iterable[str], key: str, default: str | None = None, column: Any = st, **more: Any
 ) -> str:
-    """One of a few options side by side, always one of them; the default is the first."""
+    """One of a few options side by side, always one of them; the default is the first.
+
+    A choice that is no option any more gives way to the default.
+    """
     options = list(options)
     default = default or options[0]
+    if st.session_state.get(key, default) not in options:
+        del st.session_state[key]
     chosen = column.segmented_control(
         label, options, default=default, required=True, key=key, bind="query-params", **more
     )

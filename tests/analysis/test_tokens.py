@@ -2,7 +2,7 @@
 
 import pytest
 
-from analysis.tokens import visible
+from analysis.tokens import in_text, visible
 
 
 @pytest.mark.parametrize(
@@ -21,3 +21,22 @@ from analysis.tokens import visible
 )
 def test_every_token_can_be_seen(text, shown):
     assert visible(text) == shown
+
+
+@pytest.mark.parametrize(
+    ("tokens", "shown"),
+    [
+        (["<E4><BD>", "<A0>", "<E5>", "<A5>", "<BD>!"], ["\u4f60", "\u203f", "\u597d", "\u203f", "\u203f!"]),
+        ([" <E4><BD>", "<A0><E5>", "<A5><BD>"], [" \u4f60", "\u203f\u597d", "\u203f"]),
+        ([" <F0><9F>", "<98>", "<80>"], [" \U0001f600", "\u203f", "\u203f"]),
+        (["<0xE4>", "<0xBD>", "<0xA0>"], ["\u4f60", "\u203f", "\u203f"]),  # SentencePiece
+        (["<E4><BD><A0><E5>", "a"], ["\u4f60<E5>", "a"]),
+        (["<A0>", "<E4>", "<BD>", "b<E4>"], ["<A0>", "<E4>", "<BD>", "b<E4>"]),
+        (["<E4>", " ", "<BD>", "<A0>"], ["<E4>", " ", "<BD>", "<A0>"]),
+        (["<ED><A0>", "<80>"], ["<ED><A0>", "<80>"]),  # half of a surrogate pair
+        (["<50300>", "<E", "4>", "a<b>\n"], ["<50300>", "<E", "4>", "a<b>\n"]),
+        ([], []),
+    ],
+)
+def test_bytes_of_a_character_are_read_as_the_character(tokens, shown):
+    assert in_text(tokens) == shown

@@ -18,7 +18,7 @@ PARAMETERS = {
     "runs": "run model dataset hook_layer name preset recipe k l1_coefficients block expansion_factor normalize lr "
     "total_training_steps batch_size distinct_tokens eval_tokens context_size seed device wandb",
     "compare": "a b c d show text criterion prompt head token against firing pair dense",
-    "features": "checkpoint head role fires reads promotes noted near list of density order page feature kind "
+    "features": "checkpoint head role fires reads promotes mine noted near list of density order page feature kind "
     "attention whole",
     "heads": "checkpoint show text of_head judged shares",
 }
@@ -75,7 +75,7 @@ def _walk(visitor: Visitor, random: Random, path: str) -> int:
     now = visitor.shown()
     assert now == (url, *shown), f"after a reload, {path}: {done}: {_differ((url, *shown), now)}"
     other = "Heads" if path != "heads" else "Prompt"
-    visitor.page.get_by_role("link", name=other, exact=True).click()
+    visitor.page.get_by_test_id("stTopNav").get_by_role("link", name=other, exact=True).click()
     visitor.page.get_by_role("heading", name=other, exact=True).wait_for()
     visitor.idle()
     for back in range(1, 5):

@@ -10,7 +10,7 @@ from analysis.match import read
 from analysis.match.__main__ import main as match_main
 from analysis.match.read import Match
 from analysis.prompt.run import active_features, role_table, roles, run_prompt
-from tests.helpers import ROOT, edit_config, open_page, said
+from tests.helpers import ROOT, edit_config, edit_json, open_page, said
 from trainer.checkpoint import Checkpoint
 
 PAGE = "pages/compare.py"
@@ -212,8 +212,7 @@ def test_other_layers_are_warned_of_and_not_matched(copy):
 
 
 def test_evaluations_of_different_length_are_warned_of(copy):
-    file = copy / "dense" / "eval.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "n_tokens": 77}))
+    edit_json(copy / "dense" / "eval.json", n_tokens=77)
     assert "77 tokens" in compare(*NAMES[:3]).warning[0].value
     (copy / NAMES[0] / "eval.json").unlink()
     app = compare(*NAMES[:3])

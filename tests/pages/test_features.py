@@ -5,6 +5,7 @@ import pytest
 
 from analysis.labels import Labels
 from analysis.lists import Lists
+from analysis.prompt.run import run_prompt
 from analysis.search import Tokens
 from analysis.store import Analysis
 from pages.shared import strips
@@ -65,6 +66,16 @@ def test_filters_narrow_the_browser(folder):
     app.text_input(key="noted").set_value("").run()
     app.selectbox(key="role").set_value("all").run()
     assert len(listed(app, "browser")) == before
+
+
+def test_a_prompt_of_ones_own_is_a_filter_which_combines_with_others(folder, gpt2):
+    app = open_page("pages/features.py", checkpoint="block-l1_1", mine="one two", head="2")
+    checkpoint = Checkpoint(folder / "block-l1_1")
+    f = run_prompt(gpt2.layer(1), checkpoint.sae, "one two").f[1:, 2]
+    n = f.shape[-1]
+    assert set(listed(app, "browser")["feature"]) == {2 * n + i for i in range(n) if (f[:, i] > 0).any()}
+    app.text_input(key="mine").set_value("one " * 200).run()
+    assert "reads at most" in said(app) and not app.exception
 
 
 def test_a_search_ranks_by_the_share_of_firings_on_the_token(folder):

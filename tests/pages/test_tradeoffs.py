@@ -13,9 +13,8 @@ from safetensors.torch import load_file
 from analysis.runs import tables
 from pages.charts import tradeoffs as tradeoff_charts
 from tests import helpers
-from tests.helpers import OTHERS, edit_config, said
+from tests.helpers import OTHERS, edit_config, edit_json, said
 from trainer.checkpoint import list_checkpoints, read_metrics
-from trainer.files import write_json
 
 open_page = partial(helpers.open_page, "pages/tradeoffs.py")
 
@@ -54,6 +53,33 @@ def test_the_table_says_what_eval_says(folder, query, of):
             source = figures["induction"] if "text" in query else figures
             l0 = np.nan if name == "dense" else source["L0_per_head"][int(query["head"])]
             assert row["L0"] == pytest.approx(l0, nan_ok=True)
+
+
+def test_silent_is_of_the_evaluation_and_dead_of_the_training(folder):
+    for query, part in ({}, slice(None)), ({"head": "2"}, 2):
+        for name, row in table(open_page(**query)).iterrows():
+            figures, last = json.loads((folder / name / "eval.json").read_text()), read_metrics(folder / name)[-1]
+            key = "dead_fraction_per_head" if query else "dead_fraction"
+            if query and name == "dense":
+                assert np.isnan([row["silent_fraction"], row["dead_fraction"]]).all()
+                continue
+            expected = [each[key][part] if query else each[key] for each in (figures, last)]
+            assert [row["silent_fraction"], row["dead_fraction"]] == pytest.approx(expected), name
+    edit_json(folder / "topk" / "eval.json", dead_fraction=0.5)
+    shown = table(open_page()).loc["topk"]
+    assert shown["silent_fraction"] == 0.5 != shown["dead_fraction"]
+
+
+@pytest.mark.parametrize(
+    ("score", "words"),
+    [(1.2, "CE score above 1: predicts better than without the SAE: topk"),
+     (-0.1, "CE score below 0: worse than zero ablation: topk"), (0.5, ""), (None, "")],
+)  # fmt: skip
+def test_a_score_that_is_no_share_is_put_into_words(folder, score, words):
+    edit_json(folder / "topk" / "eval.json", CE_score=score, CE_score_se=None if score is None else 0.1)
+    text = said(open_page(runs="topk"))
+    assert words in text and (words or ("above 1" not in text and "below 0" not in text))
+    assert ("No checkpoint has" in text) is False
 
 
 def test_what_a_point_costs(folder):
@@ -139,14 +165,16 @@ def test_every_figure_on_every_text_and_head_draws(folder):
         for text in ("Held-out text", "Repeated random tokens"):
             for head in ("all", "2") if text == "Held-out text" else ("2",):
                 app.segmented_control(key="text").set_value(text)
-                app.segmented_control(key="y").set_value(metric)
                 app.selectbox(key="head").set_value(head).run()
+                if metric.replace("_", " ") in app.segmented_control(key="y").options:
+                    app.segmented_control(key="y").set_value(metric).run()
+                else:  # the tiny model's heads may cost nothing
+                    assert f"No checkpoint has a {metric.replace('_', ' ')} here" in said(app)
+                    assert metric in tables.SCORES and metric not in app.dataframe[0].proto.column_order
+                    continue
                 assert not app.exception and not app.error
                 assert ("has no L0 of one head: dense" in said(app)) == (head == "2")
                 spec = drawn(app)
-                if spec is None:  # the tiny model's heads may cost nothing
-                    assert metric in tables.SCORES and "No checkpoint has this figure" in said(app)
-                    continue
                 charts += 1
                 (points,) = (layer["encoding"] for layer in spec["layer"] if "shape" in layer["encoding"])
                 title = points["y"]["title"]
@@ -181,8 +209,7 @@ def test_an_imported_checkpoint_stands_beside_ours(folder):
 
 
 def test_a_head_that_is_silent_is_named_and_not_drawn_on_log_axes(folder):
-    file = folder / "dense" / "eval.json"
-    write_json(file, {**json.loads(file.read_text()), "L0": 0})
+    edit_json(folder / "dense" / "eval.json", L0=0)
     app = open_page()
     assert "because a value is 0: dense" in said(app)
     assert "dense" not in [row["name"] for row in rows(app)]
