@@ -2,9 +2,8 @@
 
 import streamlit as st
 
-from analysis.labels import Labels
 from analysis.store import Analysis
-from pages.sections import dashboard, feature_browser
+from pages.sections import dashboard, feature_browser, notes
 from pages.shared import live
 from pages.shared.address import permalink
 from pages.shared.page import begin, sentences
@@ -16,7 +15,6 @@ from trainer.checkpoint import Checkpoint
 @permalink()
 def browse(checkpoint: Checkpoint, analysis: Analysis) -> None:
     """The features that fit the filters, beside the dashboard of one of them."""
-    labels = Labels(checkpoint.path)
     left, right = st.columns([5, 7])
     with sentences():
         with left, st.container(key="beside"):  # it stays where it is while the dashboard is scrolled
@@ -25,12 +23,12 @@ def browse(checkpoint: Checkpoint, analysis: Analysis) -> None:
             on_page = feature_browser.show(checkpoint, analysis, fitting, feature)
             with st.expander("The features above as a file"):
                 dashboard.export(fitting, checkpoint.name)
-            with st.expander("Labels: export and import"):
-                dashboard.exchange(labels, len(analysis.features), checkpoint.name)
+            with st.expander("Labels and comments: export and import"):
+                notes.exchange(checkpoint)
             with st.expander("The features above as one sae-vis page"):
                 dashboard.sae_vis_page(checkpoint, on_page)
         with right:
-            dashboard.show(checkpoint, analysis, labels, feature)
+            dashboard.show(checkpoint, analysis, feature)
 
 
 begin("Features", "What each feature fires on, where it reads from and what it writes.")

@@ -23,7 +23,7 @@ ATTEMPTS = [3_000 * 2**i for i in range(9)]  # ms that what may go unnoticed is 
 PROMPTS = ["one two three four. one two three", "a *b* $c$ d a *b*", "Paris, London, Paris"]
 _KINDS = ("Selectbox", "MultiSelect", "ButtonGroup", "Checkbox", "Slider", "TextArea", "TextInput", "NumberInput")
 # Of a page, all that are bound to its address: labels and notes of a feature are written down elsewhere.
-_CONTROLS = ",".join(f"[data-testid=st{kind}]:not([class*=st-key-text_] *, [class*=st-key-note_] *)" for kind in _KINDS)
+_CONTROLS = ",".join(f"[data-testid=st{kind}]:not([class*=st-key-notes] *, [class*=st-key-lists_])" for kind in _KINDS)
 
 
 @contextmanager

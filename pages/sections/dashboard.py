@@ -7,16 +7,15 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 
-from analysis.labels import Labels
-from analysis.lists import Lists
 from analysis.spreadsheet import guarded
 from analysis.store import Analysis
 from analysis.tokens import in_text, visible
 from pages.charts import features as charts
 from pages.components.listing import listing
+from pages.sections import notes
 from pages.shared import live, strips
 from pages.shared.columns import draw_table
-from pages.shared.page import refuse, typed
+from pages.shared.page import typed
 from pages.shared.pick import choose, put
 from pages.shared.words import in_words
 from trainer.checkpoint import Checkpoint
@@ -24,7 +23,7 @@ from trainer.checkpoint import Checkpoint
 _SAE_VIS_FEATURES = 20
 
 
-def show(checkpoint: Checkpoint, analysis: Analysis, labels: Labels, feature: int) -> None:
+def show(checkpoint: Checkpoint, analysis: Analysis, feature: int) -> None:
     """Draw one feature.
 
     Raises:
@@ -34,7 +33,7 @@ def show(checkpoint: Checkpoint, analysis: Analysis, labels: Labels, feature: in
     left, right = st.columns([3, 2], vertical_alignment="bottom")
     left.subheader(f"Feature {feature} of head {row['head']}", anchor=False)
     with right:
-        _lists(Lists(checkpoint.path), feature)
+        notes.lists(checkpoint, feature)
     if row["head_share"] < 1:
         st.caption(
             f"A dense SAE's feature belongs to no one head; {row['head_share']:.0%} of its squared decoder norm is in "
@@ -57,7 +56,7 @@ def show(checkpoint: Checkpoint, analysis: Analysis, labels: Labels, feature: in
         st.altair_chart(charts.histogram(row["histogram"], 0, row["histogram_end"], "Activation", "Tokens"))
         st.markdown("**Where it reads from**")
         st.altair_chart(charts.slots(row))
-        _label_form(labels, feature)
+        notes.show(checkpoint, feature)
     with right:
         st.markdown("**Tokens**")
         reads = {"help": "the source with the largest DFA"}
@@ -77,21 +76,6 @@ def export(fitting: pd.DataFrame, name: str) -> None:
     texts = {"csv": guarded(table).to_csv(index=False), "json": table.to_json(orient="records", indent=1)}
     for column, (kind, text) in zip(st.columns(2), texts.items(), strict=True):
         column.download_button(f"{len(table):,} as {kind.upper()}", text, f"features-{name}.{kind}")
-
-
-def exchange(labels: Labels, d_sae: int, name: str) -> None:
-    """Labels of a checkpoint as JSON or CSV, out and in."""
-    try:
-        table = labels.table()
-        texts = {"json": table.to_json(orient="records", indent=1), "csv": guarded(table).to_csv(index=False)}
-        for column, (kind, text) in zip(st.columns(2), texts.items(), strict=True):
-            column.download_button(kind.upper(), text, f"labels-{name}.{kind}", disabled=table.empty)
-        file = st.file_uploader("Import JSON or CSV", type=["json", "csv"], help="replaces labels of the same features")
-        if file is not None and st.button("Import"):
-            n = labels.load(file.getvalue(), d_sae)
-            st.success(f"{n} labels imported.")
-    except ValueError as error:
-        refuse(error)
 
 
 def sae_vis_page(checkpoint: Checkpoint, features: list[int]) -> None:
@@ -125,57 +109,6 @@ def _tokens(row: pd.Series, strings: dict[int, str]) -> pd.DataFrame:
         columns[name] = [visible(strings[int(i)]) if i >= 0 else "" for i in ids]
         columns[f"{name}_share"] = [n / total if n else None for n in counts]
     return pd.DataFrame(columns)
-
-
-def _label_form(labels: Labels, feature: int) -> None:
-    try:
-        now = labels.get(feature)
-    except ValueError as error:
-        refuse(error)
-        return
-    # Keys carry the feature: a text that was typed for one never lands on another.
-    with st.container(border=True):
-        st.text_input("Your label", now.label, key=f"text_{feature}", max_chars=200)
-        st.text_area("Note", now.note, key=f"note_{feature}", height=80, max_chars=5000)
-        st.session_state.setdefault(f"seen_{feature}", now.changed)
-        st.button("Save", key=f"save_{feature}", on_click=_save, args=(labels, feature))
-        if refused := st.session_state.pop("label_refused", None):
-            refuse(f"{refused}.")
-
-
-def _save(labels: Labels, feature: int) -> None:
-    text, note, seen = (st.session_state[f"{name}_{feature}"] for name in ("text", "note", "seen"))
-    try:
-        labels.put(feature, text, note, seen)
-        st.session_state[f"seen_{feature}"] = labels.get(feature).changed
-        st.toast("Saved")
-    except ValueError as error:
-        st.session_state["label_refused"] = str(error)
-
-
-def _lists(lists: Lists, feature: int) -> None:
-    """The lists that the feature is on, old ones and new ones."""
-    key = f"lists_{feature}"  # a choice for one feature never lands on another
-
-    def put_there() -> None:
-        try:
-            lists.put(feature, st.session_state[key])
-        except ValueError as error:
-            st.session_state["list_refused"] = str(error)
-
-    try:
-        every = lists.all()
-    except ValueError as error:
-        refuse(error)
-        return
-    on = [name for name, features in every.items() if feature in features]
-    st.session_state.setdefault(key, on)
-    st.multiselect(
-        "Lists", sorted(every), key=key, accept_new_options=True, on_change=put_there, placeholder="put it on a list",
-        label_visibility="collapsed", help="type a new name to make a list",
-    )  # fmt: skip
-    if refused := st.session_state.pop("list_refused", None):
-        refuse(f"{refused}.")
 
 
 def _examples(analysis: Analysis, row: pd.Series) -> None:

@@ -17,7 +17,9 @@ import pytest
 import torch
 
 from analysis.__main__ import main as analyse
+from analysis.comments import Comments
 from analysis.labels import Labels
+from analysis.lists import Lists
 from analysis.match.__main__ import main as match
 from analysis.match.read import Match
 from analysis.runs import progress, tables
@@ -285,9 +287,21 @@ def test_labels(folder, tries, fault):
         labels.table().to_csv()
         labels.put(2, "mine", "", seen=labels.get(2).changed)
 
+    def look_at_lists(folder: Path) -> None:
+        lists = Lists(folder / NAME)
+        lists.put(3, [*lists.all(), "another"])
+
+    def look_at_comments(folder: Path) -> None:
+        comments = Comments(folder / NAME)
+        comments.table().to_csv()
+        comments.add(2, "Ada", "text")
+
+    Lists(folder / NAME).put(1, ["mine"])
+    Comments(folder / NAME).add(1, "Ada", "a comment")
     n = tries(30, 200)
-    files = [folder / NAME / "labels.sqlite"]
-    fault("files", "labels.sqlite mutated", n, trials(n, 6, files, [look_at_labels], folder, damage))
+    for name, look_at in (("labels", look_at_labels), ("lists", look_at_lists), ("comments", look_at_comments)):
+        files = [folder / NAME / f"{name}.sqlite"]
+        fault("files", f"{name}.sqlite mutated", n, trials(n, 6, files, [look_at], folder, damage))
     for kind, text in (("json", '[{"feature": 1, "label": "a", "note": "b"}]'), ("csv", "feature,label,note\n1,a,b\n")):
         file = folder / f"labels.{kind}"
         file.write_text(text)

@@ -3,6 +3,7 @@
 import pandas as pd
 import pytest
 
+from analysis.comments import Comments
 from analysis.labels import Labels
 from analysis.lists import Lists
 from analysis.prompt.run import run_prompt
@@ -235,6 +236,27 @@ def test_lists_that_cannot_be_read_are_a_sentence(folder):
     app = open_page("pages/features.py", checkpoint="block-l1_1")
     assert not app.exception and "lists.sqlite cannot be used" in app.error[0].value
     assert len(listed(app, "browser"))
+
+
+def test_a_comment_has_a_name_and_can_be_removed(folder):
+    app = open_page("pages/features.py", checkpoint="block-l1_1", feature="9")
+    app.text_area(key="comment_9").set_value("reads ![x](http://evil.example/x)")
+    app.button(key="post_9").click().run()
+    assert "the name under a comment has 1 to 60 characters" in app.error[0].value
+    app.text_input(key="author").set_value("Ada").run()
+    app.button(key="post_9").click().run()
+    (comment,) = Comments(folder / "block-l1_1").all()
+    assert (comment.feature, comment.author, comment.text) == (9, "Ada", "reads ![x](http://evil.example/x)")
+    assert [text.value for text in app.text if text.value.startswith("Ada, 20") and text.value.endswith(comment.text)]
+    assert app.text_area(key="comment_9").value == "" and not app.error and not app.exception
+    other = open_page("pages/features.py", checkpoint="block-l1_1", feature="5")
+    assert "evil" not in said(other) and "evil" not in "".join(text.value for text in other.text)
+    app.button(key=f"remove_{comment.id}").click().run()
+    assert not Comments(folder / "block-l1_1").all() and not app.exception
+    Comments(folder / "block-l1_1").add(9, "Ada", "text")
+    (folder / "block-l1_1" / "comments.sqlite").write_bytes(b"nonsense" * 100)
+    app.run()
+    assert "comments.sqlite cannot be used" in app.error[0].value and not app.exception
 
 
 def test_what_was_seen_is_one_click_away(folder):

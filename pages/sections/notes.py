@@ -1,0 +1,124 @@
+"""What people write about a feature: its label and note, the lists that it is on, and comments with a name."""
+
+from datetime import UTC, datetime
+
+import streamlit as st
+
+from analysis.comments import AUTHOR, TEXT, Comments
+from analysis.labels import Labels
+from analysis.lists import Lists
+from analysis.spreadsheet import guarded
+from pages.shared.page import refuse
+from trainer.checkpoint import Checkpoint
+
+
+def show(checkpoint: Checkpoint, feature: int) -> None:
+    """Its label and note, and the comments on it."""
+    with st.container(border=True, key="notes"):
+        _label_form(Labels(checkpoint.path), feature)
+        _comments(Comments(checkpoint.path), feature)
+
+
+def lists(checkpoint: Checkpoint, feature: int) -> None:
+    """The lists that a feature is on, old ones and new ones."""
+    kept = Lists(checkpoint.path)
+    key = f"lists_{feature}"  # a choice for one feature never lands on another
+
+    def put_there() -> None:
+        try:
+            kept.put(feature, st.session_state[key])
+        except ValueError as error:
+            st.session_state["list_refused"] = str(error)
+
+    try:
+        every = kept.all()
+    except ValueError as error:
+        refuse(error)
+        return
+    on = [name for name, features in every.items() if feature in features]
+    st.session_state.setdefault(key, on)
+    st.multiselect(
+        "Lists", sorted(every), key=key, accept_new_options=True, on_change=put_there, placeholder="put it on a list",
+        label_visibility="collapsed", help="type a new name to make a list",
+    )  # fmt: skip
+    if refused := st.session_state.pop("list_refused", None):
+        refuse(f"{refused}.")
+
+
+def exchange(checkpoint: Checkpoint) -> None:
+    """Labels of a checkpoint as JSON or CSV, out and in; its comments out."""
+    labels, name = Labels(checkpoint.path), checkpoint.name
+    try:
+        for what, table in (("labels", labels.table()), ("comments", Comments(checkpoint.path).table())):
+            texts = {"json": table.to_json(orient="records", indent=1), "csv": guarded(table).to_csv(index=False)}
+            for column, (kind, text) in zip(st.columns(2), texts.items(), strict=True):
+                label = f"{what.title()} as {kind.upper()}"
+                column.download_button(label, text, f"{what}-{name}.{kind}", disabled=table.empty)
+        file = st.file_uploader(
+            "Import labels from JSON or CSV", type=["json", "csv"], help="replaces labels of the same features"
+        )
+        if file is not None and st.button("Import"):
+            n = labels.load(file.getvalue(), checkpoint.config.sae.d_sae)
+            st.success(f"{n} labels imported.")
+    except ValueError as error:
+        refuse(error)
+
+
+def _label_form(labels: Labels, feature: int) -> None:
+    try:
+        now = labels.get(feature)
+    except ValueError as error:
+        refuse(error)
+        return
+    # Keys carry the feature: a text that was typed for one never lands on another.
+    st.text_input("Your label", now.label, key=f"text_{feature}", max_chars=200)
+    st.text_area("Note", now.note, key=f"note_{feature}", height=80, max_chars=5000)
+    st.session_state.setdefault(f"seen_{feature}", now.changed)
+    st.button("Save", key=f"save_{feature}", on_click=_save, args=(labels, feature))
+    if refused := st.session_state.pop("label_refused", None):
+        refuse(f"{refused}.")
+
+
+def _save(labels: Labels, feature: int) -> None:
+    text, note, seen = (st.session_state[f"{name}_{feature}"] for name in ("text", "note", "seen"))
+    try:
+        labels.put(feature, text, note, seen)
+        st.session_state[f"seen_{feature}"] = labels.get(feature).changed
+        st.toast("Saved")
+    except ValueError as error:
+        st.session_state["label_refused"] = str(error)
+
+
+def _comments(comments: Comments, feature: int) -> None:
+    """What was said, and a field for more; keys carry the feature, as above."""
+
+    def add() -> None:
+        try:
+            comments.add(feature, st.session_state["author"], st.session_state[key])
+            st.session_state["known_as"], st.session_state[key] = st.session_state["author"], ""
+        except ValueError as error:
+            st.session_state["comment_refused"] = str(error)
+
+    def remove(id: int) -> None:
+        try:
+            comments.remove(id)
+        except ValueError as error:
+            st.session_state["comment_refused"] = str(error)
+
+    try:
+        said = [each for each in comments.all() if each.feature == feature]
+    except ValueError as error:
+        refuse(error)
+        return
+    key = f"comment_{feature}"
+    for each in said:
+        with st.container(horizontal=True, vertical_alignment="top"):
+            st.text(f"{each.author}, {datetime.fromtimestamp(each.written, UTC):%Y-%m-%d %H:%M} UTC\n{each.text}")
+            st.button("Remove", key=f"remove_{each.id}", on_click=remove, args=(each.id,), type="tertiary")
+    with st.expander("Comment"):
+        known_as = st.session_state.get("known_as", "")  # a field is forgotten where another page is shown
+        st.text_input("Your name", known_as, key="author", max_chars=AUTHOR)
+        st.text_area("Comment", key=key, height=80, max_chars=TEXT, label_visibility="collapsed")
+        st.button("Post", key=f"post_{feature}", on_click=add)
+    if refused := st.session_state.pop("comment_refused", None):
+        refuse(f"{refused}.")
