@@ -1,14 +1,16 @@
 """Whether the features of a head do the same (monosemanticity), and whether those of two do (redundancy)."""
 
-from urllib.parse import quote
+from functools import partial
 
 import pandas as pd
 import streamlit as st
 
 from analysis.store import Analysis
 from pages.charts import heads as charts
-from pages.shared.columns import draw_table
-from pages.shared.pick import pick_head, pick_one_head, pick_row, pick_text
+from pages.components.listing import listing
+from pages.shared.page import LINKED
+from pages.shared.pick import pick_head, pick_one_head, pick_text, put
+from pages.shared.words import in_words
 from trainer.checkpoint import Checkpoint
 
 
@@ -24,10 +26,12 @@ def monosemanticity(checkpoint: Checkpoint, analysis: Analysis) -> None:
     names = [c for c in analysis.heads if c.startswith(f"{prefix}mono_")]
     heads = analysis.heads[["head", *names]].rename(columns={name: name.removeprefix(prefix) for name in names})
     st.altair_chart(charts.monosemanticity(heads))
-    sheet = heads.assign(deviants=heads["mono_deviants"].map(len)).drop(columns="mono_deviants")
-    draw_table(sheet, **pick_row("sheet", "of_head", range(len(heads))))
+    hidden = ["mono_deviants", "mono_verdict", "mono_unclassified", "mono_near_tie"]
+    sheet = heads.assign(deviants=heads["mono_deviants"].map(len)).drop(columns=hidden)
+    listing(sheet, "head", st.session_state.get("of_head", 0), partial(put, "of_head"), "sheet")
     head = pick_one_head(len(heads))
     row = heads.iloc[head]
+    st.text(row["mono_verdict"])
     deviants = analysis.features.loc[row["mono_deviants"]]
     st.subheader(f"Features of head {head} that deviate", anchor=False)
     if deviants.empty:
@@ -35,10 +39,12 @@ def monosemanticity(checkpoint: Checkpoint, analysis: Analysis) -> None:
             "None: every feature judged has the head's role." if row["mono_n"] else "No feature could be judged."
         )
         return
-    st.caption(f"{len(deviants)} of {row['mono_n']} judged. A click on a number opens the feature in a new tab.")
+    st.caption(f"{len(deviants)} of {row['mono_n']} judged. A click on one opens it.")
     judged = deviants[f"{prefix}role"], deviants[f"{prefix}role_share"]
     deviants = deviants.assign(role=judged[0], role_share=judged[1])
-    _linked(deviants[["feature", "role", "role_share", "firings", "description"]], checkpoint)
+    deviants["words"] = in_words(checkpoint, deviants["feature"])
+    shown = deviants[["feature", "role", "role_share", "firings", "words"]]
+    _rows(shown, "feature", shown["feature"], checkpoint, "deviants")
 
 
 def redundancy(checkpoint: Checkpoint, analysis: Analysis) -> None:
@@ -56,7 +62,10 @@ def redundancy(checkpoint: Checkpoint, analysis: Analysis) -> None:
     with right:
         st.markdown("**Features with a redundant partner** (both at least 0.5)")
         st.altair_chart(charts.redundancy(redundant["heads"]))
-    st.markdown("**The most redundant pairs**, by the smaller of Jaccard and cosine; a click on a number opens it")
+    st.markdown(
+        "**The most redundant pairs**, by the smaller of Jaccard and cosine; a click opens the first feature, "
+        "among whose neighbours the other is"
+    )
     pairs = analysis.table("pairs", filters=[("across", "==", True)])
     pairs = pairs[pairs["feature"] < pairs["other"]]
     pairs["both"] = pairs[["jaccard", "cosine"]].min(axis=1)
@@ -68,20 +77,16 @@ def redundancy(checkpoint: Checkpoint, analysis: Analysis) -> None:
         if chosen is not None:
             pairs = pairs[(pairs["head"] == chosen) | (pairs["other head"] == chosen)]
     pairs = pairs.nlargest(200, "both")
-    description = analysis.features["description"]
-    table = pairs[["feature", "head", "other", "other head", "both", "jaccard", "correlation", "cosine"]].assign(
-        description=pairs["feature"].map(description), other_description=pairs["other"].map(description)
-    )
-    _linked(table, checkpoint)
+    pairs["pair"] = range(len(pairs))
+    pairs = pairs.set_index("pair", drop=False)
+    for of, words in (("feature", "words"), ("other", "other_words")):
+        pairs[words] = in_words(checkpoint, pairs[of])
+    columns = ["pair", "feature", "head", "words", "other", "other head", "other_words", "both", "jaccard", "cosine"]
+    _rows(pairs[columns], "pair", pairs["feature"], checkpoint, "pairs")
 
 
-def _linked(table: pd.DataFrame, checkpoint: Checkpoint) -> None:
-    """A table in which the numbers of features are links to their dashboards.
-
-    Links, because a page whose widgets are in its address cannot switch to another one with the same keys.
-    """
-    numbers = [name for name in ("feature", "other") if name in table]
-    address = f"features?checkpoint={quote(checkpoint.name)}&feature="
-    table = table.assign(**{name: address + table[name].astype(str) for name in numbers})
-    links = {name: st.column_config.LinkColumn(display_text=r"feature=(\d+)$") for name in numbers}
-    draw_table(table, links, height=280)
+def _rows(table: pd.DataFrame, ids: str, features: pd.Series, checkpoint: Checkpoint, key: str) -> None:
+    """Rows that lead to the dashboards of features, each by a column of ids of their own."""
+    listing(table, ids, None, lambda row: put("opened", int(features[row])), key, height=300)
+    if (opened := st.session_state.pop("opened", None)) is not None:
+        st.switch_page("pages/features.py", query_params={LINKED: checkpoint.name, "feature": str(opened)})

@@ -42,8 +42,6 @@ COLUMNS: dict[str, Any] = {
     "max_activation": _number("max", format="%.2f", width=60),
     "role": _text("reads from", width=80),
     "role_share": _percent("share", width=60),
-    "description": _text(width="large"),
-    "other_description": _text("description of the other", width="large"),
     "precision": _percent("of its firings", width=85, help="share of the feature's firings that are on the token"),
     "recall": _percent("of the token's", width=85, help="share of the token's places on which the feature fires"),
     "read_precision": _percent("of its reads", width=80, help="share of its firings whose largest source it is"),
@@ -53,6 +51,9 @@ COLUMNS: dict[str, Any] = {
     "reads": _text(width=75),
     "reads_share": _percent("share", width=60),
     # two features
+    "pair": None,
+    "other head": _number("head", width=50),
+    "other_words": _text("label or description", help="of the other"),
     "both": _number(format="%.2f"),
     "jaccard": _number(format="%.2f", width=60, help="tokens on which both fire over tokens on which either does"),
     "correlation": _number(format="%.2f", width=70, help="of activations"),
@@ -133,7 +134,8 @@ def configured(frame: pd.DataFrame, settings: dict[str, Any] | None = None) -> d
         settings: where this table differs from COLUMNS: a width, a label, None to hide the column, or a column's
             whole configuration.
     """
-    columns = {name: COLUMNS[name] for name in frame if name in COLUMNS}
+    known = {name: COLUMNS[name] for name in frame if name in COLUMNS}
+    columns = {name: {"label": of} if isinstance(of, str) else of for name, of in known.items()}
     for name, setting in (settings or {}).items():
         before = columns.get(name) or {}
         part = {int: {"width": setting}, str: {"label": setting}}.get(type(setting), setting)

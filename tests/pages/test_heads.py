@@ -10,7 +10,7 @@ from analysis.attribution import SLOTS
 from analysis.labels import Labels
 from analysis.store import Analysis
 from pages.charts.heads import slot_map
-from tests.helpers import ANALYSED, open_page, said
+from tests.helpers import ANALYSED, listed, open_page, said
 from trainer.checkpoint import Checkpoint
 
 
@@ -134,15 +134,14 @@ def test_deviants_are_listed_and_linked(folder, name):
     assert not app.exception and not app.error
     assert app.get("vega_lite_chart")
     heads = Analysis(Checkpoint(folder / name)).heads
-    sheet = app.dataframe[0].value
-    assert sheet["mono_share"].tolist() == pytest.approx(heads["mono_share"].tolist(), nan_ok=True)
+    sheet = listed(app, "sheet")
+    assert pd.to_numeric(sheet["mono_share"]).tolist() == pytest.approx(heads["mono_share"].tolist(), nan_ok=True)
     assert sheet["deviants"].tolist() == [len(d) for d in heads["mono_deviants"]]
+    assert heads["mono_verdict"][0] in [text.value for text in app.text]
     head = int(np.argmax(sheet["deviants"]))
     if sheet["deviants"][head]:
-        listed = open_page("pages/heads.py", checkpoint=name, show="Monosemanticity", of_head=str(head))
-        links = listed.dataframe[1].value["feature"]
-        deviants = heads["mono_deviants"][head]
-        assert links.tolist() == [f"features?checkpoint={name}&feature={deviant}" for deviant in deviants]
+        app = open_page("pages/heads.py", checkpoint=name, show="Monosemanticity", of_head=str(head))
+        assert listed(app, "deviants")["feature"].tolist() == list(heads["mono_deviants"][head])
 
 
 @pytest.mark.parametrize("name", ANALYSED)
@@ -150,6 +149,11 @@ def test_redundancy_is_drawn(folder, name):
     app = open_page("pages/heads.py", checkpoint=name, show="Redundancy across heads")
     assert not app.exception and not app.error
     assert len(app.get("vega_lite_chart")) == 2
+    pairs = Analysis(Checkpoint(folder / name)).table("pairs", filters=[("across", "==", True)])
+    rows = listed(app, "pairs")
+    assert len(rows) == min(200, len(pairs) // 2) and (rows["feature"] < rows["other"]).all()
+    if len(rows):
+        assert rows["both"].tolist() == rows[["jaccard", "cosine"]].min(axis=1).tolist()
 
 
 def test_the_pairs_behind_a_copying_score_are_those_of_the_head(folder):

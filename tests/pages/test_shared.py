@@ -33,7 +33,7 @@ def test_a_table_draws_its_columns_by_their_field_unless_it_says_otherwise(monke
     )
     config = drawn["column_config"]
     assert drawn["height"] == 9 and set(config) == set(frame)
-    assert config["head"] is None and config["mine"] == {"label": "title"} and config["role_dfa"] == "DFA"
+    assert config["head"] is None and config["mine"] == {"label": "title"} and config["role_dfa"] == {"label": "DFA"}
     assert config["cosine"] == {**columns.COLUMNS["cosine"], "help": "another"}
     assert config["activation"] == {**columns.COLUMNS["activation"], "width": 60}
     assert columns.COLUMNS["cosine"]["help"] != "another", "another table has the usual one"
