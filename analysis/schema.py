@@ -17,6 +17,7 @@ from trainer.files import require_file
 
 ANALYSIS_VERSION = 2  # 1 had seven source slots and no counts of tokens
 MATCH_VERSION = 1
+PATTERN_CELLS = 64  # rows and columns of a head's mean attention pattern at most
 # What a table may unpack to: those of 13 SAEs unpack 5-fold, dead features 150-fold, a bomb a million-fold.
 _UNPACKED = 16  # bytes for each of its file
 _OF_A_FEATURE = 4096  # and bytes for each feature, whose weights are there
@@ -50,6 +51,26 @@ class Descriptions:
 
 
 @dataclass(frozen=True)
+class MeanPatternMeta:
+    """Of `AnalysisMeta`: how many contexts a mean attention pattern is of, its rows, and the positions in one of them.
+
+    The first row and column are BOS alone.
+    """
+
+    contexts: Positive
+    cells: Annotated[int, msgspec.Meta(ge=1, le=PATTERN_CELLS)]
+    step: Positive
+
+
+@dataclass(frozen=True)
+class Patterns:
+    """Of `AnalysisMeta`: on text, and on repeated random tokens."""
+
+    text: MeanPatternMeta
+    repeated: MeanPatternMeta
+
+
+@dataclass(frozen=True)
 class AnalysisMeta:
     """meta.json of an analysis: what of it is shown."""
 
@@ -61,6 +82,8 @@ class AnalysisMeta:
     fuzzy_from: float
     slots_by_chance: dict[str, NotNegative]
     descriptions: Descriptions
+    patterns: Patterns | None = None
+    """None in analyses that were made before there were any"""
 
 
 @dataclass(frozen=True)
@@ -80,7 +103,7 @@ class MatchMeta:
 class Expected:
     """What a folder must hold.
 
-    Kinds of columns: int, float, str, bool, and lists of the first two; with a question mark cells may be empty.
+    Kinds of columns: int, float, str, bool, bytes, and lists of the first two; with a question mark cells may be empty.
     """
 
     meta: type
@@ -136,6 +159,7 @@ _ANALYSIS = {
         ints="query_ids key_ids " + _each("mono_deviants"),
         floats="query_shares key_shares",
     ),
+    "patterns": _columns(int="head", bytes="text repeated"),
     "copying": _columns(int="head context query source rank", float="attention"),
     "pairs": _columns(int="feature other", bool="across", float="jaccard correlation cosine"),
     "merging": _columns(str="criterion", float="threshold L0", int="clusters largest"),
@@ -159,7 +183,8 @@ def of_analysis(checkpoint: Checkpoint) -> Expected:
     """Of `checkpoints/<name>/analysis`."""
     n_features, n_heads = checkpoint.config.sae.d_sae, checkpoint.n_heads
     below = {"head": n_heads, **dict.fromkeys(("feature", "other", *_each("mono_deviants").split()), n_features)}
-    return Expected(AnalysisMeta, ANALYSIS_VERSION, _ANALYSIS, below, {"features": n_features, "heads": n_heads})
+    rows = {"features": n_features, "heads": n_heads, "patterns": n_heads}
+    return Expected(AnalysisMeta, ANALYSIS_VERSION, _ANALYSIS, below, rows)
 
 
 def of_match(a: Checkpoint, b: Checkpoint) -> Expected:
@@ -224,6 +249,6 @@ def _is(kind: str, found: pa.DataType) -> bool:
         return (pa.types.is_list(found) or pa.types.is_large_list(found)) and _is(kind[5:], found.value_type)
     if kind == "float":
         return pa.types.is_floating(found) or pa.types.is_integer(found) or pa.types.is_null(found)
-    of_kind: dict[str, Any] = {"int": pa.types.is_integer, "bool": pa.types.is_boolean}
+    of_kind: dict[str, Any] = {"int": pa.types.is_integer, "bool": pa.types.is_boolean, "bytes": pa.types.is_binary}
     is_text = pa.types.is_string(found) or pa.types.is_large_string(found)
     return pa.types.is_null(found) or (is_text if kind == "str" else of_kind[kind](found))

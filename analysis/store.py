@@ -5,6 +5,7 @@ features.parquet   a row per feature: activations, sources, tokens, logit effect
 examples.parquet   a row per example: where it is, and its activations, DFA and attention as sparse rows
 contexts.parquet   a row per context that an example, one of detection or a copying pair lies in: token ids
 heads.parquet      a row per head: role card and monosemanticity sheet
+patterns.parquet   a row per head: its mean attention pattern on text and on repeated tokens; not in older analyses
 copying.parquet    pairs behind the copying scores
 pairs.parquet      neighbours of features
 merging.parquet    L0 after merging
@@ -29,6 +30,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from analysis import schema
+from analysis.picture import Picture
 from analysis.proportion import wilson
 from analysis.schema import Expected
 from analysis.search import Tokens, near_words
@@ -199,6 +201,27 @@ class Analysis:
         with self._files.reading("heads"):
             require(bool((table["head"] == np.arange(len(table))).all()), "heads are not in their order")
         return table
+
+    @cached_property
+    def patterns(self) -> dict[str, list[Picture]]:
+        """Mean attention of every head on `text` and on `repeated` tokens; empty where it was analysed before these.
+
+        Attention is (value / 127)**2; what rows and columns are is in `meta["patterns"]`, see `schema.MeanPatternMeta`.
+        """
+        described = self.meta.get("patterns")
+        if described is None:
+            return {}
+        table = self.table("patterns")
+        pictures = {}
+        with self._files.reading("patterns"):
+            require(bool((table["head"] == np.arange(len(table))).all()), "heads are not in their order")
+            for name in ("text", "repeated"):
+                cells = described[name]["cells"]
+                for values in table[name]:
+                    fits = len(values) == cells**2 and max(values) < 128
+                    require(fits, f"column {name} has what is no pattern")
+                pictures[name] = [Picture(cells, values) for values in table[name]]
+        return pictures
 
     @cached_property
     def copying(self) -> pd.DataFrame:

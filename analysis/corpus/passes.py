@@ -13,6 +13,7 @@ from torch import Tensor
 
 from analysis import attribution as dfa
 from analysis.attribution import Chunk, Firings, Reader, TokenKinds
+from analysis.corpus.mean_pattern import MeanPattern
 from analysis.corpus.running_statistics import FeatureStatistics, Sources
 from trainer.evaluate import repeated_tokens
 from trainer.model.lm import Layer
@@ -51,7 +52,7 @@ def feed(
     """One pass: the contexts named by `index` go to everything in `filled`; yields those of each forward.
 
     Args:
-        filled: `FeatureStatistics`, `Strips` or others with `update(chunk)`.
+        filled: `FeatureStatistics`, `MeanPattern`, `Strips` or others with `update(chunk)`.
     """
     for batch in chunks(layer, contexts, index, fuzzy_from):
         for chunk in batch:
@@ -62,18 +63,23 @@ def feed(
 
 def sources_on_repeats(
     layer: Layer, readers: list[Reader], n_contexts: int, length: int, seed: int, fuzzy_from: float = 2.0
-) -> list[Sources]:
-    """Where features and heads read from on random tokens repeated once, scored on the second half."""
+) -> tuple[list[Sources], MeanPattern]:
+    """Where features and heads read from on random tokens repeated once, scored on the second half; what heads see.
+
+    The pattern is of whole contexts: where a head attends by induction is seen in the second half alone.
+    """
     first = 1 + (length - 1) // 2  # position of the second half
     tokens = repeated_tokens(layer.lm, n_contexts, first - 1, seed)
     sources = [Sources(reader.sae.d_sae, layer.n_heads, None) for reader in readers]
+    seen = MeanPattern(layer.n_heads, tokens.shape[1])
     for batch in chunks(layer, tokens, torch.arange(n_contexts), fuzzy_from):
         for chunk in batch:
+            seen.update(chunk)
             for reader, of_sae in zip(readers, sources, strict=True):
                 f, reads = reader.encode(chunk, first), reader.reads(chunk)
                 of_sae.add_features(reader, chunk, reads, Firings.of(f))
                 of_sae.add_heads(chunk, reads, f, first)
-    return sources
+    return sources, seen
 
 
 def choose_examples(statistics: FeatureStatistics, n_quantiles: int, length: int) -> pd.DataFrame:

@@ -25,6 +25,7 @@ from analysis.attribution import Reader
 from analysis.corpus.descriptions import QUANTILE, FurtherFirings, choose_detection, score_descriptions
 from analysis.corpus.features import count_table, describe, feature_table
 from analysis.corpus.heads import Copying, copying, head_table
+from analysis.corpus.mean_pattern import MeanPattern, pattern_table
 from analysis.corpus.pairs import Redundancy, compare_features
 from analysis.corpus.passes import Strips, choose_examples, chunks, feed, sources_on_repeats
 from analysis.corpus.running_statistics import FeatureStatistics, Sources, load_state, state
@@ -109,6 +110,7 @@ class Job:
         self._key, self._cfg, self._length = {**key, "weights": trained.weights_hash}, cfg, length
         self._folder = trained.path / ".analysis.state"
         self.statistics = FeatureStatistics(self.reader, layer.lm.d_vocab, cfg.examples)
+        self.pattern = MeanPattern(layer.n_heads, min(length, schema.PATTERN_CELLS))
 
     def begin_second(self) -> None:
         """Choose the examples whose strips the second pass fills."""
@@ -118,13 +120,13 @@ class Job:
         self.stage, self.done = 2, 0
 
     @property
-    def filled(self) -> list[FeatureStatistics | Strips | FurtherFirings]:
+    def filled(self) -> list[FeatureStatistics | MeanPattern | Strips | FurtherFirings]:
         """What the pass fills."""
-        return [self.statistics] if self.stage == 1 else [self.strips, self.further]
+        return [self.statistics, self.pattern] if self.stage == 1 else [self.strips, self.further]
 
     def save(self) -> None:
         """Write what resuming needs, beside the checkpoint's own files."""
-        tensors = state(self.statistics, "statistics.")
+        tensors = state(self.statistics, "statistics.") | state(self.pattern, "pattern.")
         if self.stage == 2:
             tensors |= state(self.strips, "strips.") | state(self.further, "further.")
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -151,6 +153,7 @@ class Job:
             if position.key != self._key:
                 raise ValueError("it was begun with other options, text or weights")
             load_state(self.statistics, tensors, "statistics.")
+            load_state(self.pattern, tensors, "pattern.")
             if position.stage == 2:
                 self.begin_second()
                 load_state(self.strips, tensors, "strips.")
@@ -276,7 +279,8 @@ def _write(
     layer, length = jobs[0].layer, every.shape[1]
     contexts = every[: corpus.n_contexts(cfg.tokens)]
     n_repeated = max(1, _REPEATED_TOKENS // (length - 1))
-    repeats = sources_on_repeats(layer, [job.reader for job in jobs], n_repeated, length, cfg.seed, fuzzy_from)
+    readers = [job.reader for job in jobs]
+    repeats, on_repeats = sources_on_repeats(layer, readers, n_repeated, length, cfg.seed, fuzzy_from)
     copied = copying(layer, next(chunks(layer, contexts, torch.arange(min(32, len(contexts))))))
     scale = inverse_scale(layer, contexts[: max(1, _SCALE_TOKENS // length)])
     documents = corpus.documents(contexts)
@@ -284,7 +288,9 @@ def _write(
         path = job.checkpoint.path
         print(f"Writing {path}/analysis", flush=True)
         tables, redundancy = _tables(job, sources, copied, every, documents, scale, fuzzy_from)
+        tables["patterns"] = pattern_table(job.pattern, on_repeats)
         meta = _meta(job, corpus, cfg, tables, redundancy) | {"inverse_scale": scale, "fuzzy_from": fuzzy_from}
+        meta["patterns"] = {"text": job.pattern.described(), "repeated": on_repeats.described()}
         store.write(path / "analysis", schema.ANALYSIS_VERSION, meta, tables)
         job.forget()
         _track(path, meta, tables, wandb)

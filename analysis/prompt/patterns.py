@@ -7,18 +7,11 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import adaptive_max_pool2d
 
+from analysis.picture import Picture, in_bytes
 from analysis.prompt.run import PromptRun, positive_dfa
 
 ATTENTION, ACTIVE, FEATURE = KINDS = ("Attention", "DFA of the features that fire", "DFA of the feature")
 _SMALL, _LARGE = 64, 224  # rows of a picture at most, as the page draws them
-
-
-class Picture(NamedTuple):
-    """A matrix of which a number may stand for several: the largest of them in size."""
-
-    size: int
-    values: bytes
-    """signed, row by row, 127 the largest of what it is compared with"""
 
 
 class Drawn(NamedTuple):
@@ -65,15 +58,11 @@ def drawn(matrices: Float[Tensor, "head query source"], head: int | None) -> Dra
     shown = matrices.mean(0) if head is None else matrices[head]
     most, of_all = shown.abs().max().item(), matrices.abs().max().item()
     small = [_picture(matrix, of_all, _SMALL) for matrix in matrices]
-    return Drawn(most, _in_bytes(shown, most), _picture(shown, most, _LARGE), small)
+    return Drawn(most, in_bytes(shown, most), _picture(shown, most, _LARGE), small)
 
 
 def _picture(matrix: Float[Tensor, "query source"], largest: float, size: int) -> Picture:
+    """Of a matrix that is larger, a number stands for several: the largest of them in size."""
     size = min(len(matrix), size)
     up, down = (adaptive_max_pool2d(each[None, None], size)[0, 0] for each in (matrix, -matrix))
-    return Picture(size, _in_bytes(torch.where(up >= down, up, -down), largest))
-
-
-def _in_bytes(values: Float[Tensor, "a b"], largest: float) -> bytes:
-    scaled = values * (127 / max(largest, 1e-12))
-    return scaled.round().clamp(-127, 127).to(torch.int8).numpy().tobytes()
+    return Picture(size, in_bytes(torch.where(up >= down, up, -down), largest))

@@ -29,7 +29,10 @@ from trainer.checkpoint import Checkpoint, CheckpointError, list_checkpoints
 
 NAME, OTHER = "batchtopk", "block-l1_1"
 _METAS = ("analysis/meta.json", f"matches/{OTHER}/meta.json")
-_TABLES = ("features", "examples", "contexts", "heads", "copying", "pairs", "merging", "detection", "counts", "tokens")
+_TABLES = (
+    "features", "examples", "contexts", "heads", "patterns", "copying", "pairs", "merging", "detection", "counts",
+    "tokens",
+)  # fmt: skip
 _VALUES = [
     None, True, -1, 0, 1.5, 10**9, 2**63, 10**40, -(10**12), 1e300, "", "9", "\ud800", "\0", "x" * 10_000, [], {}, [[]],
     [None], {"a": 1}, float("nan"), float("inf"),
@@ -85,6 +88,9 @@ def look_at_analysis(folder: Path) -> None:
             _ = [strings[int(i)] for i in example.token_ids][example.position], example.dfa.argmax()
         _ = [strings[int(i)] for ids in analysis.detection(feature)["token_ids"] for i in ids]
         analysis.neighbours(feature).join(analysis.features[["head", "description"]], on="other")
+    for on, pictures in analysis.patterns.items():
+        assert len(pictures) == len(analysis.heads) and analysis.meta["patterns"][on]["contexts"]
+        assert all(picture.size**2 == len(picture.values) for picture in pictures)
     for row in analysis.heads.itertuples():
         _ = analysis.features.loc[row.mono_deviants], f"{row.copying:.2f}", analysis.heads.iloc[row.head]
     for pair in analysis.copying.itertuples():

@@ -99,7 +99,7 @@ def test_copying_and_copy_suppression(lm, seen):
 
 def test_repeats_judge_the_second_half_only(lm):
     sae = token_features(lm)
-    (sources,) = sources_on_repeats(
+    (sources,), _ = sources_on_repeats(
         lm.layer(1), [Reader(sae, lm.layer(1))], 16, 11, seed=0
     )  # five random tokens, twice
     attention = dfa.shares(sources.head_attention)[0]

@@ -22,7 +22,19 @@ from analysis.store import Analysis
 from trainer.checkpoint import Checkpoint, CheckpointError, save
 from trainer.data.documents import hash_fraction
 
-TABLES = ["features", "examples", "contexts", "heads", "copying", "pairs", "merging", "detection", "counts", "tokens"]
+TABLES = [
+    "features",
+    "examples",
+    "contexts",
+    "heads",
+    "patterns",
+    "copying",
+    "pairs",
+    "merging",
+    "detection",
+    "counts",
+    "tokens",
+]
 OPTIONS = ["--tokens=600", "--score_tokens=600", "--examples=5", "--quantile_examples=3", "--device=cpu"]
 NAMES = ["block-l1_1", "dense", "batchtopk"]
 
