@@ -6,12 +6,13 @@ from typing import Any
 import streamlit as st
 
 
-def component(python: str) -> Any:
-    """The component of the `.js` and `.css` beside a Python file, drawn in a div of the file's name."""
+def component(python: str, *shared: str) -> Any:
+    """The component of the `.js` and `.css` beside a Python file, drawn in a div of the file's name.
+
+    Args:
+        shared: names of files whose code and styles go before its own: Streamlit's modules cannot import each other.
+    """
     file = Path(python)
-    return st.components.v2.component(
-        file.stem,
-        html=f"<div class='{file.stem}'></div>",
-        css=file.with_suffix(".css").read_text(),
-        js=file.with_suffix(".js").read_text(),
-    )
+    files = [*(file.with_name(name) for name in shared), file]
+    css, js = ("\n".join(each.with_suffix(kind).read_text() for each in files) for kind in (".css", ".js"))
+    return st.components.v2.component(file.stem, html=f"<div class='{file.stem}'></div>", css=css, js=js)

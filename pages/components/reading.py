@@ -1,15 +1,15 @@
 """The prompt as text beside the patterns of its heads, linked: hover a token to see what it reads and who reads it."""
 
-import base64
 from collections.abc import Callable
 from typing import Any
 
 import streamlit as st
 
-from analysis.prompt.patterns import Drawn, Picture
+from analysis.prompt.patterns import Drawn
 from pages.components import component
+from pages.components.picture import as_text, encoded
 
-_reading = component(__file__)
+_reading = component(__file__, "picture")
 
 
 def reading(
@@ -51,16 +51,8 @@ def reading(
         "head": head,
         "span": list(span) if span else None,
         "largest": patterns.largest,
-        "matrix": _text(patterns.matrix),
-        "large": _picture(patterns.large),
-        "small": [*map(_picture, patterns.small)],
+        "matrix": as_text(patterns.matrix),
+        "large": encoded(patterns.large),
+        "small": [*map(encoded, patterns.small)],
     }
     _reading(key=key, data=data, on_token_change=on_token, on_head_change=on_head)
-
-
-def _picture(picture: Picture) -> dict[str, Any]:
-    return {"size": picture.size, "values": _text(picture.values)}
-
-
-def _text(values: bytes) -> str:
-    return base64.b64encode(values).decode()

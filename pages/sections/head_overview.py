@@ -5,14 +5,16 @@ from urllib.parse import quote
 import pandas as pd
 import streamlit as st
 
+from analysis.picture import Picture
 from analysis.store import Analysis
 from analysis.tokens import visible
 from pages.charts import heads as charts
+from pages.components.thumbnails import thumbnails
 from pages.shared.columns import draw_table
-from pages.shared.page import small
+from pages.shared.page import refuse, small
 from pages.shared.pick import choose, pick_one_head, pick_text
 from pages.shared.words import in_words
-from trainer.checkpoint import Checkpoint
+from trainer.checkpoint import Checkpoint, CheckpointError
 
 _MEASURES = {"DFA of its features": "dfa", "Attention": "attention"}
 _TEXTS = {"": "text", "repeated_": "repeated random tokens"}
@@ -35,18 +37,43 @@ def show(checkpoint: Checkpoint, analysis: Analysis) -> None:
         "suppresses; ± one standard error. Features: most frequent on text, with share of firings."
         + (" A dense SAE's feature counts for the head that it writes to most." if checkpoint.is_dense else "")
     )
+    patterns = _patterns(analysis)
     features = _frequent(checkpoint, analysis)
     with st.container(horizontal=True):
-        for _, head in heads.iterrows():
+        for index, head in heads.iterrows():
             with st.container(border=True, width=_CARD, height="stretch", gap="xsmall"):
-                _card(checkpoint, head, judged, features[features["head"] == head["head"]])
+                pictures = {name: of_heads[index] for name, of_heads in patterns.items()}
+                _card(checkpoint, head, judged, pictures, features[features["head"] == head["head"]])
     with st.expander("Every number as a table"):
         _table(analysis)
     with st.expander("The pairs behind a copying score"):
         _copying(analysis)
 
 
-def _card(checkpoint: Checkpoint, head: pd.Series, judged: str, features: pd.DataFrame) -> None:
+def _patterns(analysis: Analysis) -> dict[str, list[Picture]]:
+    """Pictures of every head by what they are on, explained; none, with a sentence, where they cannot be had."""
+    try:
+        pictures = analysis.patterns
+    except CheckpointError as error:
+        refuse(error)
+        return {}
+    if not pictures:
+        st.caption("This analysis is older than thumbnails of patterns: `python -m analysis` makes it anew, with them.")
+        return {}
+    text, repeated = (analysis.meta["patterns"][name] for name in ("text", "repeated"))
+    each = "a token" if repeated["step"] == 1 else f"{repeated['step']} neighbouring tokens"
+    st.caption(
+        "Thumbnails: mean attention. A row is a token, a column what it reads, the first of each is BOS. On text: "
+        f"{text['contexts']:,} contexts, of each the first {text['cells']} positions. On repeated random tokens: "
+        f"{repeated['contexts']:,} contexts as a whole, a row or column is {each}; induction is the diagonal of the "
+        "lower left quarter. Opacity is the square root of attention, on one scale for all."
+    )
+    return {"text": pictures["text"], "repeated tokens": pictures["repeated"]}
+
+
+def _card(
+    checkpoint: Checkpoint, head: pd.Series, judged: str, pictures: dict[str, Picture], features: pd.DataFrame
+) -> None:
     verdict, _, why = head[f"{judged}mono_verdict"].partition(": ")
     with st.container(horizontal=True, vertical_alignment="center", gap="xsmall"):
         st.markdown(f"**Head {head['head']}**", width="content")
@@ -62,6 +89,8 @@ def _card(checkpoint: Checkpoint, head: pd.Series, judged: str, features: pd.Dat
     with st.container(horizontal=True, gap="large"):
         for name, score in scores.items():
             st.markdown(f":small[:gray[{name}]]  \n**{score}**", width="content")
+    if pictures:
+        thumbnails(pictures, f"Mean attention of head {head['head']}", key=f"pattern_{head['head']}")
     for feature in features.itertuples():
         with st.container(horizontal=True, vertical_alignment="center", gap=None, wrap=False):
             address = f"features?checkpoint={quote(checkpoint.name)}&feature={feature.feature}"

@@ -212,6 +212,31 @@ def test_every_page_comes_up_without_errors(visitor, path):
     assert visitor.page.locator("[data-testid=stException]").count() == 0
 
 
+# Mean opacity (0 to 255) of a whole thumbnail, and where the second half of two tokens a row would read by induction.
+_OPACITY = """canvas => {
+    const { width, height } = canvas, pixels = canvas.getContext("2d").getImageData(0, 0, width, height).data;
+    const at = (x, y) => pixels[4 * (y * width + x) + 3];
+    const mean = (values) => values.reduce((a, b) => a + b) / values.length;
+    const rows = [...Array(28).keys()].map((i) => i + 36);
+    const whole = [...Array(width * height).keys()].map((i) => at(i % width, Math.floor(i / width)));
+    return [mean(whole), mean(rows.map((row) => at(2 * (row - 31), 2 * row)))];
+}"""
+
+
+def test_thumbnails_are_drawn_and_induction_is_seen(visitor):
+    """In contexts of 127 positions the token after an earlier copy is 62 back: 31 rows of two tokens."""
+    visitor.open("heads?checkpoint=smollm2-135m-L17-batchtopk-x8-k32")
+    opacity = {}
+    for on in ("text", "repeated tokens"):
+        for head in range(9):
+            canvas = visitor.page.get_by_role("img", name=f"Mean attention of head {head} on {on}", exact=True)
+            whole, opacity[head] = canvas.evaluate(_OPACITY)
+            assert whole > 2, f"head {head} on {on} is blank"
+    heads = sorted(opacity, key=opacity.__getitem__)
+    assert set(heads[-3:]) == {3, 4, 5}, opacity
+    assert opacity[heads[-3]] > 150 > 100 > opacity[heads[-4]], opacity
+
+
 def test_the_prompt_is_text_that_one_hovers_and_clicks(visitor):
     """By mouse and by keyboard: a token, a span, a head, each as the boxes below choose it, and after a reload too."""
     page = visitor.page

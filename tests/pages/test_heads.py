@@ -1,5 +1,7 @@
 """What the Heads page says of an analysis, through AppTest."""
 
+import base64
+import json
 import re
 
 import numpy as np
@@ -29,6 +31,15 @@ def linked(app) -> list[tuple[str, str, str]]:
     """Of the features on the cards: id, address and share."""
     found = [re.fullmatch(r":small\[\[(\d+)\]\((.*)\) (\d+%)\]", element.value) for element in app.markdown]
     return [match.groups() for match in found if match]
+
+
+def drawn(app) -> list[dict[str, tuple[int, bytes]]]:
+    """The thumbnails of every card: size and values by what they are called."""
+    cards = [json.loads(of.proto.json)["pictures"] for of in app.get("bidi_component") if "-pattern_" in of.proto.id]
+    return [
+        {each["label"]: (each["picture"]["size"], base64.b64decode(each["picture"]["values"])) for each in card}
+        for card in cards
+    ]
 
 
 def change(folder, name: str, table: str, **columns) -> None:
@@ -72,6 +83,47 @@ def test_a_card_links_the_most_frequent_features_of_its_head(folder, name):
         expected += [(str(feature), f"features?checkpoint={name}&feature={feature}") for feature in first["feature"]]
         share += [f"{n / features['firings'].sum():.0%}" for n in first["firings"]]
     assert linked(app) == [(*link, part) for link, part in zip(expected, share, strict=True)]
+
+
+@pytest.mark.parametrize("name", ANALYSED)
+def test_a_card_has_the_patterns_of_its_head(folder, name):
+    analysis = Analysis(Checkpoint(folder / name))
+    app = open_page("pages/heads.py", checkpoint=name)
+    on_text, on_repeated = analysis.patterns["text"], analysis.patterns["repeated"]
+    assert drawn(app) == [
+        {f"Mean attention of head {head} on text": text, f"Mean attention of head {head} on repeated tokens": repeated}
+        for head, (text, repeated) in enumerate(zip(on_text, on_repeated, strict=True))
+    ]
+    (explained,) = [element.value for element in app.caption if "Thumbnails" in element.value]
+    n = analysis.meta["n_tokens"] // 31
+    assert f"On text: {n} contexts, of each the first 32 positions" in explained
+    assert f"{4096 // 31} contexts as a whole, a row or column is a token" in explained
+
+
+def test_where_tokens_share_a_row_it_is_said(folder):
+    file = folder / "dense" / "analysis" / "meta.json"
+    meta = json.loads(file.read_text())
+    meta["patterns"]["repeated"]["step"] = 17
+    file.write_text(json.dumps(meta))
+    assert "a row or column is 17 neighbouring tokens" in said(open_page("pages/heads.py", checkpoint="dense"))
+
+
+def test_an_analysis_older_than_patterns_has_no_thumbnails(folder):
+    file = folder / "dense" / "analysis" / "meta.json"
+    file.write_text(json.dumps({key: of for key, of in json.loads(file.read_text()).items() if key != "patterns"}))
+    (folder / "dense" / "analysis" / "patterns.parquet").unlink()
+    app = open_page("pages/heads.py", checkpoint="dense")
+    assert not app.exception and not app.error and not drawn(app)
+    assert said(app).count("older than thumbnails of patterns") == 1 and "Thumbnails:" not in said(app)
+    assert linked(app)
+
+
+def test_damaged_patterns_are_a_sentence_and_the_cards_stay(folder):
+    (folder / "dense" / "analysis" / "patterns.parquet").write_bytes(b"PAR1")
+    app = open_page("pages/heads.py", checkpoint="dense")
+    assert not app.exception and not drawn(app)
+    assert "patterns.parquet is damaged" in app.error[0].value and len(app.error) == 1
+    assert linked(app)
 
 
 def test_a_label_takes_the_place_of_a_description_and_neither_is_markup(folder):
