@@ -1,7 +1,5 @@
 """All heads at a glance: what they read by source slot, a card for each, and behind it every number."""
 
-from urllib.parse import quote
-
 import pandas as pd
 import streamlit as st
 
@@ -11,7 +9,7 @@ from analysis.tokens import visible
 from pages.charts import heads as charts
 from pages.components.thumbnails import thumbnails
 from pages.shared.columns import draw_table
-from pages.shared.page import refuse, small
+from pages.shared.page import feature_link, refuse, small
 from pages.shared.pick import choose, pick_one_head, pick_text
 from pages.shared.words import in_words
 from trainer.checkpoint import Checkpoint, CheckpointError
@@ -93,8 +91,8 @@ def _card(
         thumbnails(pictures, f"Mean attention of head {head['head']}", key=f"pattern_{head['head']}")
     for feature in features.itertuples():
         with st.container(horizontal=True, vertical_alignment="center", gap=None, wrap=False):
-            address = f"features?checkpoint={quote(checkpoint.name)}&feature={feature.feature}"
-            st.markdown(f":small[[{feature.feature}]({address}) {feature.share:.0%}]", width=_LINK)
+            label = f":small[:blue[{feature.feature}] {feature.share:.0%}]"
+            feature_link(checkpoint, feature.feature, label, icon=None, width=_LINK)
             small(feature.text)
     why = (why or verdict).replace("`", "")
     small(f"{why[:1].upper()}{why[1:]}{_apart(head, judged)}")

@@ -19,6 +19,7 @@ def permalink() -> Iterator[None]:
     https://github.com/streamlit/streamlit/blob/develop/frontend/lib/src/WidgetStateManager.ts. `st.query_params`
     refuses to write what is bound, so this reaches for what Streamlit itself writes with.
     """
+    _restore()
     try:
         yield
     except StopException:  # a sentence instead of the rest: what is above it was chosen too
@@ -33,6 +34,21 @@ def forget(key: str) -> None:
     with context.session_state.query_params() as address:
         address._initial_query_params.pop(key, None)
         address.remove_param(key)
+
+
+def _restore() -> None:
+    """Back or Forward to another page: what both pages have in their addresses is there again.
+
+    Streamlit takes it away, as it must where one page is left for another by a link.
+    """
+    context: Any = get_script_run_ctx()
+    if context is None or not context.is_history_navigation:
+        return
+    with context.session_state.query_params() as address:
+        for key, values in _parsed(context.query_string).items():
+            if key not in address._query_params:
+                address.set_with_no_forward_msg(key, values if len(values) > 1 else values[0])
+        address.set_initial_query_params_from_current()
 
 
 def _write() -> None:
@@ -51,7 +67,8 @@ def _write() -> None:
             else:
                 address._query_params[key] = in_address(widget.serializer(value), widget.value_type)
         here = urlencode(address._query_params, doseq=True)
-        if _parsed(here) != _parsed(context.query_string):  # as the browser said, or was told since
+        # As the browser said, or was told since; after Back it was told what Streamlit took away.
+        if context.is_history_navigation or _parsed(here) != _parsed(context.query_string):
             address._send_query_param_msg()
 
 

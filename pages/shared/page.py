@@ -37,20 +37,10 @@ _copy_link = st.components.v2.component(
 )
 
 
-_COMPACT = """<style>
-[data-testid=stMainBlockContainer] { padding-top: 4rem; }
-[data-testid=stMainBlockContainer] h1 { font-size: 1.6rem; padding: 0; }
-[data-testid=stMetricValue] { font-size: 1.15rem; }
-[data-testid=stMetric] { padding: .4rem .8rem; }
-[data-testid=stColumn]:has(.st-key-beside) { position: sticky; top: 4rem; align-self: flex-start; }
-@media (max-width: 820px) { [data-testid=stColumn]:has(.st-key-beside) { position: static; } }
-</style>"""
-
-
 def begin(title: str, what: str) -> None:
     """The top of a page: its title and one sentence on what it shows."""
     _through_app_py()
-    st.html(_COMPACT)
+    st.html(Path(__file__).with_suffix(".html"), unsafe_allow_javascript=True)
     left, middle, right = st.columns([1, 6, 1], vertical_alignment="center")
     left.title(title, anchor=False)
     middle.caption(what)
@@ -123,7 +113,7 @@ def hint(error: CheckpointError, then: str) -> None:
         st.code(typed(error.command), language="bash")
 
 
-def feature_link(checkpoint: Checkpoint, feature: int, label: str, column: Any = st) -> None:
-    """A link to the dashboard of a feature."""
+def feature_link(checkpoint: Checkpoint, feature: int, label: str, column: Any = st, **more: Any) -> None:
+    """A link to the dashboard of a feature; `more` of `st.page_link`."""
     query = {LINKED: checkpoint.name, "feature": str(feature)}
-    column.page_link("pages/features.py", label=label, icon=ARROW, query_params=query)
+    column.page_link("pages/features.py", label=label, query_params=query, **{"icon": ARROW, **more})

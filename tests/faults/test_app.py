@@ -66,7 +66,7 @@ def _walk(visitor: Visitor, random: Random, path: str) -> int:
     """Set five controls, reload, go to another page and back; how often Back came to what had been shown before."""
     visitor.open(path)
     (url, *shown), done = visitor.shown(), []
-    seen, backs = {url: shown}, 0
+    seen = {url: shown}
     for _ in range(5):
         done.append(visitor.change(random))
         url, *shown = visitor.shown()
@@ -78,17 +78,15 @@ def _walk(visitor: Visitor, random: Random, path: str) -> int:
     visitor.page.get_by_test_id("stTopNav").get_by_role("link", name=other, exact=True).click()
     visitor.page.get_by_role("heading", name=other, exact=True).wait_for()
     visitor.idle()
-    for back in range(1, 5):
+    for backs in range(8):
         visitor.page.go_back()
         if not visitor.page.url.startswith(visitor.address):  # where the visit began
-            break
+            return backs
         url, *shown = visitor.shown()
-        if url in seen:  # else an entry of the history in between, which was corrected before anybody saw it
-            assert shown == seen[url], (
-                f"after {back} times Back, {path}: {done}: {_differ((url, *seen[url]), (url, *shown))}"
-            )
-            backs += 1
-    return backs
+        after = f"after {backs + 1} times Back, {path}: {done}"
+        assert url in seen, f"{after}: nobody has seen {url}"
+        assert shown == seen[url], f"{after}: {_differ((url, *seen[url]), (url, *shown))}"
+    raise AssertionError(f"{path}: {done}: eight times Back and still there")
 
 
 def _differ(before: Sequence, after: Sequence) -> list[str]:

@@ -2,12 +2,10 @@
 
 import http.client
 import re
-from contextlib import suppress
 
 import pytest
-from playwright.sync_api import TimeoutError
 
-from tests.browser import ATTEMPTS, Visitor, browse
+from tests.browser import Visitor, browse
 from tests.helpers import PATIENCE
 
 
@@ -75,24 +73,25 @@ def test_two_sessions_at_once_get_their_own_answers(chromium, address):
         visitor.leave()
 
 
-def test_a_deviant_feature_is_one_click_away(visitor):
+def test_a_deviant_feature_is_one_click_away_and_back_one_step(visitor):
     page = visitor.page
     visitor.open("heads?show=Monosemanticity&of_head=8")
     page.get_by_role("heading", name="Features of head 8 that deviate").wait_for()
     visitor.idle()
-    table = page.locator("[data-testid=stDataFrame]").nth(1)
-    for patience in ATTEMPTS:
-        table.scroll_into_view_if_needed()
-        place = table.bounding_box()
-        with suppress(TimeoutError), page.context.expect_page(timeout=patience) as opened:
-            for step in (0, 2):  # a canvas: the mouse must come before it clicks
-                page.mouse.move(place["x"] + 16 + step, place["y"] + 51 + step)
-                page.wait_for_timeout(400)
-            page.mouse.down()
-            page.mouse.up()
-        if opened.is_done():
-            break
-    opened.value.get_by_role("heading", name=re.compile(r"Feature \d+ of head 8")).wait_for()
+    before = visitor.shown()
+    page.locator(".rows").last.locator("tbody tr[aria-selected]").first.click()
+    page.get_by_role("heading", name=re.compile(r"Feature \d+ of head 8")).wait_for()
+    first = visitor.shown()
+    page.locator(".rows").first.locator("tbody tr[aria-selected]").nth(3).click()
+    visitor.idle()
+    second = visitor.shown()
+    assert first[0] != second[0]
+    page.get_by_test_id("stTopNav").get_by_role("link", name="Heads", exact=True).click()
+    page.get_by_role("heading", name="Features of head 8 that deviate").wait_for()
+    visitor.idle()
+    for shown in (second, first, before):  # one step each
+        page.go_back()
+        assert visitor.shown() == shown
 
 
 def test_the_address_says_what_is_shown(visitor):

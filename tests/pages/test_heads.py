@@ -28,9 +28,10 @@ def small(app) -> list[str]:
 
 
 def linked(app) -> list[tuple[str, str, str]]:
-    """Of the features on the cards: id, address and share."""
-    found = [re.fullmatch(r":small\[\[(\d+)\]\((.*)\) (\d+%)\]", element.value) for element in app.markdown]
-    return [match.groups() for match in found if match]
+    """Of the features on the cards: id, where the link goes, and share."""
+    links = [link.proto for link in app.get("page_link")]
+    found = [(re.fullmatch(r":small\[:blue\[(\d+)\] (\d+%)\]", link.label), link) for link in links]
+    return [(match[1], f"{link.page}?{link.query_string}", match[2]) for match, link in found if match]
 
 
 def drawn(app) -> list[dict[str, tuple[int, bytes]]]:
@@ -80,7 +81,7 @@ def test_a_card_links_the_most_frequent_features_of_its_head(folder, name):
     for _, features in analysis.features.groupby("head"):
         features = features[features["firings"] > 0]
         first = features.sort_values("firings", ascending=False, kind="stable")[:3]
-        expected += [(str(feature), f"features?checkpoint={name}&feature={feature}") for feature in first["feature"]]
+        expected += [(str(feature), f"features?of={name}&feature={feature}") for feature in first["feature"]]
         share += [f"{n / features['firings'].sum():.0%}" for n in first["firings"]]
     assert linked(app) == [(*link, part) for link, part in zip(expected, share, strict=True)]
 
