@@ -42,5 +42,6 @@ def database(file: Path, table: str) -> Iterator[sqlite3.Connection]:
         busy = error.args and "locked" in error.args[0]
         why = f"is in use by another program for over {_WAIT} s: try again" if busy else f"cannot be used: {error}"
         raise ValueError(one_line(f"{file} {why}")) from error
-    except (sqlite3.Error, OSError, msgspec.ValidationError) as error:
+    # SQLite quotes a damaged file in its message, bytes that are no text included.
+    except (sqlite3.Error, OSError, msgspec.ValidationError, UnicodeDecodeError) as error:
         raise ValueError(one_line(f"{file} cannot be used: {error}")) from error

@@ -324,11 +324,14 @@ def export(
     of = f"each of {lm.n_heads} heads (feature id = head * {sae.features_per_block} + index)"
     of = "the dense SAE" if sae.is_dense else of
     which = f"the first {features_per_head}" if features is None else "chosen"
+    resid, scale = harvested.resid[:, 1:], harvested.scale[:, 1:]
+    inverse = (1 / (lm.final_scale(resid.to(lm.device)).cpu() * scale)).mean().item()
     note = (
         f"{path.name}: layer {layer.index} of {lm.name}, {which} features of {of} on {seen} and are left out. Orange: "
         "activation. Underlined: direct effect on the loss of this token; blue lowers it, red raises it. Green: exact "
         "direct feature attribution, the sources that the bold token's activation reads from. Positions are (context, "
-        "position)."
+        "position). Logits: before the norms divide; the app has them times the mean of one over what the norms divide "
+        f"by, here {inverse:.3g}."
     )
     save(out, data, path.name, note)
     print(f"{out}: {len(data.feature_data_dict)} features on {seen}")

@@ -121,14 +121,14 @@ class Visitor:
     def shown(self) -> tuple[str, list[str], list[str]]:
         """What a person sees, but for what is painted on a canvas: address, text, and what the controls hold.
 
-        The lines are sorted: Vega draws the labels of an axis in any order.
+        The lines are sorted: Vega draws the labels of an axis in any order. So are the parts of the address.
         """
         self.idle()
         self.page.evaluate("document.activeElement.blur()")  # a field that is written in says how to apply it
         main = self.page.get_by_test_id("stMain")
         held = "all => all.map(one => one.type == 'checkbox' ? one.checked : one.value ?? one.ariaValueText)"
         return (
-            self.page.url,
+            "&".join(sorted(self.page.url.replace("?", "&").split("&"))),
             sorted(main.inner_text().splitlines()),
             main.locator("input, textarea, [role=slider]").evaluate_all(held),
         )
@@ -144,12 +144,13 @@ class Visitor:
         match kind:
             case "stSelectbox" | "stMultiSelect":
                 box, options = control.get_by_role("combobox"), self.page.get_by_role("option")
-                with suppress(TimeoutError):  # a list of what can be added may be empty
+                try:
                     box.click()
                     options.first.wait_for(timeout=ATTEMPTS[0])
                     chosen = random.randrange(options.count() or 1)  # it closes where something is drawn anew
                     options.nth(chosen).click(timeout=ATTEMPTS[0])
-                self.page.keyboard.press("Escape")
+                except TimeoutError:  # a list of what can be added may be empty
+                    self.page.keyboard.press("Escape")
             case "stButtonGroup":
                 buttons = control.get_by_role("radio")
                 buttons.nth(random.randrange(buttons.count())).click()

@@ -77,7 +77,7 @@ class Evaluation(Figures):
 
 @dataclass(frozen=True)
 class Line:
-    """metrics.jsonl: one logged step."""
+    """metrics.jsonl: one logged step, and of each head what a page draws."""
 
     step: Count
     tokens: Count | None = None
@@ -87,6 +87,10 @@ class Line:
     MSE: NotNegative | None = None
     FVU: NotNegative | None = None
     dead_fraction: Share | None = None
+    L0_per_head: list[NotNegative] | None = None
+    MSE_per_head: list[NotNegative] | None = None
+    FVU_per_head: list[NotNegative | None] | None = None
+    dead_fraction_per_head: list[Share] | None = None
 
 
 def parse_line(line: bytes) -> dict[str, Any]:

@@ -36,14 +36,28 @@ def forget(key: str) -> None:
         address.remove_param(key)
 
 
+def came_back() -> bool:
+    """Whether this run answers the browser's Back or Forward: the address alone says what is shown then."""
+    context: Any = get_script_run_ctx()
+    return context is not None and context.is_history_navigation
+
+
+def assume(key: str, value: str) -> None:
+    """What the address says not of a widget that is not drawn yet is as if it said it."""
+    context: Any = get_script_run_ctx()
+    with context.session_state.query_params() as address:
+        address.set_with_no_forward_msg(key, value)
+        address._initial_query_params[key] = value
+
+
 def _restore() -> None:
     """Back or Forward to another page: what both pages have in their addresses is there again.
 
     Streamlit takes it away, as it must where one page is left for another by a link.
     """
-    context: Any = get_script_run_ctx()
-    if context is None or not context.is_history_navigation:
+    if not came_back():
         return
+    context: Any = get_script_run_ctx()
     with context.session_state.query_params() as address:
         for key, values in _parsed(context.query_string).items():
             if key not in address._query_params:
@@ -68,7 +82,7 @@ def _write() -> None:
                 address._query_params[key] = in_address(widget.serializer(value), widget.value_type)
         here = urlencode(address._query_params, doseq=True)
         # As the browser said, or was told since; after Back it was told what Streamlit took away.
-        if context.is_history_navigation or _parsed(here) != _parsed(context.query_string):
+        if came_back() or _parsed(here) != _parsed(context.query_string):
             address._send_query_param_msg()
 
 

@@ -14,27 +14,12 @@ from typing import Any
 import streamlit as st
 from streamlit.runtime.pages_manager import PagesManager
 
+from pages.components.link import copy_link
 from trainer.checkpoint import Checkpoint, CheckpointError
 
 ROOT = Path(__file__).parents[2]
 LINKED = "of"  # the checkpoint of a link: Streamlit drops from it what the page that one leaves calls so too
 ARROW = ":material/arrow_forward:"
-_copy_link = st.components.v2.component(
-    "copy_link",
-    html="<div><button type='button'>Copy link</button></div>",
-    css="""div { text-align: right; }
-    button { font: inherit; font-size: .85rem; padding: .25rem .6rem; border-radius: .5rem; cursor: pointer;
-    color: var(--st-text-color); background: var(--st-background-color); border: 1px solid var(--st-border-color); }
-    button:focus-visible { outline: 2px solid var(--st-primary-color); }""",
-    js="""export default function ({ parentElement }) {
-    const button = parentElement.querySelector("button");
-    button.onclick = async () => {
-        try { await navigator.clipboard.writeText(window.location.href); button.textContent = "Copied"; }
-        catch { button.textContent = "Copy it from the address bar"; }  // without https there is no clipboard
-        setTimeout(() => { button.textContent = "Copy link"; }, 2000);
-    };
-}""",
-)
 
 
 def begin(title: str, what: str) -> None:
@@ -45,7 +30,7 @@ def begin(title: str, what: str) -> None:
     left.title(title, anchor=False)
     middle.caption(what)
     with right:
-        _copy_link(key="copy_link")
+        copy_link()
 
 
 def _through_app_py() -> None:

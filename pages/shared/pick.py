@@ -7,7 +7,7 @@ from typing import Any
 
 import streamlit as st
 
-from pages.shared.address import forget
+from pages.shared.address import assume, came_back, forget
 from pages.shared.page import LINKED, folder, plain, typed
 from trainer.checkpoint import Checkpoint, list_checkpoints
 
@@ -68,13 +68,14 @@ def pick_checkpoint(checkpoints: list[Checkpoint], label: str, key: str, index: 
     names = list(by_name)
     default = names[(names.index(_default(checkpoints).name) + index) % len(names)]
     wanted, missing = st.query_params.get(key), f"{key} that is not there"
-    name = st.session_state.get(key, wanted)
+    name = wanted if came_back() else st.session_state.get(key, wanted)
     if (linked := st.query_params.pop(LINKED, None)) is not None:
         name = wanted = linked
         if name in by_name:
             st.session_state[key] = name
     if name not in by_name:
         name = st.session_state[key] = default
+        assume(key, name)  # an address without a name would leave the box empty after Back
     if wanted is not None and wanted not in by_name:
         st.session_state[missing] = wanted, name
     # Said as long as it is so: the address has the other name once the page, or a part of it, is run again.

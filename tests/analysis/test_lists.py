@@ -56,3 +56,12 @@ def test_rows_that_are_no_features(tmp_path):
         connection.execute("UPDATE lists SET feature = 'x'")
     with pytest.raises(ValueError, match=r"lists\.sqlite cannot be used"):
         Lists(tmp_path).all()
+
+
+def test_a_schema_that_is_no_text(tmp_path):
+    Lists(tmp_path).put(1, ["a"])
+    file = tmp_path / "lists.sqlite"
+    file.write_bytes(file.read_bytes().replace(b"KEY (feature", b"KEY (f\xe5ature"))
+    with pytest.raises(ValueError, match=r"lists\.sqlite cannot be used") as refused:
+        Lists(tmp_path).all()
+    assert not isinstance(refused.value, UnicodeDecodeError)

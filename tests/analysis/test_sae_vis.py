@@ -11,6 +11,7 @@ from sae_vis import data_fetching_fns
 from sae_vis.data_storing_fns import SaeVisData
 
 from analysis import sae_vis
+from analysis.logits import inverse_scale
 from tests.helpers import PATIENCE, find_chromium
 from trainer import checkpoint
 from trainer.block_diag import BlockDiagSAE
@@ -229,6 +230,11 @@ def test_command_line_writes_a_page_that_works_offline(saved, tmp_path, capsys, 
     told = capsys.readouterr()
     assert "2 of 8 do not fire there" in told.out
     assert "Language model: 100%" in told.err and "Features: 100%" in told.err  # where no terminal is, too
+    made = checkpoint.Checkpoint(saved)
+    lm = made.open_model("cpu")
+    contexts = made.open_text(lm.tokenizer).held_out_tokens(400)
+    (factor,) = re.findall(r"here ([\d.e-]+)\.</p>", out.read_text())
+    assert float(factor) == pytest.approx(inverse_scale(lm.layer(made.layer), contexts), rel=0.01)
     chromium = find_chromium()
     from playwright.sync_api import sync_playwright
 

@@ -13,7 +13,9 @@ from tempfile import TemporaryFile
 import pytest
 
 from analysis.__main__ import main as analyse
+from analysis.comments import Comments
 from analysis.labels import Labels
+from analysis.lists import Lists
 from analysis.match.__main__ import main as match
 from analysis.match.read import Match
 from analysis.runs import progress, tables
@@ -96,6 +98,8 @@ def folder(trained, tmp_path) -> Path:
         shutil.copytree(trained / name, tmp_path / "checkpoints" / name)
     assert analyse([str(tmp_path / "checkpoints" / A), *_TEXT, "--examples=2", "--quantile_examples=1"]) == 0
     Labels(tmp_path / "checkpoints" / A).put(1, "of", "", seen=0.0)
+    Lists(tmp_path / "checkpoints" / A).put(1, ["mine"])
+    Comments(tmp_path / "checkpoints" / A).add(1, "Ada", "a comment")
     return tmp_path / "checkpoints"
 
 
@@ -182,11 +186,14 @@ def reads(folder: str) -> list[str]:
             lambda one=one: Analysis(one).search(Tokens("the")),
             lambda one=one: Analysis(one).heads,
             lambda one=one: Analysis(one).copying,
+            lambda one=one: Analysis(one).patterns,
             lambda one=one: Analysis(one).merging,
             lambda one=one: Analysis(one).strings,
             lambda one=one: Match(one, Checkpoint(Path(folder) / B)).per_head() if one.name == A else None,
             lambda one=one: Match(one, Checkpoint(Path(folder) / B)).pairs if one.name == A else None,
             lambda one=one: Labels(one.path).table(),
+            lambda one=one: Lists(one.path).all(),
+            lambda one=one: Comments(one.path).table(),
         ):
             try:
                 look()

@@ -1,5 +1,6 @@
 """On a GPU the same SAE is trained as on a CPU. Skipped where there is none, as in CI."""
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,7 +10,6 @@ import torch
 
 from tests.helpers import ROOT, tiny_run
 from tests.trainer.optimise.test_stack import HEADS, SPARSITIES, build, config, data
-from trainer.__main__ import main
 from trainer.checkpoint import list_checkpoints
 from trainer.optimise.stack import Stack
 
@@ -55,13 +55,21 @@ def test_a_compiled_one_too():
 
 
 @pytest.mark.parametrize("cache_gb", [16, 0])
-def test_a_run_on_the_gpu_ends_where_one_on_the_cpu_does(gpt2_folder, text_file, tmp_path, monkeypatch, cache_gb):
-    """In TF32, the default there."""
-    monkeypatch.setenv("ATTN_SAES_CACHE", str(tmp_path / "cache"))
+def test_a_run_on_the_gpu_ends_where_one_on_the_cpu_does(gpt2_folder, text_file, tmp_path, cache_gb):
+    """By the command line as people use it there: in TF32 and compiled, which are the defaults; and resumed."""
+    environment = os.environ | {"ATTN_SAES_CACHE": str(tmp_path / "cache")}
     more = ["--batch_size=128", "--k=[4,8]", "--lr=5e-3", "--total_training_steps=60", f"--cache_gb={cache_gb}"]
-    found = []
-    for device in ("cpu", "cuda"):
-        run = [*tiny_run(gpt2_folder, text_file, tmp_path / device, *more), f"--device={device}", "--compile=false"]
-        assert main(run) == 0
-        found.append([each.eval["FVU"] for each in list_checkpoints(tmp_path / device).readable])
-    assert found[0] == pytest.approx(found[1], rel=0.02) and len(found[0]) == 2
+    found = {}
+    for name, device, options in (
+        ("cpu", "cpu", []),
+        ("plain", "cuda", ["--tf32=false", "--compile=false"]),
+        ("default", "cuda", ["--save_every=20"]),
+    ):
+        run = [*tiny_run(gpt2_folder, text_file, tmp_path / name, *more), f"--device={device}", *options]
+        done = subprocess.run(
+            [sys.executable, "-m", "trainer", *run], cwd=ROOT, capture_output=True, text=True, env=environment
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        found[name] = [each.eval["FVU"] for each in list_checkpoints(tmp_path / name).readable]
+    assert found["plain"] == pytest.approx(found["cpu"], rel=0.02) and len(found["cpu"]) == 2
+    assert found["default"] == pytest.approx(found["cpu"], rel=0.02)
