@@ -35,7 +35,7 @@ HOSTILE = [
 @pytest.mark.slow
 def test_what_is_set_by_hand_survives_a_reload_and_a_way_back(chromium, address, tries, fault):
     """Every control, in any order: a reload shows the same, and so does Back, of the next page and of each entry."""
-    n, backs = tries(1, 12), 0
+    n, backs = tries(1, len(PATHS)), 0
     for seed in range(n):
         visitor = Visitor(chromium, address)
         backs += _walk(visitor, Random(seed), PATHS[seed % len(PATHS)])
@@ -47,7 +47,7 @@ def test_what_is_set_by_hand_survives_a_reload_and_a_way_back(chromium, address,
 @pytest.mark.slow
 def test_an_address_can_bring_nothing_but_a_page_or_a_sentence(chromium, address, tries, fault):
     """Every parameter of every page, with values that somebody chose to do harm."""
-    n, pages = tries(1, 60), list(PARAMETERS)
+    n, pages = tries(1, 42), list(PARAMETERS)
     for seed in range(n):
         random, visitor, page = Random(seed), Visitor(chromium, address), pages[seed % len(pages)]
         values = {name: random.choice(HOSTILE) for name in PARAMETERS[page].split()}
@@ -67,7 +67,7 @@ def _walk(visitor: Visitor, random: Random, path: str) -> int:
     """Set five controls, reload, go to another page and back; how often Back came to what had been shown before."""
     visitor.open(path)
     (url, *shown), done = visitor.shown(), []
-    seen = {url: shown}
+    seen, backs = {url: shown}, 0
     for _ in range(5):
         done.append(visitor.change(random))
         url, *shown = visitor.shown()
@@ -79,14 +79,17 @@ def _walk(visitor: Visitor, random: Random, path: str) -> int:
     visitor.page.get_by_test_id("stTopNav").get_by_role("link", name=other, exact=True).click()
     visitor.page.get_by_role("heading", name=other, exact=True).wait_for()
     visitor.idle()
-    for backs in range(8):
+    last = url
+    for back in range(1, 9):
         visitor.page.go_back()
         if not visitor.page.url.startswith(visitor.address):  # where the visit began
             return backs
         url, *shown = visitor.shown()
-        after = f"after {backs + 1} times Back, {path}: {done}"
-        assert url in seen, f"{after}: nobody has seen {url}"
-        assert shown == seen[url], f"{after}: {_differ((url, *seen[url]), (url, *shown))}"
+        after = f"after {back} times Back, {path}: {done}"
+        assert back > 1 or url == last, f"{after}: {url}, not {last}"
+        if url in seen:  # else an entry of the history that was corrected before anybody saw it
+            assert shown == seen[url], f"{after}: {_differ((url, *seen[url]), (url, *shown))}"
+            backs += 1
     raise AssertionError(f"{path}: {done}: eight times Back and still there")
 
 

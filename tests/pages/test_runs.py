@@ -324,6 +324,7 @@ time.sleep(int(sys.argv[2]))
 """
 
 
+@pytest.mark.slow
 def test_a_restarted_server_knows_what_runs_and_what_has_ended(tmp_path, monkeypatch, gpt2_folder, text_file):
     monkeypatch.setenv("ATTN_SAES_CACHE", str(tmp_path / "cache"))
     out = tmp_path / "checkpoints"

@@ -138,6 +138,7 @@ def _random_sae(lm, layer) -> BlockDiagSAE:
     return sae
 
 
+@pytest.mark.slow
 def test_the_shipped_checkpoint_is_what_its_eval_json_says(lm):
     saved = Checkpoint(SHIPPED)
     stored, corpus = saved.eval, saved.open_text(lm.tokenizer)

@@ -549,6 +549,7 @@ main(sys.argv[2:])
 """
 
 
+@pytest.mark.slow
 def test_killed_at_a_random_step_a_stacked_sweep_resumes_to_the_bit(command, tmp_path):
     """As by SIGKILL, nothing is cleared up."""
     arguments, out = command
