@@ -69,7 +69,14 @@ def logit_effects(
 
 
 def inverse_scale(layer: "Layer", contexts: Int[Tensor, "context pos"]) -> float:
-    """Mean over tokens but BOS of one over what norms divide by on the direct path from a head to the logits."""
+    """`mean_inverse` of contexts that are read for it."""
     forward = layer.forward(contexts)
-    scale = layer.lm.final_scale(forward.final).double() * layer.output_scale(forward.resid_pre).double()
+    return mean_inverse(layer.lm, forward.final, layer.output_scale(forward.resid_pre))
+
+
+def mean_inverse(
+    lm: "LanguageModel", final: Float[Tensor, "context pos d_model"], output_scale: Float[Tensor, "context pos 1"]
+) -> float:
+    """Mean over tokens but BOS of one over what norms divide by on the direct path from a head to the logits."""
+    scale = lm.final_scale(final).double() * output_scale.double().to(final.device)
     return (1 / scale[:, 1:]).mean().item()

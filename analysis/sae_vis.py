@@ -34,6 +34,7 @@ from torch.nn.functional import pad
 from tqdm import tqdm
 
 from analysis.attribution import Reader
+from analysis.logits import mean_inverse
 from analysis.tokens import visible
 from trainer import cli
 from trainer.block_diag import BlockDiagSAE
@@ -324,8 +325,7 @@ def export(
     of = f"each of {lm.n_heads} heads (feature id = head * {sae.features_per_block} + index)"
     of = "the dense SAE" if sae.is_dense else of
     which = f"the first {features_per_head}" if features is None else "chosen"
-    resid, scale = harvested.resid[:, 1:], harvested.scale[:, 1:]
-    inverse = (1 / (lm.final_scale(resid.to(lm.device)).cpu() * scale)).mean().item()
+    inverse = mean_inverse(lm, harvested.resid.to(lm.device), harvested.scale)
     note = (
         f"{path.name}: layer {layer.index} of {lm.name}, {which} features of {of} on {seen} and are left out. Orange: "
         "activation. Underlined: direct effect on the loss of this token; blue lowers it, red raises it. Green: exact "

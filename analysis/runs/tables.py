@@ -46,11 +46,10 @@ def summary(checkpoints: list[Checkpoint], repeated: bool = False, head: int | N
         width = model.n_heads * model.d_head
         last, seconds = _log_of(checkpoint.path)
         n_tokens = figures.get("n_tokens")
+        trained = last
         if head is not None:
-            figures, last_of = (dict(per_head(each, model.n_heads).loc[head]) for each in (figures, last))
+            figures, trained = (dict(per_head(each, model.n_heads).loc[head]) for each in (figures, last))
             width = model.d_head
-        else:
-            last_of = last
         row = {
             "name": checkpoint.name,
             "recipe": checkpoint.recipe,
@@ -60,7 +59,7 @@ def summary(checkpoints: list[Checkpoint], repeated: bool = False, head: int | N
             "figures": source,
             **{key: figures.get(key) for key in _SCALARS},
             "silent_fraction": None if source == "training batch" else figures.get("dead_fraction"),
-            "dead_fraction": last_of.get("dead_fraction"),
+            "dead_fraction": trained.get("dead_fraction"),
             "MSE_per_dim": None if figures.get("MSE") is None else figures["MSE"] / width,
             "n_tokens": n_tokens,
             "parameters": config.sae.n_parameters,

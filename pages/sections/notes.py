@@ -1,6 +1,8 @@
 """What people write about a feature: its label and note, the lists that it is on, and comments with a name."""
 
-from datetime import UTC, datetime
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
 
 import streamlit as st
 
@@ -25,10 +27,8 @@ def lists(checkpoint: Checkpoint, feature: int) -> None:
     key = f"lists_{feature}"  # a choice for one feature never lands on another
 
     def put_there() -> None:
-        try:
+        with _or_refused("list_refused"):
             kept.put(feature, st.session_state[key])
-        except ValueError as error:
-            st.session_state["list_refused"] = str(error)
 
     try:
         every = kept.all()
@@ -41,8 +41,7 @@ def lists(checkpoint: Checkpoint, feature: int) -> None:
         "Lists", sorted(every), key=key, accept_new_options=True, on_change=put_there, placeholder="put it on a list",
         label_visibility="collapsed", help="type a new name to make a list",
     )  # fmt: skip
-    if refused := st.session_state.pop("list_refused", None):
-        refuse(f"{refused}.")
+    _say_refused("list_refused")
 
 
 def exchange(checkpoint: Checkpoint) -> None:
@@ -75,35 +74,28 @@ def _label_form(labels: Labels, feature: int) -> None:
     st.text_area("Note", now.note, key=f"note_{feature}", height=80, max_chars=5000)
     st.session_state.setdefault(f"seen_{feature}", now.changed)
     st.button("Save", key=f"save_{feature}", on_click=_save, args=(labels, feature))
-    if refused := st.session_state.pop("label_refused", None):
-        refuse(f"{refused}.")
+    _say_refused("label_refused")
 
 
 def _save(labels: Labels, feature: int) -> None:
     text, note, seen = (st.session_state[f"{name}_{feature}"] for name in ("text", "note", "seen"))
-    try:
+    with _or_refused("label_refused"):
         labels.put(feature, text, note, seen)
         st.session_state[f"seen_{feature}"] = labels.get(feature).changed
         st.toast("Saved")
-    except ValueError as error:
-        st.session_state["label_refused"] = str(error)
 
 
 def _comments(comments: Comments, feature: int) -> None:
     """What was said, and a field for more; keys carry the feature, as above."""
 
     def add() -> None:
-        try:
+        with _or_refused("comment_refused"):
             comments.add(feature, st.session_state["author"], st.session_state[key])
             st.session_state["known_as"], st.session_state[key] = st.session_state["author"], ""
-        except ValueError as error:
-            st.session_state["comment_refused"] = str(error)
 
     def remove(id: int) -> None:
-        try:
+        with _or_refused("comment_refused"):
             comments.remove(id)
-        except ValueError as error:
-            st.session_state["comment_refused"] = str(error)
 
     try:
         said = [each for each in comments.all() if each.feature == feature]
@@ -113,12 +105,27 @@ def _comments(comments: Comments, feature: int) -> None:
     key = f"comment_{feature}"
     for each in said:
         with st.container(horizontal=True, vertical_alignment="top"):
-            st.text(f"{each.author}, {datetime.fromtimestamp(each.written, UTC):%Y-%m-%d %H:%M} UTC\n{each.text}")
+            st.text(
+                f"{each.author}, {datetime.fromtimestamp(each.written, timezone.utc):%Y-%m-%d %H:%M} UTC\n{each.text}"
+            )
             st.button("Remove", key=f"remove_{each.id}", on_click=remove, args=(each.id,), type="tertiary")
     with st.expander("Comment"):
         known_as = st.session_state.get("known_as", "")  # a field is forgotten where another page is shown
         st.text_input("Your name", known_as, key="author", max_chars=AUTHOR)
         st.text_area("Comment", key=key, height=80, max_chars=TEXT, label_visibility="collapsed")
         st.button("Post", key=f"post_{feature}", on_click=add)
-    if refused := st.session_state.pop("comment_refused", None):
+    _say_refused("comment_refused")
+
+
+@contextmanager
+def _or_refused(key: str) -> Iterator[None]:
+    """In a callback: why something could not be written is kept under `key`, until `_say_refused` says it."""
+    try:
+        yield
+    except ValueError as error:
+        st.session_state[key] = str(error)
+
+
+def _say_refused(key: str) -> None:
+    if refused := st.session_state.pop(key, None):
         refuse(f"{refused}.")

@@ -43,7 +43,7 @@ def came_back() -> bool:
 
 
 def assume(key: str, value: str) -> None:
-    """What the address says not of a widget that is not drawn yet is as if it said it."""
+    """As if the address held this of a widget that is not drawn yet."""
     context: Any = get_script_run_ctx()
     with context.session_state.query_params() as address:
         address.set_with_no_forward_msg(key, value)

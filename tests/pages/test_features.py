@@ -10,7 +10,7 @@ from analysis.prompt.run import run_prompt
 from analysis.search import Tokens
 from analysis.store import Analysis
 from pages.shared import strips
-from tests.helpers import ANALYSED, listed, open_page, said
+from tests.helpers import ANALYSED, ROOT, listed, open_page, said
 from trainer.checkpoint import Checkpoint
 
 
@@ -162,7 +162,8 @@ def test_labels_are_written_found_and_harmless(folder):
         [feature, "<script>alert(1)</script> *the*"]
     ]
     assert not [m for m in again.markdown if m.allow_html]
-    assert not any("<script>alert" in element.proto.body for element in again.get("html"))
+    scripts = [element.proto.body for element in again.get("html") if "<script>" in element.proto.body]
+    assert scripts == [(ROOT / "pages" / "shared" / "page.html").read_text()]
 
 
 def test_a_label_changed_elsewhere_is_not_overwritten(folder):
