@@ -98,6 +98,14 @@ def until_idle(page: Page, act: Callable[[], object]) -> float:
     return time.perf_counter() - started - 0.3
 
 
+def chosen(page: Page, act: Callable[[], object]) -> float:
+    """`until_idle` of a choice, which must have reached the address."""
+    before = page.url
+    taken = until_idle(page, act)
+    assert page.url != before, "nothing was chosen"
+    return taken
+
+
 def prompts(page: Page, texts: list[str]) -> list[float]:
     """Seconds from sending each prompt to the page complete."""
     taken = []
@@ -174,13 +182,13 @@ def measure(browser: Browser, server: subprocess.Popen, address: str) -> None:
     page.goto(f"{address}/prompt")
     idle(page)
     choices = {
+        "the next feature": lambda i: page.keyboard.press("j"),
         "a token": lambda i: page.locator(".token").nth(5 + i).click(),
         "a head": lambda i: page.get_by_role("button", name=f"Pattern of head {i}").click(),
-        "the next feature": lambda i: page.keyboard.press("j"),
         "what is changed": lambda i: choose(page, "Change", ["the whole layer", "the feature"][i % 2]),
     }
     for name, choice in choices.items():
-        print(f"| Prompt, {name} | | {spread([until_idle(page, partial(choice, i)) for i in range(ROUNDS)])} |")
+        print(f"| Prompt, {name} | | {spread([chosen(page, partial(choice, i)) for i in range(ROUNDS)])} |", flush=True)
     print(f"| a new prompt of 66 tokens | | {spread(prompts(page, [f'{i} {TEXT * 3}' for i in range(ROUNDS)]))} |")
     print(f"| a new prompt of 1,016 tokens | | {spread(prompts(page, [f'{i} {TEXT * 44}' for i in range(3)]))} |")
     print(f"\nThe server holds {resident(server.pid):.1f} GB.")

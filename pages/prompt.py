@@ -11,7 +11,7 @@ from pages.shared.pick import pick_checkpoint, pick_prompt, readable
 from trainer.checkpoint import Checkpoint
 
 
-@st.fragment  # what is chosen on a prompt draws only this again
+@st.fragment(key=prompt_features.EXPLORE)  # what is chosen on a prompt draws only this again
 @permalink()
 def explore(checkpoint: Checkpoint, prompt: str, run: PromptRun) -> None:
     """The prompt as text, the features that fire on it, and one of them."""
@@ -22,7 +22,6 @@ def explore(checkpoint: Checkpoint, prompt: str, run: PromptRun) -> None:
     left, right = st.columns([11, 8])
     with left:
         prompt_features.show(checkpoint, run, features, firing)
-        prompt_features.draw_map(run)
     with right:
         if firing is not None:
             prompt_features.show_sources(checkpoint, run, firing)
@@ -41,6 +40,7 @@ with left:
 prompt = pick_prompt(right, left, (*prompt_features.CHOSEN, *interventions.CHOSEN))
 run = live.run_prompt(checkpoint, prompt)
 above = st.container()
+prompt_features.draw_map(run)
 prompt_heads.show(run)
-with above:  # last: where a sentence ends this part, the other one is there
+with above:  # last: where a sentence ends this part, the others are there
     explore(checkpoint, prompt, run)

@@ -58,11 +58,12 @@ def effect_of(layer: "Layer", run: PromptRun, delta: Float[Tensor, "pos head d_h
     require(
         -length <= position < length, f"position {position} is out of range: the prompt has {length} tokens with BOS"
     )
-    delta, z, resid_pre, final = (part.to(layer.device) for part in (delta, run.z, run.resid_pre, run.final))
+    seen = slice(position % length + 1)  # what comes after the position cannot be read there
+    delta, z, resid_pre, final = (part[seen].to(layer.device) for part in (delta, run.z, run.resid_pre, run.final))
     changed = layer.final(resid_pre[None], (z + delta)[None])[0]
-    before = torch.stack([final[position], changed[position]])[:, None]
+    before = torch.stack([final[-1], changed[-1]])[:, None]
     clean, full = layer.lm.logits(before)[:, 0].float()
-    written = torch.einsum("hd,hdm->m", delta[position], layer.W_O.float())
-    scale = layer.lm.final_scale(before)[0, 0].float() * layer.output_scale(resid_pre[None])[0, position].float()
+    written = torch.einsum("hd,hdm->m", delta[-1], layer.W_O.float())
+    scale = layer.lm.final_scale(before)[0, 0].float() * layer.output_scale(resid_pre[None])[0, -1].float()
     direct = layer.lm.logits_plus(clean, layer.lm.unembed(written).float() / scale)
     return Effect(clean.cpu(), direct.cpu(), full.cpu())

@@ -3,7 +3,7 @@
 import altair as alt
 import pandas as pd
 
-from pages.charts.common import HEADS, PALETTE, tokens
+from pages.charts.common import HEADS, PALETTE, tips, tokens
 
 
 def _colour(
@@ -36,9 +36,13 @@ def l0_histograms(frame: pd.DataFrame, colours: dict[str, str]) -> alt.FacetChar
         x=alt.X("start:Q", title="Active features of a token", scale=alt.Scale(nice=False, zero=True)),
         y=alt.Y("share:Q", title="Share of tokens", axis=alt.Axis(format="%", tickCount=4), stack=None),
         color=_colour(colours, frame),
-        tooltip=["name", "head", alt.Tooltip("start:Q", title="L0 from"), alt.Tooltip("end:Q", title="below"),
-                 alt.Tooltip("share:Q", format=".1%")],
-    )  # fmt: skip
+        tooltip=[
+            *tips("name", "head"),
+            alt.Tooltip("start:Q", title="L0 from"),
+            alt.Tooltip("end:Q", title="below"),
+            *tips(share=".1%"),
+        ],
+    )
     drawn = base.mark_area(interpolate="step-after", opacity=0.18, line={"strokeWidth": 1.8, "opacity": 1})
     # Each head on its own scales: a head that is silent on most tokens would flatten all the others.
     return (
@@ -66,11 +70,10 @@ def merging(frame: pd.DataFrame, colours: dict[str, str], share: bool) -> alt.Ch
             x=alt.X("threshold:Q", title="Linked from this similarity on", scale=alt.Scale(reverse=True, zero=False)),
             y=y,
             color=_colour(colours, frame, columns=1),
-            tooltip=["name", "threshold", alt.Tooltip("L0:Q", format=".2f"), alt.Tooltip("share:Q", format=".1%"),
-                     "clusters", "largest"],
+            tooltip=tips("name", "threshold", "clusters", "largest", L0=".2f", share=".1%"),
         )
         .properties(height=230 + 24 * frame["name"].nunique())  # the legend takes its lines from it
-    )  # fmt: skip
+    )
 
 
 def found_per_head(frame: pd.DataFrame, colours: dict[str, str], both: str, one: str) -> alt.Chart:
@@ -94,7 +97,7 @@ def found_per_head(frame: pd.DataFrame, colours: dict[str, str], both: str, one:
                 legend=alt.Legend(orient="top", columns=2, labelLimit=400, symbolFillColor=PALETTE[-1]),
             ),
             order=alt.Order("found:N"),
-            tooltip=["name", "head", "found", "features"],
+            tooltip=tips("name", "head", "found", "features"),
         )
         .properties(height=300)
     )
@@ -110,7 +113,7 @@ def over_tokens(frame: pd.DataFrame, colours: dict[str, str]) -> alt.Chart:
             xOffset=alt.XOffset("feature:N", sort=list(colours)),
             y=alt.Y("activation:Q", title="Activation"),
             color=_colour(colours, frame, "feature", None, columns=4),
-            tooltip=["feature", "token", alt.Tooltip("activation:Q", format=".3f")],
+            tooltip=tips("feature", "token", activation=".3f"),
         )
         .properties(height=250 + 24 * (len(colours) // 4))
     )
@@ -125,7 +128,7 @@ def norm_shares(shares: list[float], colour: str) -> alt.Chart:
         .encode(
             x=HEADS,
             y=alt.Y("share:Q", title="Squared decoder norm", axis=alt.Axis(format="%", tickCount=4)),
-            tooltip=["head", alt.Tooltip("share:Q", format=".1%")],
+            tooltip=tips("head", share=".1%"),
         )
         .properties(height=260)
     )

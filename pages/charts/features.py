@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.attribution import SLOTS
-from pages.charts.common import PALETTE, slot_bars, slot_colour
+from pages.charts.common import PALETTE, slot_bars, slot_colour, tips
 
 _NAMED = 0.01  # of a feature's DFA: the legend names slots from here on
 
@@ -20,9 +20,9 @@ def histogram(counts: np.ndarray, low: float, high: float, title: str, of: str) 
         .mark_bar(color=PALETTE[0], binSpacing=0)
         .encode(
             x=alt.X("from:Q", title=title, bin="binned"),
-            x2="to:Q",
+            x2=alt.X2("to:Q"),
             y=alt.Y("count:Q", title=f"{of} (√)", scale=alt.Scale(type="sqrt"), axis=alt.Axis(tickCount=4)),
-            tooltip=[alt.Tooltip("from:Q", format=".3g"), alt.Tooltip("to:Q", format=".3g"), "count"],
+            tooltip=tips("count", **{"from": ".3g", "to": ".3g"}),
         )
         .properties(height=180)
     )

@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.attribution import SLOTS
-from pages.charts.common import CRITERIA, GREY, HEADS, PALETTE
+from pages.charts.common import CRITERIA, GREY, HEADS, PALETTE, tips
 
 _FAINT = 2  # % below which a number is drawn faintly
 
@@ -13,14 +13,15 @@ _FAINT = 2  # % below which a number is drawn faintly
 def per_head_bars(frame: pd.DataFrame, metric: str, title: str) -> alt.LayerChart:
     """One figure per head, with its standard error where there is one."""
     heads = alt.Scale(domain=sorted(frame["head"]))  # also those without a measurable figure
-    base = alt.Chart(frame).encode(x=HEADS.scale(heads))
-    bars = base.mark_bar(color=PALETTE[0]).encode(y=alt.Y(f"{metric}:Q", title=title), tooltip=["head", metric])
+    base = alt.Chart().encode(x=HEADS.scale(heads))
+    shown = tips("head:O", f"{metric}:Q")
+    bars = base.mark_bar(color=PALETTE[0]).encode(y=alt.Y(f"{metric}:Q", title=title), tooltip=shown)
     layers = [bars]
     if f"{metric}_se" in frame:
-        bounds = frame.assign(low=frame[metric] - frame[f"{metric}_se"], high=frame[metric] + frame[f"{metric}_se"])
-        whiskers = alt.Chart(bounds).mark_rule(color=PALETTE[4], strokeWidth=2)
-        layers.append(whiskers.encode(x=alt.X("head:O", scale=heads), y=alt.Y("low:Q", title=title), y2="high:Q"))
-    return alt.layer(*layers).properties(height=220)
+        frame = frame.assign(low=frame[metric] - frame[f"{metric}_se"], high=frame[metric] + frame[f"{metric}_se"])
+        whiskers = base.mark_rule(color=PALETTE[4], strokeWidth=2)
+        layers.append(whiskers.encode(y=alt.Y("low:Q", title=title), y2=alt.Y2("high:Q")))
+    return alt.layer(*layers, data=frame).properties(height=220)
 
 
 def slot_map(heads: pd.DataFrame, measure: str, title: str) -> alt.LayerChart:
@@ -34,7 +35,7 @@ def slot_map(heads: pd.DataFrame, measure: str, title: str) -> alt.LayerChart:
     ]
     frame = pd.DataFrame(rows, columns=["head", "slot", "share"])
     slots = [slot.replace("_", " ") for slot in SLOTS]
-    base = alt.Chart(frame).encode(
+    base = alt.Chart().encode(
         x=alt.X(
             "slot:N",
             title=None,
@@ -42,7 +43,7 @@ def slot_map(heads: pd.DataFrame, measure: str, title: str) -> alt.LayerChart:
             axis=alt.Axis(labelAngle=-45, labelOverlap=False, ticks=False, domain=False),
         ),
         y=alt.Y("head:O", title="Head", axis=alt.Axis(labelFlush=False, ticks=False, domain=False)),
-        tooltip=["head", "slot", alt.Tooltip("share:Q", format=".1f", title="%")],
+        tooltip=[*tips("head:O", "slot:N"), alt.Tooltip("share:Q", format=".1f", title="%")],
     )
     shade = alt.Opacity("share:Q", scale=alt.Scale(domain=[0, 100], range=[0, 0.7]), legend=None)
     cells = base.mark_rect(color=PALETTE[0]).encode(opacity=shade)
@@ -51,7 +52,7 @@ def slot_map(heads: pd.DataFrame, measure: str, title: str) -> alt.LayerChart:
         text=alt.Text("share:Q", format=".0f"),
         opacity=alt.condition(alt.datum.share < _FAINT, alt.value(0.35), alt.value(1)),
     )
-    return (cells + numbers).properties(title=title, height=alt.Step(20))
+    return alt.layer(cells, numbers, data=frame).properties(title=title, height=alt.Step(20))
 
 
 def monosemanticity(heads: pd.DataFrame) -> alt.LayerChart:
@@ -61,7 +62,7 @@ def monosemanticity(heads: pd.DataFrame) -> alt.LayerChart:
         rows.append((head.head, "each feature once", head.mono_share, head.mono_low, head.mono_high))
         rows.append((head.head, "by firing", head.mono_weighted, head.mono_weighted_low, head.mono_weighted_high))
     frame = pd.DataFrame(rows, columns=["head", "counted", "share", "low", "high"])
-    base = alt.Chart(frame).encode(
+    base = alt.Chart().encode(
         x=HEADS,
         xOffset=alt.XOffset("counted:N", sort=None),
         color=alt.Color(
@@ -73,10 +74,10 @@ def monosemanticity(heads: pd.DataFrame) -> alt.LayerChart:
     )
     y = alt.Y("share:Q", title="Share (95 % interval)", axis=alt.Axis(format="%"), scale=alt.Scale(domain=[0, 1]))
     points = base.mark_point(filled=True, size=60).encode(
-        y=y, tooltip=["head", "counted", *(alt.Tooltip(f"{c}:Q", format=".1%") for c in ("share", "low", "high"))]
+        y=y, tooltip=tips("head:O", "counted:N", share=".1%", low=".1%", high=".1%")
     )
-    bars = base.mark_rule(strokeWidth=2).encode(y=alt.Y("low:Q", title="Share (95 % interval)"), y2="high:Q")
-    return (bars + points).properties(height=300)
+    bars = base.mark_rule(strokeWidth=2).encode(y=alt.Y("low:Q", title="Share (95 % interval)"), y2=alt.Y2("high:Q"))
+    return alt.layer(bars, points, data=frame).properties(height=300)
 
 
 def redundancy(counts: list[list[int]]) -> alt.LayerChart:
@@ -85,10 +86,10 @@ def redundancy(counts: list[list[int]]) -> alt.LayerChart:
         [(a, b, n) for a, row in enumerate(counts) for b, n in enumerate(row) if a != b],
         columns=["head", "other", "features"],
     )
-    base = alt.Chart(frame).encode(
+    base = alt.Chart().encode(
         x=alt.X("other:O", title="has a partner in head", axis=alt.Axis(labelAngle=0)),
         y=alt.Y("head:O", title="Features of head"),
-        tooltip=["head", "other", "features"],
+        tooltip=tips("head:O", "other:O", "features:Q"),
     )
     largest = max(1, int(np.max(counts)))
     cells = base.mark_rect().encode(
@@ -96,9 +97,9 @@ def redundancy(counts: list[list[int]]) -> alt.LayerChart:
     )
     light = alt.datum.features > 0.6 * largest
     texts = base.mark_text(fontSize=11).encode(
-        text="features:Q", color=alt.condition(light, alt.value("black"), alt.value("white"))
+        text=alt.Text("features:Q"), color=alt.condition(light, alt.value("black"), alt.value("white"))
     )
-    return (cells + texts).properties(height=300)
+    return alt.layer(cells, texts, data=frame).properties(height=300)
 
 
 def merging(curve: pd.DataFrame, l0: float) -> alt.LayerChart:
@@ -114,10 +115,12 @@ def merging(curve: pd.DataFrame, l0: float) -> alt.LayerChart:
                 "linked:N", title="Linked by", sort=None, scale=alt.Scale(range=PALETTE[:3]),
                 legend=alt.Legend(orient="top", labelLimit=250, columns=1),
             ),
-            tooltip=["linked", "threshold", alt.Tooltip("L0:Q", format=".2f"), "clusters", "largest"],
+            tooltip=tips("linked", "threshold", "clusters", "largest", L0=".2f"),
         )
     )  # fmt: skip
     plain = alt.Chart(pd.DataFrame({"L0": [l0], "name": [f"L0 {l0:.1f} without merging"]}))
-    rule = plain.mark_rule(strokeDash=[4, 4], color=GREY).encode(y="L0:Q")
-    text = plain.mark_text(align="left", dx=4, dy=12, color=GREY).encode(y="L0:Q", x=alt.value(0), text="name:N")
+    rule = plain.mark_rule(strokeDash=[4, 4], color=GREY).encode(y=alt.Y("L0:Q"))
+    text = plain.mark_text(align="left", dx=4, dy=12, color=GREY).encode(
+        y=alt.Y("L0:Q"), x=alt.value(0), text=alt.Text("name:N")
+    )
     return (lines + rule + text).properties(height=340)

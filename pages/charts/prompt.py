@@ -3,7 +3,7 @@
 import altair as alt
 import pandas as pd
 
-from pages.charts.common import HEADS, PALETTE, slot_bars, slot_colour, tokens
+from pages.charts.common import HEADS, PALETTE, slot_bars, slot_colour, tips, tokens
 
 
 def firing_map(frame: pd.DataFrame, largest: int) -> alt.Chart:
@@ -18,7 +18,7 @@ def firing_map(frame: pd.DataFrame, largest: int) -> alt.Chart:
             y=alt.Y("head:O", title="Head"),
             color=alt.Color("active:Q", title="Active features", scale=scale),
             opacity=alt.condition(pick, alt.value(1.0), alt.value(0.45)),
-            tooltip=["head", "token", "active", alt.Tooltip("activation:Q", format=".2f")],
+            tooltip=tips("head", "token", "active", activation=".2f"),
         )
         .add_params(pick)
         .properties(height=alt.Step(24))
@@ -43,23 +43,24 @@ def source_strips(frame: pd.DataFrame) -> alt.VConcatChart:
     ):
         last = column == "dfa"
         strips.append(
-            alt.Chart(frame)
+            alt.Chart()
             .mark_bar()
             .encode(
                 x=tokens("source", labels=last, ticks=last),
                 y=alt.Y(f"sum({column}):Q", title=None, axis=alt.Axis(tickCount=3)),
                 color=colour,
-                tooltip=["token", "slot", alt.Tooltip(f"{column}:Q", format=".4f")],
+                tooltip=tips("token:N", "slot:N", **{column: ".4f"}),
             )
             .properties(height=44, width="container", title=alt.Title(title, anchor="start", fontSize=12))
         )
-    return alt.vconcat(*strips, spacing=4)
+    return alt.vconcat(*strips, spacing=4, data=frame)
 
 
 def recovered(frame: pd.DataFrame) -> alt.Chart:
     """How much of a logit difference the patch of each head alone recovers."""
-    tips = ["head", *(alt.Tooltip(f"{name}:Q", format=".3f") for name in ("patched", "direct", "recovered"))]
     bars = alt.Chart(frame).mark_bar(color=PALETTE[0])
     return bars.encode(
-        x=HEADS, y=alt.Y("recovered:Q", title="Recovered", axis=alt.Axis(format="%")), tooltip=tips
+        x=HEADS,
+        y=alt.Y("recovered:Q", title="Recovered", axis=alt.Axis(format="%")),
+        tooltip=tips("head", patched=".3f", direct=".3f", recovered=".3f"),
     ).properties(height=120)

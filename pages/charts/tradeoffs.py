@@ -7,14 +7,14 @@ import altair as alt
 import pandas as pd
 
 from analysis.runs.tables import METRICS, SCORES
-from pages.charts.common import GREY, PALETTE
+from pages.charts.common import GREY, PALETTE, tips
 
 # What Kissane et al. (arXiv:2406.17759) ask of an SAE on the outputs of a whole attention layer.
 TARGETS = {"L0": 20, "CE_score": 0.8}
 DENSE = "(dense)"  # how the recipe of a dense baseline ends
 _FORMATS = {"L0": ",.1f", "MSE": ",.4g", "FVU": ".3f", "CE_score": ".3f", "KL_score": ".3f", "parameters": ",d",
             "training_tokens": ",d", "training_minutes": ",.1f"}  # fmt: skip
-_TIPS = ["name", "recipe", "sparsity", "status", alt.Tooltip("figures:N", title="figures from")]
+_TIPS = [*tips("name:N", "recipe:N", "sparsity:Q", "status:N"), alt.Tooltip("figures:N", title="figures from")]
 _TIPS += [alt.Tooltip(f"{field}:Q", title=field.replace("_", " "), format=form) for field, form in _FORMATS.items()]
 
 
@@ -40,18 +40,20 @@ def tradeoff(frame: pd.DataFrame, metric: str, log: bool, recipes: list[str], he
     drawn = frame.assign(training_minutes=frame["training_seconds"] / 60, training_tokens=frame["tokens_seen"])
     if f"{metric}_se" in frame:
         drawn["low"], drawn["high"] = (drawn[metric] + sign * drawn[f"{metric}_se"] for sign in (-1, 1))
-    base = alt.Chart(drawn)
+    base = alt.Chart()
     faded = alt.condition("datum.chosen", alt.value(1.0), alt.value(0.2))
 
     layers = _targets(metric, head)
     layers.append(
         base.transform_filter("datum.front")
         .mark_line(strokeWidth=1.5, opacity=0.5)
-        .encode(x=x, y=y, color=colour, order="L0:Q")
+        .encode(x=x, y=y, color=colour, order=alt.Order("L0:Q"))
     )
     if "low" in drawn:
         low = alt.Y("low:Q", title=y_title, scale=y_scale)
-        layers.append(base.mark_rule(strokeWidth=2).encode(x=x, y=low, y2="high:Q", color=colour, opacity=faded))
+        layers.append(
+            base.mark_rule(strokeWidth=2).encode(x=x, y=low, y2=alt.Y2("high:Q"), color=colour, opacity=faded)
+        )
     points = base.mark_point(size=130, strokeWidth=2).encode(
         x=x,
         y=y,
@@ -68,9 +70,9 @@ def tradeoff(frame: pd.DataFrame, metric: str, log: bool, recipes: list[str], he
     layers.append(  # of the others the tooltip tells it
         base.transform_filter("datum.front")
         .mark_text(fontSize=11, align="left", baseline="middle", dx=10)
-        .encode(x=x, y=y, text="sparsity:N", color=colour, opacity=faded)
+        .encode(x=x, y=y, text=alt.Text("sparsity:N"), color=colour, opacity=faded)
     )
-    return alt.layer(*layers).properties(height=520)
+    return alt.layer(*layers, data=drawn).properties(height=520)
 
 
 def picked(frame: pd.DataFrame, selection: dict[str, Any]) -> list[str]:
@@ -113,8 +115,8 @@ def training_curves(frame: pd.DataFrame, figure: str, recipes: list[str]) -> alt
                 scale=alt.Scale(domain=domain, range=_colours(len(domain))),
                 legend=alt.Legend(title=None, orient="top", columns=columns, symbolOpacity=1, labelLimit=400),
             ),
-            detail="name:N",
-            tooltip=["name:N", "recipe:N", "step:Q", alt.Tooltip("value:Q", title=figure, format=".4g")],
+            detail=alt.Detail("name:N"),
+            tooltip=[*tips("name", "recipe", "step"), alt.Tooltip("value:Q", title=figure, format=".4g")],
         )
         .properties(height=300)
     )
@@ -146,7 +148,7 @@ def _targets(metric: str, head: int | None) -> list[alt.LayerChart]:
     rule = at.mark_rule(strokeDash=[5, 4], color=GREY)
     text = partial(at.mark_text, align="left", dx=4, fontSize=11, color=GREY)
     l0, score = (alt.value(f"{key.replace('_', ' ')} {value} (Kissane et al.)") for key, value in TARGETS.items())
-    drawn = [rule.encode(x="x:Q"), text(dy=8).encode(x="x:Q", y=alt.value(0), text=l0)]
+    drawn = [rule.encode(x=alt.X("x:Q")), text(dy=8).encode(x=alt.X("x:Q"), y=alt.value(0), text=l0)]
     if metric == "CE_score":
-        drawn += [rule.encode(y="y:Q"), text(dy=-8).encode(x=alt.value(0), y="y:Q", text=score)]
+        drawn += [rule.encode(y=alt.Y("y:Q")), text(dy=-8).encode(x=alt.value(0), y=alt.Y("y:Q"), text=score)]
     return drawn

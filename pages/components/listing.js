@@ -17,23 +17,24 @@ function written(value, { kind, digits }) {
     return String(value);
 }
 
-// One bar a token, as high as the feature fires there; hovered, it names the token.
+// One bar a token, as high as the feature fires there; hovered, it names the token. No canvas: a page would have a
+// hundred, and browsers make a layer of each.
 function strip(text, tokens) {
-    const values = Uint8Array.from(atob(text), (c) => c.charCodeAt(0)), canvas = element("canvas");
-    const [width, height] = STRIP, step = width / values.length, context = canvas.getContext("2d");
-    canvas.width = width;
-    canvas.height = height;
-    context.fillStyle = `rgb(${FIRES})`;
-    values.forEach((value, i) => {
-        if (!value) return;
-        const high = Math.max(2, value / 255 * height);
-        context.fillRect(i * step, height - high, Math.max(1, step - 0.5), high);
-    });
-    canvas.onmousemove = (event) => {
+    const values = Uint8Array.from(atob(text), (c) => c.charCodeAt(0)), step = STRIP[0] / values.length;
+    const [picture, bars] = ["svg", "path"].map((tag) => document.createElementNS("http://www.w3.org/2000/svg", tag));
+    picture.setAttribute("width", STRIP[0]);
+    picture.setAttribute("height", STRIP[1]);
+    bars.setAttribute("fill", `rgb(${FIRES})`);
+    bars.setAttribute("d", Array.from(values, (value, i) => {
+        const wide = Math.max(1, step - 0.5), high = Math.max(2, value / 255 * STRIP[1]);
+        return value ? `M${i * step} ${STRIP[1]}v${-high}h${wide}v${high}` : "";
+    }).join(""));
+    picture.append(bars);
+    picture.onmousemove = (event) => {
         const i = Math.min(values.length - 1, Math.floor(event.offsetX / step));
-        canvas.title = `${i}: ${tokens[i]}`;
+        picture.parentElement.title = `${i}: ${tokens[i]}`;
     };
-    return canvas;
+    return picture;
 }
 
 export default function draw({ parentElement, data, setTriggerValue }) {

@@ -17,7 +17,10 @@ export default function ({ parentElement, data, setTriggerValue }) {
         button.setAttribute("aria-label", `Pattern of head ${index}`);
         draw(canvas, picture, SMALL);
         button.append(canvas, element("span", "", String(index)));
-        button.onclick = () => setTriggerValue("head", index);
+        button.onclick = () => {
+            for (const each of heads.children) each.setAttribute("aria-pressed", String(each === button && index !== head));
+            setTriggerValue("head", index);
+        };
         heads.append(button);
     });
 
@@ -35,7 +38,7 @@ export default function ({ parentElement, data, setTriggerValue }) {
             if (position === 0) return;  // BOS is no token of the prompt
             const from = event.shiftKey && anchor !== null ? anchor : position;
             if (!event.shiftKey) anchor = position;
-            setTriggerValue("token", [Math.min(from, position), Math.max(from, position)]);
+            pick(Math.min(from, position), Math.max(from, position));
         };
         made.onclick = choose;
         made.onkeydown = (event) => {
@@ -46,6 +49,11 @@ export default function ({ parentElement, data, setTriggerValue }) {
         text.append(made);
         return made;
     });
+
+    function pick(first, last) {  // marked at once: the answer takes its time
+        spans.forEach((each, i) => each.classList.toggle("chosen", i >= first && i <= last));
+        setTriggerValue("token", [first, last]);
+    }
 
     const name = (position) => `${position}: ${tokens[position].trim() || tokens[position]}`;
     const strongest = (values) => values
@@ -78,7 +86,7 @@ export default function ({ parentElement, data, setTriggerValue }) {
     canvas.onmouseleave = () => show(null);
     canvas.onclick = (event) => {
         const position = Math.min(n - 1, Math.floor(event.offsetY / LARGE * n));
-        if (position > 0) setTriggerValue("token", [position, position]);
+        if (position > 0) pick(position, position);
     };
     large.append(canvas, element("figcaption", "", `${head === null ? "Mean over the heads" : `Head ${head}`}; row: a token, column: one it reads`));
 

@@ -7,7 +7,6 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 
-from analysis.spreadsheet import guarded
 from analysis.store import Analysis
 from analysis.tokens import in_text, visible
 from pages.charts import features as charts
@@ -15,6 +14,7 @@ from pages.components.listing import listing
 from pages.sections import notes
 from pages.shared import live, strips
 from pages.shared.columns import draw_table
+from pages.shared.exports import downloads
 from pages.shared.page import typed
 from pages.shared.pick import choose, put
 from pages.shared.words import in_words
@@ -72,10 +72,7 @@ def show(checkpoint: Checkpoint, analysis: Analysis, feature: int) -> None:
 
 def export(fitting: pd.DataFrame, name: str) -> None:
     """The features that fit the filters, as a file."""
-    table = fitting.drop(columns=["label", "note"], errors="ignore")
-    texts = {"csv": guarded(table).to_csv(index=False), "json": table.to_json(orient="records", indent=1)}
-    for column, (kind, text) in zip(st.columns(2), texts.items(), strict=True):
-        column.download_button(f"{len(table):,} as {kind.upper()}", text, f"features-{name}.{kind}")
+    downloads(fitting.drop(columns=["label", "note"], errors="ignore"), f"{len(fitting):,}", f"features-{name}")
 
 
 def sae_vis_page(checkpoint: Checkpoint, features: list[int]) -> None:

@@ -9,7 +9,7 @@ import streamlit as st
 from analysis.comments import AUTHOR, TEXT, Comments
 from analysis.labels import Labels
 from analysis.lists import Lists
-from analysis.spreadsheet import guarded
+from pages.shared.exports import downloads
 from pages.shared.page import refuse
 from trainer.checkpoint import Checkpoint
 
@@ -48,11 +48,8 @@ def exchange(checkpoint: Checkpoint) -> None:
     """Labels of a checkpoint as JSON or CSV, out and in; its comments out."""
     labels, name = Labels(checkpoint.path), checkpoint.name
     try:
-        for what, table in (("labels", labels.table()), ("comments", Comments(checkpoint.path).table())):
-            texts = {"json": table.to_json(orient="records", indent=1), "csv": guarded(table).to_csv(index=False)}
-            for column, (kind, text) in zip(st.columns(2), texts.items(), strict=True):
-                label = f"{what.title()} as {kind.upper()}"
-                column.download_button(label, text, f"{what}-{name}.{kind}", disabled=table.empty)
+        downloads(labels.table(), "Labels", f"labels-{name}")
+        downloads(Comments(checkpoint.path).table(), "Comments", f"comments-{name}")
         file = st.file_uploader(
             "Import labels from JSON or CSV", type=["json", "csv"], help="replaces labels of the same features"
         )

@@ -10,6 +10,7 @@ from analysis.prompt.run import PromptRun, active_features, firing_map, source_a
 from pages.charts import prompt as charts
 from pages.components.listing import listing
 from pages.shared import live
+from pages.shared.address import permalink
 from pages.shared.page import feature_link
 from pages.shared.pick import ALL, pick_head, put, select
 from pages.shared.words import in_words
@@ -17,6 +18,7 @@ from trainer.checkpoint import Checkpoint
 
 RANKS = ("activation", "direct effect on a next token", "DFA from a source")
 CHOSEN = ("token", "until", "source", "next", "firing")  # here, which means nothing on another prompt
+EXPLORE = "explore"  # the part of the page that shows what is chosen
 _PER_HEAD, _OF_ONE = 40, 300  # features listed
 _WIDEST = 96  # tokens of the map that can be read side by side
 _SOURCES = 60  # bars that can be read side by side
@@ -112,14 +114,17 @@ def show_sources(checkpoint: Checkpoint, run: PromptRun, firing: pd.Series) -> N
     st.altair_chart(charts.source_strips(sources))
 
 
+@st.fragment
+@permalink()
 def draw_map(run: PromptRun) -> None:
     """Counts of features by head and token; a click on a cell picks its head and token, one beside them all."""
-    st.markdown("**How many features fire**")
+    st.subheader("How many features fire", anchor=False)
 
     def clicked() -> None:
         cells = st.session_state["map"]["selection"]["cell"]
         put("head", str(cells[0]["head"]) if cells else ALL)
         put("token", run.label(cells[0]["position"]) if cells else ALL)
+        st.rerun(EXPLORE)
 
     counts, length = firing_map(run), len(run.strings)
     largest = int(counts["active"].max())

@@ -100,8 +100,10 @@ def figures_or_hint(checkpoint: Checkpoint) -> dict[str, Any] | None:
 @st.cache_resource(max_entries=2, show_spinner="Loading the language model")
 def _language_model(name: str, dtype: str) -> tuple[Any, str]:
     """The model and its fingerprint, which is worth computing once."""
-    from trainer.model.lm import LanguageModel  # transformer_lens takes seconds to import: only pages with prompts pay
+    # transformer_lens takes seconds to import: only pages with prompts pay
+    from trainer.model.lm import LanguageModel, leave_cores
 
+    leave_cores()
     lm = LanguageModel.load(name, dtype=dtype)
     return lm, lm.fingerprint()
 

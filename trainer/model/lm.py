@@ -5,6 +5,7 @@ Grouped-query attention ends here: values come out once per query head.
 """
 
 import hashlib
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -23,6 +24,14 @@ from trainer.model.tokens import token_ids
 
 _COLUMNS = 8192  # of an unembedding in half precision that are float32 at a time: Gemma's whole has gigabytes
 _BYTES = {character: byte for byte, character in bytes_to_unicode().items()}  # of a byte-level BPE
+
+
+def leave_cores() -> None:
+    """Compute on half of the processor's cores from now on, where something else (a browser) wants some too.
+
+    The threads of a small matmul wait for each other, and so for whatever takes the core of one.
+    """
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
 
 
 def pick_device(name: str) -> str:
@@ -296,8 +305,16 @@ class LanguageModel:
 
     @contextmanager
     def _hooked(self, hooks: Sequence[tuple[str, Callable]]) -> Iterator[None]:
-        with self._lock, torch.no_grad(), self.model.hooks(fwd_hooks=list(hooks)):
-            yield
+        # TransformerLens' `hooks` takes milliseconds to look for hooks in all hook points; ours are where we put them.
+        level, points = self.model.context_level + 1, self.model.hook_dict
+        with self._lock, torch.no_grad():
+            try:
+                for name, hook in hooks:
+                    self.model.add_hook(name, hook, level=level)
+                yield
+            finally:
+                for name, _ in hooks:
+                    points[name].remove_hooks(level=level)
 
 
 class Layer:
