@@ -6,7 +6,7 @@ from analysis.store import Analysis
 from pages.sections import dashboard, feature_browser, notes
 from pages.shared import live
 from pages.shared.address import permalink
-from pages.shared.page import begin, sentences
+from pages.shared.page import HALVES, begin, sentences
 from pages.shared.pick import pick_checkpoint, readable
 from trainer.checkpoint import Checkpoint
 
@@ -15,7 +15,8 @@ from trainer.checkpoint import Checkpoint
 @permalink()
 def browse(checkpoint: Checkpoint, analysis: Analysis) -> None:
     """The features that fit the filters, beside the dashboard of one of them."""
-    left, right = st.columns([5, 7])
+    with st.container(key=HALVES):
+        left, right = st.columns([5, 7])
     with sentences():
         with left, st.container(key="beside"):  # it stays where it is while the dashboard is scrolled
             fitting = feature_browser.pick_fitting(checkpoint, analysis)

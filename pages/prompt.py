@@ -6,7 +6,7 @@ from analysis.prompt.run import PromptRun
 from pages.sections import interventions, prompt_features, prompt_heads, prompt_text
 from pages.shared import live
 from pages.shared.address import permalink
-from pages.shared.page import begin
+from pages.shared.page import HALVES, begin
 from pages.shared.pick import pick_checkpoint, pick_prompt, readable
 from trainer.checkpoint import Checkpoint
 
@@ -19,7 +19,8 @@ def explore(checkpoint: Checkpoint, prompt: str, run: PromptRun) -> None:
     head, span, features, firing = prompt_features.pick(checkpoint, prompt, run)
     with text:
         prompt_text.show(prompt, run, head, span, firing)
-    left, right = st.columns([11, 8])
+    with st.container(key=HALVES):
+        left, right = st.columns([11, 8])
     with left:
         prompt_features.show(checkpoint, run, features, firing)
     with right:

@@ -84,7 +84,7 @@ def show(checkpoint: Checkpoint, run: PromptRun, features: pd.DataFrame, chosen:
         group=None if run.dense else "head",
         tokens=run.strings,
         search="Feature",
-        height=420,
+        height=560,
         **{"head": None} if run.dense else {},
     )
 

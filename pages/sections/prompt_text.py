@@ -14,9 +14,8 @@ _DENSE_HEAD = "head shown"  # a dense SAE has features of no head, but its model
 
 def show(prompt: str, run: PromptRun, head: int | None, span: tuple[int, int] | None, firing: pd.Series | None) -> None:
     """Tokens and patterns: a click on one picks it as the boxes below do, a click with shift a span."""
-    left, right = st.columns([2, 3])
-    kind = choose("What a token reads", KINDS, "reads", column=left, label_visibility="collapsed")
-    with right:
+    with st.container(horizontal=True, vertical_alignment="center", key="above_text"):
+        kind = choose("What a token reads", KINDS, "reads", label_visibility="collapsed", width="content")
         show_example(prompt)
     feature = None
     if kind == FEATURE:

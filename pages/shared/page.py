@@ -19,6 +19,7 @@ from trainer.checkpoint import Checkpoint, CheckpointError
 
 ROOT = Path(__file__).parents[2]
 LINKED = "of"  # the checkpoint of a link: Streamlit drops from it what the page that one leaves calls so too
+HALVES = "halves"  # key of what holds two columns that stand below each other on a narrow screen
 ARROW = ":material/arrow_forward:"
 
 
@@ -26,11 +27,11 @@ def begin(title: str, what: str) -> None:
     """The top of a page: its title and one sentence on what it shows."""
     _through_app_py()
     st.html(Path(__file__).with_suffix(".html"), unsafe_allow_javascript=True)
-    left, middle, right = st.columns([1, 6, 1], vertical_alignment="center")
-    left.title(title, anchor=False)
-    middle.caption(what)
-    with right:
-        copy_link()
+    with st.container(horizontal=True, vertical_alignment="center", key="top"):
+        st.title(title, anchor=False, width="content")
+        st.caption(what)
+        with st.container(width="content"):
+            copy_link()
 
 
 def _through_app_py() -> None:

@@ -3,6 +3,7 @@
 import http.client
 import re
 
+import pandas as pd
 import pytest
 
 from tests.browser import Visitor, browse
@@ -144,6 +145,19 @@ def test_what_is_chosen_by_hand_after_a_prompt_by_hand_is_in_the_address(visitor
     assert page.get_by_role("combobox", name="Token", exact=True).first.input_value() == "7: \u00b7two"
 
 
+def test_what_fits_the_filters_is_a_file(visitor):
+    page = visitor.page
+    visitor.open("features?fires=any+digit")
+    page.get_by_text("The features above as a file").click()
+    for kind, read in (("CSV", pd.read_csv), ("JSON", pd.read_json)):
+        button = page.get_by_role("button", name=re.compile(rf"^\d+ as {kind}$"))
+        n = int(button.inner_text().split()[0])
+        with page.expect_download() as downloaded:
+            button.click()
+        table = read(downloaded.value.path())
+        assert len(table) == n > 10 and table["precision"].between(0, 1).all()
+
+
 def test_a_list_is_walked_by_mouse_and_by_keys(visitor):
     page = visitor.page
     rows = page.locator(".rows").first.locator("tbody tr[aria-selected]")
@@ -270,3 +284,9 @@ def test_the_prompt_is_text_that_one_hovers_and_clicks(visitor):
         assert page.get_by_role("button", name="Pattern of head 4").get_attribute("aria-pressed") == "true"
     page.get_by_role("button", name="Pattern of head 4").click()
     page.wait_for_function("!location.href.includes('head=')")
+    visitor.idle()
+    cells = page.get_by_test_id("stVegaLiteChart").nth(1)  # the first one is the chosen feature's
+    cells.scroll_into_view_if_needed()
+    cells.click(position={"x": cells.bounding_box()["width"] / 2, "y": 110})  # the row of head 4
+    visitor.addressed(head="4", token="11")
+    page.get_by_role("button", name="Pattern of head 4", pressed=True).wait_for()

@@ -60,8 +60,19 @@ def test_nothing_after_the_hook_is_computed(gpt2):
     assert not [name for name in ran if "mlp" in name or "resid_mid" in name or name == "ln_final"]
 
 
-def test_no_hook_stays_behind(gpt2):
-    gpt2.layer(1).attention(TOKENS)
+def test_no_hook_stays_behind_but_those_of_others(gpt2):
+    def fail(z):
+        raise ValueError("edited in vain")
+
+    point, seen = gpt2.model.hook_dict["blocks.1.attn.hook_z"], []
+    point.add_hook(lambda value, hook: seen.append(value.shape))
+    try:
+        gpt2.layer(1).attention(TOKENS)
+        with pytest.raises(ValueError, match="edited in vain"):
+            gpt2.layer(1).edited(TOKENS, fail)
+        assert len(seen) == 2 and len(point.fwd_hooks) == 1
+    finally:
+        point.remove_hooks()
     assert not [name for name, point in gpt2.model.hook_dict.items() if point.fwd_hooks]
 
 
