@@ -5,6 +5,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from trainer import ranks
 from trainer.kernels.dense import Params, in_tiles
 
 _AUX_COEFFICIENT = 1 / 32
@@ -26,7 +27,8 @@ def aux_k(
     Only the dead columns are computed: blocks with fewer dead features than others are padded.
 
     Returns:
-        Gradients of W_enc, b_enc and W_dec, zero for living features, and the term of each point.
+        Gradients of W_enc, b_enc and W_dec, zero for living features, and the term of each point: of this process's
+        rows, with variances of the whole batch.
     """
     n_blocks, batch, width = error.shape
     n_dead = int(dead.sum(1).max())
@@ -67,7 +69,8 @@ def aux_k(
 
 
 def _deviation(x: Float[Tensor, "block batch width"]) -> Float[Tensor, " block"]:
-    return (x - x.mean(1, keepdim=True)).pow(2).sum((1, 2))
+    """Of the rows of all processes."""
+    return ranks.total((x - ranks.mean(x.mean(1, keepdim=True))).pow(2).sum((1, 2)))
 
 
 def resample(
@@ -80,7 +83,7 @@ def resample(
 ) -> None:
     """Point dead features, in place, at inputs that are reconstructed badly; the others are not touched.
 
-    For every dead feature an input of the batch is drawn with probability proportional to its squared
+    For every dead feature an input of the (whole) batch is drawn with probability proportional to its squared
     loss; W_dec = unit(x - b_dec), W_enc = 0.2 * mean encoder norm of the block's living features * that,
     b_enc = 0, Adam's moments 0. Bricken et al. 2023, "Neuron Resampling".
     """
