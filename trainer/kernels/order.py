@@ -8,6 +8,7 @@ from torch import Tensor
 
 from trainer import ranks
 
+_BITS = 11  # of a digit: the 31 of a float without its sign are three digits
 
 def nth_largest(groups: Sequence[Float[Tensor, " _"]], counts: Sequence[int]) -> Float[Tensor, " group"]:
     """The `counts[g]`-th largest of the positive values of each group; the least where there are fewer, 0 without any.
@@ -31,23 +32,23 @@ def _nth(values: Float[Tensor, " value"], count: int) -> Float[Tensor, ""]:
 
 
 def _over_ranks(groups: Sequence[Float[Tensor, " _"]], counts: Tensor) -> Float[Tensor, " group"]:
-    """Bits of positive floats are ordered as the floats are, so a byte of the result is found at a time, from the
-    highest: by how many values with the bytes found so far have each next one. Exact, in four sums of 256 counts."""
+    """Bits of positive floats are ordered as the floats are, so the result is found from its highest bits on, a digit
+    at a time, by how many values that begin as it does go on with each digit. Exact, in three sums of 2,048 counts."""
     n, values = len(groups), torch.cat(list(groups))
+    integer = torch.int32 if values.itemsize == 4 else torch.int64
     sizes = torch.tensor([len(each) for each in groups], device=values.device)
     group = torch.arange(n, device=values.device).repeat_interleave(sizes)
-    sizes = ranks.total(sizes)
-    counts = counts.minimum(sizes)
-    bits = values.view(torch.int32 if values.itemsize == 4 else torch.int64).long()
+    bits = values.view(integer).long()
     found = torch.zeros(n, dtype=torch.int64, device=values.device)
-    for shift in range(8 * values.itemsize - 8, -1, -8):
-        # Shifted twice: by all 64 bits at once nothing would move.
-        alike = bits >> shift >> 8 == found[group]
-        byte = bits[alike] >> shift & 255
-        having = ranks.total(torch.bincount(group[alike] * 256 + byte, minlength=n * 256)).view(n, 256)
-        at_least = having.flip(1).cumsum(1).flip(1)  # values whose byte is this one or higher
-        byte = (at_least >= counts[:, None]).sum(1).sub(1).clamp_min(0)
-        counts = counts - (at_least - having).gather(1, byte[:, None])[:, 0]
-        found = found * 256 + byte
-    nth = found.to(torch.int32 if values.itemsize == 4 else torch.int64).view(values.dtype)
-    return nth.where(sizes > 0, 0.0)
+    none = None
+    for shift in range((8 * values.itemsize - 2) // _BITS * _BITS, -1, -_BITS):  # the sign is no part of it
+        alike = bits >> shift >> _BITS == found[group]
+        digit = bits[alike] >> shift & (2**_BITS - 1)
+        having = ranks.total(torch.bincount(group[alike] << _BITS | digit, minlength=n << _BITS)).view(n, -1)
+        if none is None:
+            none, counts = having.sum(1) == 0, counts.minimum(having.sum(1))
+        at_least = having.flip(1).cumsum(1).flip(1)  # values with this digit or a higher one
+        digit = (at_least >= counts[:, None]).sum(1) - 1
+        counts = counts - (at_least - having).gather(1, digit[:, None])[:, 0]
+        found = found << _BITS | digit
+    return found.to(integer).view(values.dtype).masked_fill(none, 0.0)

@@ -1,5 +1,7 @@
 """What is done about dead features: AuxK for the TopK family, resampling for bricken."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -42,7 +44,8 @@ def aux_k(
     }
     leaves = {name: leaf.clone().requires_grad_() for name, leaf in leaves.items()}
     residual = -error.detach()
-    left_over = _deviation(residual).view(n_points, -1).sum(1).clamp_min(1e-12) / _deviation(x).sum()
+    of_residual, of_x = _deviations(residual, x)
+    left_over = of_residual.view(n_points, -1).sum(1).clamp_min(1e-12) / of_x.sum()
     per_block = left_over.repeat_interleave(n_blocks // n_points)
     inputs = x if n_blocks == len(x) else x.repeat(n_blocks // len(x), 1, 1)
     k = min(max(1, width // 2), n_dead)
@@ -68,9 +71,10 @@ def aux_k(
     return grads, term.view(n_points, -1).sum(1)
 
 
-def _deviation(x: Float[Tensor, "block batch width"]) -> Float[Tensor, " block"]:
-    """Of the rows of all processes."""
-    return ranks.total((x - ranks.mean(x.mean(1, keepdim=True))).pow(2).sum((1, 2)))
+def _deviations(*rows: Float[Tensor, "_ batch _"]) -> Sequence[Float[Tensor, " _"]]:
+    """Squared, of every block, summed over the rows of all processes."""
+    means, _ = ranks.reduced([x.mean(1, keepdim=True) for x in rows], [])
+    return ranks.reduced([], [(x - mean).pow(2).sum((1, 2)) for x, mean in zip(rows, means, strict=True)])[1]
 
 
 def resample(
