@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import fields
 from functools import lru_cache
 from typing import Any
@@ -114,6 +114,9 @@ def status(
     except (ValueError, RuntimeError, OSError) as error:
         _say(f"error: {error}")
         return 2
+    finally:
+        if ranks.asked() > 1 and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # by which torchrun ends those whose end has begun
     return 0
 
 
@@ -128,5 +131,5 @@ def _quiet_but_first() -> Iterator[None]:
     if ranks.is_first():
         yield
         return
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         yield

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 _PATIENCE = timedelta(hours=1)  # that one process may be busy alone; one that dies is noticed at once
 
@@ -41,7 +42,9 @@ def joined() -> Iterator[None]:
         yield
         return
     with _heard():
-        dist.init_process_group(timeout=_PATIENCE)
+        store, rank, n, *_ = next(rendezvous("env://", timeout=_PATIENCE))
+        # torchrun may keep its store over a restart, and with it the addresses of those that are no more.
+        dist.init_process_group(store=dist.PrefixStore(_attempt(), store), rank=rank, world_size=n, timeout=_PATIENCE)
     yield
     dist.destroy_process_group()
 
@@ -215,11 +218,16 @@ def says(sentence: str, if_alone: bool = False) -> bool:
     try:
         place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(*place, is_master=False, timeout=timedelta(seconds=5))
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        said = store.add(f"said {attempt}", 1)
-        return said == 1 if if_alone else store.add(f"said {attempt} {sentence}", 1) == 1
+        said = dist.PrefixStore(f"{_attempt()} said", store)
+        anything = said.add("anything", 1) > 1
+        return not anything if if_alone else said.add(sentence, 1) == 1
     except (KeyError, ValueError, RuntimeError):  # who kept the record is gone
         return True
+
+
+def _attempt() -> str:
+    """Which start of the job this is."""
+    return f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
 
 
 @contextmanager

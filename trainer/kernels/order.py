@@ -10,6 +10,7 @@ from trainer import ranks
 
 _BITS = 11  # of a digit: the 31 of a float without its sign are three digits
 
+
 def nth_largest(groups: Sequence[Float[Tensor, " _"]], counts: Sequence[int]) -> Float[Tensor, " group"]:
     """The `counts[g]`-th largest of the positive values of each group; the least where there are fewer, 0 without any.
 
@@ -40,15 +41,15 @@ def _over_ranks(groups: Sequence[Float[Tensor, " _"]], counts: Tensor) -> Float[
     group = torch.arange(n, device=values.device).repeat_interleave(sizes)
     bits = values.view(integer).long()
     found = torch.zeros(n, dtype=torch.int64, device=values.device)
-    none = None
+    first = True
     for shift in range((8 * values.itemsize - 2) // _BITS * _BITS, -1, -_BITS):  # the sign is no part of it
         alike = bits >> shift >> _BITS == found[group]
         digit = bits[alike] >> shift & (2**_BITS - 1)
         having = ranks.total(torch.bincount(group[alike] << _BITS | digit, minlength=n << _BITS)).view(n, -1)
-        if none is None:
-            none, counts = having.sum(1) == 0, counts.minimum(having.sum(1))
+        if first:  # of all values
+            counts, first = counts.minimum(having.sum(1)), False
         at_least = having.flip(1).cumsum(1).flip(1)  # values with this digit or a higher one
-        digit = (at_least >= counts[:, None]).sum(1) - 1
+        digit = (at_least >= counts[:, None].clamp_min(1)).sum(1).sub(1).clamp_min(0)  # 0 where there is no value
         counts = counts - (at_least - having).gather(1, digit[:, None])[:, 0]
         found = found << _BITS | digit
-    return found.to(integer).view(values.dtype).masked_fill(none, 0.0)
+    return found.to(integer).view(values.dtype)
