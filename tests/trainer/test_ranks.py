@@ -148,7 +148,7 @@ def test_the_nth_largest_of_all_is_that_of_one(monkeypatch):
 def smallest(share, guess):
     """That is kept of a batch of two points, as a GPU finds it."""
     pre = torch.randn(4, 90, 20, generator=torch.Generator().manual_seed(2))
-    return select.smallest_kept(pre[:, share(90)], [100, 300], torch.tensor(guess))
+    return select.smallest_kept(pre[:, share(90)].contiguous(), [100, 300], torch.tensor(guess))
 
 
 @pytest.mark.parametrize("guess", [[0.1, 0.1], [9.0, 0.5], [float("nan")] * 2])
