@@ -5,14 +5,16 @@ import signal
 import subprocess
 import sys
 from itertools import chain, islice
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.helpers import PATIENCE, ROOT, decided, tiny_run
+from tests.helpers import PATIENCE, ROOT, decided, edit_json, tiny_run
 from tests.processes import commands, in_processes
 from trainer import checkpoint, ranks
+from trainer import evaluate as evaluation
 from trainer.__main__ import main
 from trainer.checkpoint import Checkpoint
 from trainer.config import ActivationsConfig, TrainingConfig
@@ -287,6 +289,11 @@ def test_a_stopped_job_saves_once_and_goes_on_with_another_number_of_processes(c
         assert state.name == f"step-{step:07d}.safetensors" and 7 <= step < 12
         assert said.err.count(f"state of {path.name} at {step}") == 1 and Checkpoint(path).config.world_size == 3
     assert commands(2, main, [*arguments, "--name=halves", "--resume=true"]) == [[0, 0]]
+    assert_same_runs(out, "whole", "halves", 2)
+    paths = sorted(str(path) for path in out.glob("halves*"))
+    for path in paths:
+        edit_json(Path(path) / "eval.json", L0=0.0, CE_sae=99.0)
+    assert commands(2, evaluation.main, [*paths, "--device=cpu"]) == [[0, 0]]
     assert_same_runs(out, "whole", "halves", 2)
 
 
