@@ -75,7 +75,7 @@ def _train(activations: ActivationsConfig, runs: list[Run], cfg: TrainingConfig)
     held_out = corpus.held_out(corpus.n_contexts(n_held_out))
     for run in runs:
         _check(run.sae, lm)
-    with tf32(device, cfg.tf32), tf32(lm_device, cfg.tf32):
+    with tf32(lm_device if device == "cpu" else device, cfg.tf32):
         members = _fit(activations, runs, cfg, device, lm, corpus, held_out, mode)
 
     # Evaluate, layer by layer: SAEs of one layer share every forward that does not depend on them.
