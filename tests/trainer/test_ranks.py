@@ -1,6 +1,7 @@
 """Several processes train what one process trains: the same rows, the same steps, one writer, and what if one dies."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from tests.helpers import PATIENCE, ROOT, decided, edit_json, tiny_run
 from tests.processes import commands, in_processes
 from trainer import checkpoint, ranks
 from trainer import evaluate as evaluation
+from trainer import run as trained_run
 from trainer.__main__ import main
 from trainer.checkpoint import Checkpoint
 from trainer.config import ActivationsConfig, TrainingConfig
@@ -26,7 +28,6 @@ from trainer.kernels.order import nth_largest
 from trainer.model.lm import LanguageModel
 from trainer.optimise.initialise import initial_params, input_scale
 from trainer.optimise.stack import Stack
-from trainer.run import Run
 
 HEADS, WIDTH, BATCH, STEPS = 3, 8, 48, 50
 # Each as a sweep of two SAEs in one stack.
@@ -263,18 +264,23 @@ def assert_same_runs(out, one, other, world_size):
 
 def interrupted(arguments):
     """`main`, with SIGTERM to the last process in the middle of its 7th step; the others hear of it from that one."""
-    update, save = Stack.update, Run.save_state
+    update = Stack.update
 
     def and_stop(stack, z):
         update(stack, z)
         if stack.step == 7 and stack.cfg.recipe == "april" and ranks.index() == ranks.size() - 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def and_say(run, step, state):
-        print(f"state of {run.path.name} at {step}", file=sys.stderr)
-        save(run, step, state)
+    def and_say(write):
+        def written(path, *more):
+            os.write(2, f"process {ranks.index()} writes {path}\n".encode())  # sys.stderr is quiet but in the first
+            write(path, *more)
 
-    Stack.update, Run.save_state = and_stop, ranks.by_first(and_say)
+        return written
+
+    Stack.update = and_stop
+    trained_run.save_tensors = and_say(trained_run.save_tensors)
+    checkpoint.save_config = and_say(checkpoint.save_config)
     return main(arguments)
 
 
@@ -290,7 +296,8 @@ def test_a_stopped_job_saves_once_and_goes_on_with_another_number_of_processes(c
         (state,) = (path / "training_state").iterdir()
         step = Checkpoint(path).config.steps
         assert state.name == f"step-{step:07d}.safetensors" and 7 <= step < 12
-        assert said.err.count(f"state of {path.name} at {step}") == 1 and Checkpoint(path).config.world_size == 3
+        assert said.err.count(f"process 0 writes {state}\n") == 1 and Checkpoint(path).config.world_size == 3
+        assert f"process 0 writes {path}\n" in said.err and not re.search("process [12] writes", said.err)
     assert commands(2, main, [*arguments, "--name=halves", "--resume=true"]) == [[0, 0]]
     assert_same_runs(out, "whole", "halves", 2)
     paths = sorted(str(path) for path in out.glob("halves*"))
