@@ -15,7 +15,7 @@ def main(argv: list[str] | None = None) -> int:
 
         train(*decided)
 
-    return cli.status(run, "Stopped. Activations harvested and steps saved so far are kept.")
+    return cli.status(run, "Stopped. Activations harvested and steps saved so far are kept.", many_processes=True)
 
 
 if __name__ == "__main__":

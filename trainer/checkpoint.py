@@ -177,6 +177,8 @@ class Config:
     """training or complete"""
     steps: Count | None = None
     tokens_seen: Count | None = None
+    world_size: Positive = 1
+    """processes that trained it, since it was last resumed"""
     wandb_id: str | None = None
     wandb_url: str | None = None
     versions: dict[str, str] = field(default_factory=dict)

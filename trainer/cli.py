@@ -5,13 +5,15 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import fields
 from functools import lru_cache
 from typing import Any
 
 import jsonargparse
 
+from trainer import ranks
 from trainer.config import ActivationsConfig, SAEConfig, SAEOptions, TrainingConfig, require
 from trainer.interrupts import Interrupted
 
@@ -80,26 +82,54 @@ def add_places(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", help="Where the text trained on lies now, if it was moved.")
 
 
-def status(run: Callable[[], object], stopped: str = "Stopped; nothing was written.") -> int:
+def status(
+    run: Callable[[], object], stopped: str = "Stopped; nothing was written.", many_processes: bool = False
+) -> int:
     """Run a command and return its exit status: 0, 130 where it was stopped, or 2 where it cannot be done.
 
-    Every foreseeable failure is one sentence; what nobody foresaw keeps its traceback.
+    Every foreseeable failure is one sentence; what nobody foresaw keeps its traceback. What several processes under
+    torchrun have to say is said once.
 
     Args:
         stopped: what to say where it was stopped without having saved.
+        many_processes: whether it shares its work; else they would write the same files.
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # `kill` is Ctrl-C
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        run()
+        if ranks.asked() > 1 and not many_processes:
+            raise ValueError("this command runs in one process: start it without torchrun")
+        with _quiet_but_first():
+            run()
     except Interrupted as stop:
-        print(f"Saved: {stop}", file=sys.stderr)
+        _say(f"Saved: {stop}")
         return 130
     except KeyboardInterrupt:
-        print(stopped, file=sys.stderr)
+        _say(stopped, if_alone=True)
         return 130
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except ranks.Lost as error:
+        _say(f"error: {error}", if_alone=True)
         return 2
+    except (ValueError, RuntimeError, OSError) as error:
+        _say(f"error: {error}")
+        return 2
+    finally:
+        if ranks.asked() > 1 and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # by which torchrun ends those whose end has begun
     return 0
+
+
+def _say(sentence: str, if_alone: bool = False) -> None:
+    if ranks.says(sentence, if_alone):
+        print(sentence, file=sys.stderr)
+
+
+@contextmanager
+def _quiet_but_first() -> Iterator[None]:
+    """The others have nothing else to say than the first process."""
+    if ranks.is_first():
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield

@@ -103,9 +103,9 @@ class TrainingConfig:
     total_training_steps: int = 2000
     """Optimizer steps; each takes one batch."""
     batch_size: int = 4096
-    """Tokens of a batch."""
+    """Tokens of a batch, of all processes together."""
     buffer_tokens: int = 262_144
-    """Tokens shuffled together; twice as many are held in memory, of every layer."""
+    """Tokens shuffled together; twice as many are held in memory, of every layer, by all processes together."""
     eval_tokens: int | None = None
     """Held-out tokens for eval.json, and as many of repeated random tokens; default 1,500 on a CPU, 8,192 elsewhere."""
     eval_every: int = 1000
@@ -113,7 +113,9 @@ class TrainingConfig:
     seed: int = 0
     """Seed of initialisation and shuffling."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, mps, or auto for the best that is there."""
+    """cpu, cuda, cuda:1, mps, or auto for the best that is there; under torchrun each process takes a GPU of its own."""
+    lm_device: str | None = None
+    """Where the language model runs, if elsewhere than the SAEs; an evaluation is done there."""
     tf32: bool = True
     """On a GPU: model and SAEs multiply in TF32 while training, several times as fast; the evaluation stays in float32."""
     compile: bool = True

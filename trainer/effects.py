@@ -1,8 +1,9 @@
 """What replacing z does to a model's predictions, token by token; what no SAE changes is computed once for a layer."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from trainer import ranks
 from trainer.block_diag import BlockDiagSAE
 from trainer.files import load_tensors, save_tensors
 from trainer.model.lm import Layer
@@ -59,7 +61,8 @@ def effects(
 ) -> Effects:
     """Run the model on from a layer, with z replaced at every position but BOS.
 
-    CE and KL are scored at positions from `first_scored` on where the next token is known.
+    CE and KL are scored at positions from `first_scored` on where the next token is known. Several processes
+    (`trainer.ranks`) share the runs, one replacement each at a time, and all have all results: those of one process.
 
     Args:
         prefixes: of `split(tokens)`, from `Layer.prefix`.
@@ -69,11 +72,13 @@ def effects(
     """
     file = cache and cache / f"{_key(layer, tokens, first_scored, per_head)}.safetensors"
     kept = _load(file, layer.device)
+    kept = None if ranks.any_of(kept is None) else kept
     parts: dict[str, list[Effect]] = {}
     n_scored = len(tokens) * (tokens.shape[1] - 1 - first_scored)
     head_tokens = 0
     heads_done = not per_head
-    for index, chunk in enumerate(tqdm(split(tokens), "Evaluating", disable=not progress, dynamic_ncols=True)):
+    quiet = not (progress and ranks.is_first())
+    for index, chunk in enumerate(tqdm(split(tokens), "Evaluating", disable=quiet, dynamic_ncols=True)):
         resid, z = prefixes[index]
         scorer = _Scorer(layer, chunk, resid, first_scored)
         parts.setdefault("clean", []).append(Effect(scorer.clean_ce, torch.zeros_like(scorer.clean_ce)))
@@ -82,8 +87,8 @@ def effects(
         if kept is None:
             zeroed = _but_bos(z, torch.zeros_like(z))
             replacements |= {"zero": zeroed, "mean": _but_bos(z, mean.expand_as(z))}
-        for name, replacement in replacements.items():
-            parts.setdefault(name, []).append(scorer(replacement))
+        for name, effect in zip(replacements, _scored(scorer, replacements.values()), strict=True):
+            parts.setdefault(name, []).append(Effect(*effect))
         for few in torch.arange(len(chunk)).split(_HEAD_CONTEXTS):
             if heads_done:
                 break
@@ -91,9 +96,10 @@ def effects(
             replacements = {f"sae {i}": z_hat[few] for i, z_hat in enumerate(reconstructions)}
             if kept is None:
                 replacements["zero"] = zeroed[few]
-            for name, replacement in replacements.items():
-                of_heads = [part(each) for each in _one_head(z[few], replacement)]
-                parts.setdefault(f"{name} heads", []).append(Effect(*map(torch.stack, zip(*of_heads, strict=True))))
+            one_head = chain.from_iterable(_one_head(z[few], each) for each in replacements.values())
+            of_heads = torch.stack(_scored(part, one_head)).unflatten(0, (len(replacements), layer.n_heads))
+            for name, effect in zip(replacements, of_heads.transpose(1, 2), strict=True):
+                parts.setdefault(f"{name} heads", []).append(Effect(*effect))
             head_tokens += len(part.targets)
             enough = kept.zero_heads.kl.shape[1] if kept else _enough(_joined(parts["zero heads"]).kl, n_scored)
             heads_done = head_tokens >= enough
@@ -107,6 +113,15 @@ def effects(
     return Effects(
         _joined(parts["clean"]).ce, kept.zero, kept.mean, _stacked(of_saes), kept.zero_heads, _stacked(sae_heads)
     )
+
+
+def _scored(scorer: "_Scorer", replacements: Iterable[Tensor]) -> list[Float[Tensor, "effect token"]]:
+    """CE and KL of each."""
+
+    def score(z: Tensor) -> Tensor:
+        return torch.stack(scorer(z))
+
+    return ranks.dealt(score, replacements, (2, len(scorer.targets)), scorer.clean)
 
 
 def split(tokens: Int[Tensor, "context pos"]) -> tuple[Int[Tensor, "_ pos"], ...]:
@@ -199,6 +214,7 @@ def _load(file: Path | None, device: torch.device) -> _Kept | None:
         return None
 
 
+@ranks.by_first
 def _save(file: Path | None, kept: _Kept) -> None:
     if file is None:
         return

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from trainer import cli
+from trainer import cli, ranks
 from trainer.block_diag import BlockDiagSAE
 from trainer.checkpoint import Checkpoint, by_origin
 from trainer.effects import MEASURABLE, Effects, effects, split
@@ -60,6 +60,8 @@ def evaluate_checkpoints(
 ) -> None:
     """Write eval.json of finished checkpoints anew, on the held-out documents of the text they were trained on.
 
+    Under torchrun the processes share the model's runs, and the first one writes.
+
     Args:
         tokens: held-out tokens; default as many as eval.json has, else `default_tokens`.
         model, text: where they lie now, if elsewhere than in training.
@@ -67,12 +69,20 @@ def evaluate_checkpoints(
     Raises:
         ValueError: a checkpoint, its model or its text cannot be used.
     """
+    with ranks.joined():
+        _evaluate_checkpoints(paths, tokens, device, model, text)
+
+
+def _evaluate_checkpoints(
+    paths: list[Path], tokens: int | None, device: str, model: str | None, text: str | None
+) -> None:
     checkpoints = [Checkpoint(path) for path in paths]
-    for path in paths:
-        make_writable(path)
+    if ranks.is_first():
+        for path in paths:
+            make_writable(path)
     for group in by_origin(checkpoints, model):
         saes = [each.sae for each in group]
-        lm = group[0].open_model(pick_device(device), model)
+        lm = group[0].open_model(ranks.own_device(pick_device(device)), model)
         corpus = group[0].open_text(lm.tokenizer, text)
         before = [each.eval["n_tokens"] for each in group if each.eval]
         n_tokens = tokens or min(before, default=default_tokens(str(lm.device)))
@@ -81,7 +91,8 @@ def evaluate_checkpoints(
         seed = options.training.seed if options else 0
         results = evaluate(lm.layer(group[0].layer), saes, held_out, seed, kept_effects(), progress=True)
         for each, result in zip(group, results, strict=True):
-            write_json(each.path / "eval.json", result)
+            if ranks.is_first():
+                write_json(each.path / "eval.json", result)
 
 
 def default_tokens(device: str) -> int:
@@ -222,7 +233,7 @@ def main(argv: list[str] | None = None) -> int:
     cli.add_places(parser)
     options = parser.parse_args(argv)
     what = (options.checkpoints, options.tokens, options.device, options.model, options.text)
-    return cli.status(lambda: evaluate_checkpoints(*what), "Stopped.")
+    return cli.status(lambda: evaluate_checkpoints(*what), "Stopped.", many_processes=True)
 
 
 if __name__ == "__main__":

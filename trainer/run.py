@@ -13,23 +13,24 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from trainer import checkpoint
+from trainer import checkpoint, ranks
 from trainer.block_diag import BlockDiagSAE
 from trainer.checkpoint import Checkpoint, CheckpointError, Config, Model, Options, Sizes, Text
 from trainer.config import ActivationsConfig, SAEConfig, TrainingConfig
-from trainer.files import load_tensors, make_writable, save_tensors, sweep, write_atomically
+from trainer.files import load_tensors, make_writable, save_tensors, sweep, write_atomically, write_json
 from trainer.locks import locked
 from trainer.log import MetricsLog
 from trainer.tracking import Mode
 
 # What may differ between a run and its continuation; model and text are compared by what they are (`Run.describe`).
-_NOT_COMPARED = {"resume", "name", "label", "out", "device", "wandb", "wandb_project", "keep_training_state"}
+_NOT_COMPARED = {"resume", "name", "label", "out", "device", "lm_device", "wandb", "wandb_project"}
+_NOT_COMPARED |= {"keep_training_state"}
 _NOT_COMPARED |= {"model", "dataset", "context_size", "text_column", "dataset_config", "dataset_split"}
 _NOT_COMPARED |= {f"{what}_every" for what in ("log", "save", "eval")}
 
 
 class Run:
-    """A checkpoint directory that is being written.
+    """A checkpoint directory that is being written: by the first process, where several train.
 
     Args:
         path: the directory.
@@ -99,6 +100,7 @@ class Run:
                     raise ValueError(f"{self.path} was begun on another {what} than it would go on with: train anew")
         self._model, self._text, self._source = model, text, source
 
+    @ranks.by_first
     def begin(self, step: int, sae: BlockDiagSAE, mode: Mode) -> None:
         """Open the log at `step`, with W&B as `trainer.tracking.reachable` says; the app shows the run from now on."""
         self.path.mkdir(parents=True, exist_ok=True)
@@ -108,7 +110,7 @@ class Run:
         self._config = Config(
             sae=Sizes.of(sae), group=self.group, options=self.options, wandb_id=wandb_id, status="training", steps=step,
             tokens_seen=step * self.training.batch_size, versions=checkpoint.versions(), model=self._model,
-            text=self._text, source=self._source,
+            text=self._text, source=self._source, world_size=ranks.size(),
         )  # fmt: skip
         checkpoint.save_config(self.path, self._config)
         read = {"model": self._model.name, "dataset": self._text.name, "context_size": self._text.context_size}
@@ -124,14 +126,26 @@ class Run:
     def record(self, step: int, figures: dict[str, Any], histograms: dict[str, Tensor]) -> None:
         """Write one line of figures."""
         self.latest = {"step": step, "tokens": step * self.training.batch_size, **figures}
-        self.log.write(self.latest, histograms)
+        if ranks.is_first():
+            self.log.write(self.latest, histograms)
 
+    @ranks.by_first
     def save(self, sae: BlockDiagSAE, step: int, status: str) -> None:
         """Write the weights for use and the config."""
         tokens = step * self.training.batch_size
         self._config = replace(self._config, status=status, steps=step, tokens_seen=tokens)
         checkpoint.save(self.path, sae, self._config)
 
+    @ranks.by_first
+    def complete(self, sae: BlockDiagSAE, result: dict[str, Any]) -> None:
+        """Write eval.json and the weights for use, and close the log."""
+        write_json(self.path / "eval.json", result)
+        self.save(sae, self.training.total_training_steps, "complete")
+        if not self.training.keep_training_state:
+            self.drop_states(keep=None)
+        self.log.finish(result)
+
+    @ranks.by_first
     def save_state(self, step: int, state: dict[str, Tensor]) -> None:
         """Write what resuming at `step` needs, beside what is there."""
         self._folder.mkdir(exist_ok=True)
@@ -154,6 +168,7 @@ class Run:
             way_out = "" if denied else f": delete {self.path} and train it again"
             raise CheckpointError(f"{error}{way_out}") from error
 
+    @ranks.by_first
     def drop_states(self, keep: int | None) -> None:
         """Delete saved states but that of step `keep`."""
         if keep is None:
@@ -185,7 +200,7 @@ def to_flags(options: Options) -> dict[str, Any]:
 def plan(activations: ActivationsConfig, saes: list[SAEConfig], training: TrainingConfig) -> Iterator[list[Run]]:
     """Decide every checkpoint directory before anything is computed; those that are complete are left out.
 
-    Inside, no other process trains them.
+    Inside, no other command trains them.
 
     Raises:
         ValueError: two SAEs would share a directory, one exists or is being trained, or nothing can be written there.
@@ -204,8 +219,9 @@ def plan(activations: ActivationsConfig, saes: list[SAEConfig], training: Traini
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"two SAEs would both be called {twice[0]}: tell them apart with a label")
-    make_writable(Path(training.out))
-    with locked([run.path for run in runs]):
+    if ranks.is_first():
+        make_writable(Path(training.out))
+    with locked([run.path for run in runs if ranks.is_first()]):
         left = [run for run in runs if run.check(training.resume)]
         if not left:
             raise ValueError(f"{runs[0].path} is complete: there is nothing to resume")

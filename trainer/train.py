@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,14 +12,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from trainer import embedded
+from trainer import embedded, ranks
 from trainer.block_diag import BlockDiagSAE
 from trainer.checkpoint import Model, Text
 from trainer.config import ActivationsConfig, SAEConfig, TrainingConfig
 from trainer.data.buffer import CachedActivations, batches, batches_in, open_source
 from trainer.data.text import EMBEDDED, Corpus
 from trainer.evaluate import default_tokens, evaluate, evaluate_tokens, kept_effects
-from trainer.files import write_json
 from trainer.interrupts import Interrupted, deferred_interrupts
 from trainer.model.lm import LanguageModel, pick_device
 from trainer.optimise.initialise import initial_params, input_scale
@@ -47,30 +47,36 @@ class Member(NamedTuple):
 def train(activations: ActivationsConfig, saes: list[SAEConfig], cfg: TrainingConfig) -> list[Path]:
     """Train SAEs on one stream of activations and evaluate them; returns their checkpoint directories.
 
+    Under torchrun every process calls this; all of them take one step together, and the first one writes.
+
     Raises:
+        Lost: another process is gone.
         ValueError: the model, layer, text or an existing directory does not allow the run.
         Interrupted: Ctrl-C or SIGTERM; the state is saved.
     """
-    with plan(activations, saes, cfg) as runs:
+    if ranks.may_restart():  # by the same command
+        cfg = replace(cfg, resume=True)
+    with ranks.joined(), plan(activations, saes, cfg) as runs:
         _train(activations, runs, cfg)
     return [run.path for run in runs]
 
 
 def _train(activations: ActivationsConfig, runs: list[Run], cfg: TrainingConfig) -> None:
     # Open: model, text. Everything that can be refused is refused before hours of work.
-    device = pick_device(cfg.device)
-    mode = reachable(cfg.wandb)
+    ranks.share(cfg.batch_size)
+    device, lm_device = (ranks.own_device(pick_device(each)) for each in (cfg.device, cfg.lm_device or cfg.device))
+    mode: Mode = reachable(cfg.wandb) if ranks.is_first() else "disabled"
     layers = sorted({run.sae.hook_layer for run in runs})
-    print(f"Loading {activations.model} on {device}", flush=True)
-    lm = LanguageModel.load(activations.model, device, activations.model_dtype)
+    print(f"Loading {activations.model} on {lm_device}", flush=True)
+    lm = LanguageModel.load(activations.model, lm_device, activations.model_dtype)
     corpus = _open_text(activations, lm)
     print(f"Text: {corpus.describe()}", flush=True)
-    n_held_out = cfg.eval_tokens or default_tokens(device)
+    n_held_out = cfg.eval_tokens or default_tokens(lm_device)
     held_out = corpus.held_out(corpus.n_contexts(n_held_out))
     for run in runs:
         _check(run.sae, lm)
-    with tf32(device, cfg.tf32):
-        members = _fit(activations, runs, cfg, lm, corpus, held_out, mode)
+    with tf32(lm_device if device == "cpu" else device, cfg.tf32):
+        members = _fit(activations, runs, cfg, device, lm, corpus, held_out, mode)
 
     # Evaluate, layer by layer: SAEs of one layer share every forward that does not depend on them.
     print(f"Evaluating on {n_held_out:,} held-out tokens and as many repeated random tokens", flush=True)
@@ -79,11 +85,7 @@ def _train(activations: ActivationsConfig, runs: list[Run], cfg: TrainingConfig)
         evaluated = [sae.float() for _, sae in of_layer]
         results = evaluate(lm.layer(index), evaluated, held_out, cfg.seed, kept_effects(), progress=True)
         for (run, sae), result in zip(of_layer, results, strict=True):
-            write_json(run.path / "eval.json", result)
-            run.save(sae.to(getattr(torch, cfg.weights_dtype)), cfg.total_training_steps, "complete")
-            if not cfg.keep_training_state:
-                run.drop_states(keep=None)
-            run.log.finish(result)
+            run.complete(sae.to(getattr(torch, cfg.weights_dtype)), result)
             score = "not measurable" if result["KL_score"] is None else f"{result['KL_score']:.3f}"
             print(f"{run.path}: L0 {result['L0']:.1f}, FVU {result['FVU']:.3f}, KL score {score}")
 
@@ -92,13 +94,14 @@ def _fit(
     activations: ActivationsConfig,
     runs: list[Run],
     cfg: TrainingConfig,
+    device: str,
     lm: LanguageModel,
     corpus: Corpus,
     held_out: Int[Tensor, "context pos"],
     mode: Mode,
 ) -> list[Member]:
     """Harvest, start or resume, and take all steps."""
-    layers, device = sorted({run.sae.hook_layer for run in runs}), str(lm.device)
+    layers = sorted({run.sae.hook_layer for run in runs})
     n_tokens = cfg.total_training_steps * cfg.batch_size
     source = open_source(lm, activations, layers, corpus, n_tokens, cfg.buffer_tokens, cfg.seed)
     batches_in(source, 0, cfg.batch_size)
@@ -108,7 +111,7 @@ def _fit(
         run.describe(models[run.sae.hook_layer], text, kind)
 
     # The stream: harvested to disk first, where it fits there, and begun at the last step that all runs have saved.
-    step = max(set.intersection(*(run.saved_steps() for run in runs)), default=0)
+    step = ranks.decided(max(set.intersection(*(run.saved_steps() for run in runs)), default=0))
     if step < cfg.total_training_steps:
         distinct = source.distinct_tokens
         print(f"The run reads {n_tokens:,} tokens: {distinct:,} distinct ones, {n_tokens / distinct:.1f} times")
@@ -122,7 +125,7 @@ def _fit(
     else:  # the first batches are also the data from which the SAEs start
         n_first = min(-(-_STATISTICS_ROWS // cfg.batch_size), cfg.total_training_steps)
         first = [next(stream) for _ in range(n_first)]
-        rows = torch.cat(first)[:_STATISTICS_ROWS].cpu()
+        rows = torch.cat([ranks.gathered(z) for z in first])[:_STATISTICS_ROWS].cpu()
         members = []
         for group in _groups(runs):
             members += _start(group, rows[:, layers.index(group[0].sae.hook_layer)], cfg, device)
@@ -162,6 +165,7 @@ def _start(runs: list[Run], z: Float[Tensor, "row head d_head"], cfg: TrainingCo
     # The points start equal: their sparsity is no part of the initialisation.
     params = initial_params(sae, x, n_features, torch.Generator().manual_seed(cfg.seed))
     stack = Stack([run.sae for run in runs], [params] * len(runs), scale.to(device), cfg)
+    ranks.copied([stack.scale, *stack.params.values()])
     return [Member(run, stack, point) for point, run in enumerate(runs)]
 
 
@@ -177,7 +181,7 @@ def _resume(runs: list[Run], step: int, cfg: TrainingConfig, device: str) -> lis
 def _loop(
     members: list[Member],
     layers: list[int],
-    stream: Iterator[Float[Tensor, "batch layer head d_head"]],
+    stream: Iterator[Float[Tensor, "share layer head d_head"]],
     first: int,
     cfg: TrainingConfig,
     lm: LanguageModel,
@@ -185,7 +189,9 @@ def _loop(
 ) -> None:
     stacks = list(dict.fromkeys(member.stack for member in members))
     total = cfg.total_training_steps
-    bar = tqdm(total=total, initial=first, unit="step", desc="Training", dynamic_ncols=True)
+    bar = tqdm(
+        total=total, initial=first, unit="step", desc="Training", dynamic_ncols=True, disable=not ranks.is_first()
+    )
     since, waited, logged = time.perf_counter(), 0.0, first
     with bar, deferred_interrupts() as asked_to_stop:
         for step in range(first + 1, total + 1):
@@ -199,7 +205,7 @@ def _loop(
             if step % cfg.log_every == 0 or step == total or evaluates:
                 elapsed = time.perf_counter() - since
                 speed = {
-                    "tokens_per_second": (step - logged) * len(z) / elapsed,
+                    "tokens_per_second": (step - logged) * cfg.batch_size / elapsed,
                     "activations_share": waited / elapsed,
                 }
                 held = _short_evaluation(lm, members, held_out) if evaluates else {}
@@ -210,7 +216,7 @@ def _loop(
                 bar.set_postfix_str(_progress([member.run.latest for member in members]), refresh=False)
                 since, waited, logged = time.perf_counter(), 0.0, step
             # Saved after the last step too: the evaluation may yet be interrupted.
-            stopping = asked_to_stop()
+            stopping = ranks.any_of(asked_to_stop())
             if step % cfg.save_every == 0 or step == total or stopping:
                 _save(members, step)
             if stopping:
@@ -288,10 +294,11 @@ def _check(sae: SAEConfig, lm: LanguageModel) -> None:
 
 
 def _fill(source: CachedActivations, lm: LanguageModel, corpus: Corpus) -> None:
-    if not source.missing():
+    if not ranks.any_of(bool(source.missing())):
         print(f"Activations: from the cache {', '.join(map(str, source.keys))}", flush=True)
         return
-    with tqdm(unit="tok", unit_scale=True, desc="Harvesting activations", dynamic_ncols=True) as bar:
+    quiet = not ranks.is_first()
+    with tqdm(unit="tok", unit_scale=True, desc="Harvesting activations", dynamic_ncols=True, disable=quiet) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total

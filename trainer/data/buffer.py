@@ -4,6 +4,9 @@ Rows are head outputs `[row, layer, head, d_head]` in float16, BOS positions lef
 in groups that fit in memory; `batches` shuffles within a group. Groups are far apart in the text
 (contexts are visited in random order, shards are regrouped on every pass), and a position in the
 stream is just a step number, so resuming is exact and stores no rows.
+
+Several processes each get a part of every group, and swap rows so that the batches are those of one process
+(`trainer.data.deal`): the step number is the position for any number of them.
 """
 
 import hashlib
@@ -21,7 +24,9 @@ from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from trainer import ranks
 from trainer.config import ActivationsConfig
+from trainer.data.deal import deal
 from trainer.data.text import Corpus
 from trainer.files import cache_dir, flaw, load_tensors, require_file, save_tensors, sweep, write_json
 from trainer.model.lm import LanguageModel
@@ -76,10 +81,10 @@ def open_source(
 
 def batches(
     source: "Source", batch_size: int, seed: int, start: int = 0, device: str = "cpu"
-) -> Iterator[Float[Tensor, "batch layer head d_head"]]:
+) -> Iterator[Float[Tensor, "share layer head d_head"]]:
     """Endless shuffled batches in float32; `start` skips that many, exactly as if they had been taken.
 
-    The few rows of a group that do not fill a batch are dropped.
+    The few rows of a group that do not fill a batch are dropped. Of several processes each gets its share of a batch.
 
     Raises:
         ValueError: a group does not hold one batch.
@@ -88,14 +93,15 @@ def batches(
     while start >= (of_group := batches_in(source, group, batch_size)):
         start -= of_group
         group += 1
-    groups = source.groups(group)
+    groups, share = source.groups(group), ranks.share(batch_size)
     for index in count(group):
         rows = next(groups)
         # On the device as a whole: there a shuffled batch is one gather.
         rows = rows.to(device)
-        order = torch.from_numpy(np.random.default_rng([seed, index]).permutation(len(rows))).to(device)
+        order = torch.from_numpy(np.random.default_rng([seed, index]).permutation(source.rows(index))).to(device)
+        rows, order = deal(rows, order, source.parts(index), batch_size)
         for step in range(start, batches_in(source, index, batch_size)):
-            yield rows[order[step * batch_size : (step + 1) * batch_size]].float()
+            yield rows[order[step * share : (step + 1) * share]].float()
         del rows  # before the next group is asked for
         start = 0
 
@@ -191,17 +197,19 @@ class CachedActivations:
     def fill(self, lm: LanguageModel, corpus: Corpus, progress: Progress) -> None:
         """Harvest the missing shards. `progress(done, total)` is told tokens after every forward.
 
+        Of several processes each harvests every so many shards, and waits for the others.
+
         Raises:
             ValueError: the activations do not fit in float16, or the disk is full.
         """
-        missing = self.missing()
+        # By its number, not by its place among those that are missing: they become fewer while others harvest.
+        mine = range(ranks.index(), len(self._shard_rows), ranks.size())
+        missing = {index: folders for index, folders in self.missing().items() if index in mine}
         total = sum(self._shard_rows[index] for index in missing)
         done = 0
         try:
-            for folder, key in self.keys.items():
-                folder.mkdir(parents=True, exist_ok=True)
-                sweep(folder)
-                write_json(folder / "meta.json", asdict(key))
+            self._describe()
+            ranks.wait()
             # One stream for all shards: a streamed data set starts over at every call of `train`.
             position = min(missing, default=0) * _SHARD_CONTEXTS
             stream = corpus.train(position)
@@ -224,17 +232,38 @@ class CachedActivations:
                     save_tensors(_shard(folder, index), {"z": z}, f"{folder.name} {index}")
         except OSError as error:
             raise ValueError(f"the activation cache could not be written: {error}") from error
+        ranks.wait()
+
+    @ranks.by_first
+    def _describe(self) -> None:
+        """Folders that say what they are to hold, without what a killed process left there."""
+        for folder, key in self.keys.items():
+            folder.mkdir(parents=True, exist_ok=True)
+            sweep(folder)
+            write_json(folder / "meta.json", asdict(key))
 
     def rows(self, group: int) -> int:
         return sum(self._shard_rows[index] for index in self._shards_of(group))
+
+    def parts(self, group: int) -> list[int]:
+        return ranks.parts(self.rows(group))
 
     def groups(self, start: int) -> Iterator[Float[Tensor, "row layer head d_head"]]:
         return _read_ahead(map(self._read, count(start)))
 
     def _read(self, group: int) -> Float[Tensor, "row layer head d_head"]:
-        shards = self._shards_of(group)
-        layers = [torch.cat([self._load(folder, index) for index in shards]) for folder in self.keys]
+        layers = [torch.cat(list(self._part(folder, group))) for folder in self.keys]
         return layers[0][:, None] if len(layers) == 1 else torch.stack(layers, dim=1)
+
+    def _part(self, folder: Path, group: int) -> Iterator[Float[Tensor, "row head d_head"]]:
+        """This process's rows of a group; a shard in which the parts of two meet is read by both."""
+        first, end = self.parts(group)[ranks.index() :][:2]
+        begin = 0
+        for index in self._shards_of(group):
+            low, high = max(first - begin, 0), min(end - begin, self._shard_rows[index])
+            if low < high:
+                yield self._load(folder, index)[low:high]
+            begin += self._shard_rows[index]
 
     def _load(self, folder: Path, index: int) -> Float[Tensor, "row head d_head"]:
         try:
@@ -277,20 +306,35 @@ def _shard(folder: Path, index: int) -> Path:
 
 
 class LiveActivations:
-    """Activations straight from the model, for runs too large for the disk: one group at a time in memory."""
+    """Activations straight from the model, for runs too large for the disk: one group at a time in memory.
+
+    Of several processes each reads the whole text, and runs the model on its part of the contexts.
+
+    Raises:
+        ValueError: a group has fewer contexts than there are processes.
+    """
 
     def __init__(self, lm: LanguageModel, layers: list[int], corpus: Corpus, n_contexts: int, buffer_rows: int) -> None:
         self._lm, self._layers, self._corpus, self._pass = lm, layers, corpus, n_contexts
         self._per_context = corpus.context_size - 1
         self.distinct_tokens = n_contexts * self._per_context
         self._contexts = min(max(1, buffer_rows // self._per_context), n_contexts)
+        if self._contexts < ranks.size():
+            raise ValueError(
+                f"a buffer of {self._contexts} contexts cannot be shared by {ranks.size()} processes: "
+                "raise --buffer_tokens, or give more text"
+            )
 
     def rows(self, group: int) -> int:
         return self._contexts * self._per_context
 
+    def parts(self, group: int) -> list[int]:
+        return [contexts * self._per_context for contexts in ranks.parts(self._contexts)]
+
     def groups(self, start: int) -> Iterator[Float[Tensor, "row layer head d_head"]]:
         contexts = self._endless(start * self._contexts % self._pass)
-        blocks = (torch.stack(list(islice(contexts, self._contexts))) for _ in count())
+        first, end = ranks.parts(self._contexts)[ranks.index() :][:2]
+        blocks = (torch.stack(list(islice(contexts, self._contexts))[first:end]) for _ in count())
         for block in _read_ahead(blocks):  # text becomes tokens while the model and the SAEs compute
             yield torch.cat(list(harvest(self._lm, self._layers, block)))
 
@@ -308,7 +352,8 @@ class LiveActivations:
             start = 0
 
 
-# `rows(g)` says how many the g-th group has, `groups(start)` yields them, `distinct_tokens` is the length of a pass.
+# `rows(g)` says how many the g-th group has, `parts(g)` at which of them the part of each process begins, and the end,
+# `groups(start)` yields this process's part of each, `distinct_tokens` is the length of a pass.
 Source = CachedActivations | LiveActivations
 
 

@@ -16,7 +16,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from trainer import ranks
 from trainer.kernels.dense import Outcome, Params
+from trainer.kernels.order import nth_largest
 
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")  # one operator is used, and tested
 
@@ -132,13 +134,15 @@ def batch_top_k(
 ) -> tuple[Active, Float[Tensor, " group"]]:
     """The `counts[g]` largest pre-activations of the batch in every group of blocks, where positive.
 
+    The batch is that of all processes; active features are of this one's share of it.
+
     Bussmann et al. 2024 (arXiv:2412.06410). Sorting every activation would cost more than all matmuls:
     only those above a guess (a little below the last batch's threshold) are looked at, and the guess is
     lowered where it leaves too few; so the result does not depend on it.
 
     Args:
-        counts: features to keep, k times the batch; groups are the blocks, or the points.
-        guess: a threshold for every group.
+        counts: features to keep, k times the whole batch; groups are the blocks, or the points.
+        guess: a threshold for every group, the same in all processes.
 
     Returns:
         The active features, and the smallest activation kept in each group (0 where none is).
@@ -149,25 +153,21 @@ def batch_top_k(
         candidates = above(params, x, guess.clamp_min(0).repeat_interleave(per_group))
         edges = torch.arange(len(counts) + 1, device=x.device) * per_group * batch
         edges = torch.searchsorted(candidates.bag, edges)
-        short = (edges.diff() < counts) & (guess > 0)
+        short = (ranks.total(edges.diff()) < counts) & (guess > 0)
         if not short.any():
             break
         guess = torch.where(short, torch.where(guess > 1e-3, guess * 0.7, 0.0), guess)
-    keep, thresholds = [], []
-    for count, values in zip(counts.tolist(), candidates.value.split(edges.diff().tolist()), strict=True):
-        if len(values) == 0:
-            thresholds.append(values.new_zeros(()))
-        else:
-            thresholds.append(values.kthvalue(max(len(values) - count, 0) + 1).values)
-        keep.append(values >= thresholds[-1])
-    return candidates.where(torch.cat(keep)), torch.stack(thresholds)
+    groups = candidates.value.split(edges.diff().tolist())
+    thresholds = nth_largest(groups, counts.tolist())
+    keep = [values >= threshold for values, threshold in zip(groups, thresholds, strict=True)]
+    return candidates.where(torch.cat(keep)), thresholds
 
 
 def first_guess(params: Params, x: Float[Tensor, "head batch width"], counts: Int[Tensor, " group"]) -> Tensor:
     """A threshold for `batch_top_k` from a few tokens."""
     sample = x[:, :64]
     _, _, pre = next(_pre_activations(params, sample, whole=True))
-    share = counts * (sample.shape[1] / x.shape[1])
+    share = counts * (sample.shape[1] / x.shape[1] / ranks.size())
     rows = pre.reshape(len(counts), -1)
     return torch.stack([row.topk(max(1, int(n))).values[-1] for row, n in zip(rows, share.tolist(), strict=True)]) * 0.8
 

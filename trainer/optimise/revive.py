@@ -1,10 +1,13 @@
 """What is done about dead features: AuxK for the TopK family, resampling for bricken."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from trainer import ranks
 from trainer.kernels.dense import Params, in_tiles
 
 _AUX_COEFFICIENT = 1 / 32
@@ -26,7 +29,8 @@ def aux_k(
     Only the dead columns are computed: blocks with fewer dead features than others are padded.
 
     Returns:
-        Gradients of W_enc, b_enc and W_dec, zero for living features, and the term of each point.
+        Gradients of W_enc, b_enc and W_dec, zero for living features, and the term of each point: of this process's
+        rows, with variances of the whole batch.
     """
     n_blocks, batch, width = error.shape
     n_dead = int(dead.sum(1).max())
@@ -40,7 +44,8 @@ def aux_k(
     }
     leaves = {name: leaf.clone().requires_grad_() for name, leaf in leaves.items()}
     residual = -error.detach()
-    left_over = _deviation(residual).view(n_points, -1).sum(1).clamp_min(1e-12) / _deviation(x).sum()
+    of_residual, of_x = _deviations(residual, x)
+    left_over = of_residual.view(n_points, -1).sum(1).clamp_min(1e-12) / of_x.sum()
     per_block = left_over.repeat_interleave(n_blocks // n_points)
     inputs = x if n_blocks == len(x) else x.repeat(n_blocks // len(x), 1, 1)
     k = min(max(1, width // 2), n_dead)
@@ -66,8 +71,10 @@ def aux_k(
     return grads, term.view(n_points, -1).sum(1)
 
 
-def _deviation(x: Float[Tensor, "block batch width"]) -> Float[Tensor, " block"]:
-    return (x - x.mean(1, keepdim=True)).pow(2).sum((1, 2))
+def _deviations(*rows: Float[Tensor, "_ batch _"]) -> Sequence[Float[Tensor, " _"]]:
+    """Squared, of every block, summed over the rows of all processes."""
+    means, _ = ranks.reduced([x.mean(1, keepdim=True) for x in rows], [])
+    return ranks.reduced([], [(x - mean).pow(2).sum((1, 2)) for x, mean in zip(rows, means, strict=True)])[1]
 
 
 def resample(
@@ -80,7 +87,7 @@ def resample(
 ) -> None:
     """Point dead features, in place, at inputs that are reconstructed badly; the others are not touched.
 
-    For every dead feature an input of the batch is drawn with probability proportional to its squared
+    For every dead feature an input of the (whole) batch is drawn with probability proportional to its squared
     loss; W_dec = unit(x - b_dec), W_enc = 0.2 * mean encoder norm of the block's living features * that,
     b_enc = 0, Adam's moments 0. Bricken et al. 2023, "Neuron Resampling".
     """

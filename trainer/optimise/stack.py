@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
+from trainer import ranks
 from trainer.block_diag import BlockDiagSAE
 from trainer.config import SAEConfig, TrainingConfig
 from trainer.errors import first_line
@@ -21,7 +22,7 @@ _HEALTH_ROWS = 256  # of a batch, to see whether an SAE has exploded: all figure
 
 
 class Batch(NamedTuple):
-    """The last batch of a stack, for its figures."""
+    """The last batch of a stack, for its figures: rows and errors of this process, the rest of all of them."""
 
     z: Float[Tensor, "batch head d_head"]
     out: Outcome
@@ -34,6 +35,9 @@ class Stack:
     A block is a head of a point: block p * n_heads + h. The points share every batch, and are otherwise
     as if each were trained alone: each has its own coefficient or k, its own gradient clipping, its own
     dead features. On a CPU, where stacking a matmul gains nothing, the points take turns in the cache.
+
+    Where several processes train (`trainer.ranks`), each has a share of every batch and the same stack: what is summed
+    over rows is summed over all of them, so all take the step that one would take on the whole batch.
 
     Args:
         cfgs: one per point, equal but for l1_coefficient and k.
@@ -79,7 +83,7 @@ class Stack:
 
     @torch.no_grad()
     def update(self, z: Float[Tensor, "batch head d_head"]) -> None:
-        """One optimizer step of every point on raw activations.
+        """One optimizer step of every point on raw activations, which are this process's share of the batch.
 
         Raises:
             ValueError: torch.compile failed.
@@ -92,10 +96,12 @@ class Stack:
             for name, grad in extra.items():
                 out.grads[name] += grad
             out.terms["aux_k"] = term
+        out = _over_ranks(out)
+        tokens = len(z) * ranks.size()
         grad_norm = self._clip(out.grads)
         self._descend(out.grads)
-        self.unfired = torch.where(out.fired > 0, 0, self.unfired + len(z))
-        self.active_share = out.fired.view(self.n_points, -1).mean(1) / len(z)
+        self.unfired = torch.where(out.fired > 0, 0, self.unfired + tokens)
+        self.active_share = out.fired.view(self.n_points, -1).mean(1) / tokens
         self.step += 1
         self._resample(x, out.error)
         self._last = Batch(z, out, grad_norm)
@@ -158,6 +164,7 @@ class Stack:
         if not interval or self.step % interval or not self.step // interval <= 4 or self.step >= total:
             return
         dead = self.unfired >= interval // 2 * self.training.batch_size
+        x, error = (ranks.gathered(each, dim=1) for each in (x, error))  # inputs are drawn from the whole batch
         moments = [
             {name: self.optimizer.state[parameter][key] for name, parameter in self.params.items()}
             for key in ("exp_avg", "exp_avg_sq")
@@ -182,11 +189,11 @@ class Stack:
         """
         blocks = slice(point * self.n_heads, (point + 1) * self.n_heads)
         z, out, grad_norm = self._last
-        tokens = len(z)
+        tokens = len(z) * ranks.size()
         error = out.error[blocks]
-        mse = error.pow(2).sum().item() / tokens
-        raw = (error.transpose(0, 1) / self.scale).reshape(z.shape).pow(2).sum(-1).mean(0)
-        deviation = (z - z.mean(0)).pow(2).sum(-1).mean(0).clamp_min(1e-12)
+        mse = ranks.total(error.pow(2).sum()).item() / tokens
+        raw = ranks.mean((error.transpose(0, 1) / self.scale).reshape(z.shape).pow(2).sum(-1).mean(0))
+        deviation = ranks.mean((z - ranks.mean(z.mean(0))).pow(2).sum(-1).mean(0)).clamp_min(1e-12)
         fired, dead = out.fired[blocks], (self.unfired[blocks] >= self.training.dead_after_tokens).float()
         W_enc, W_dec = self.params["W_enc"][blocks].mT, self.params["W_dec"][blocks]
         norms = {"encoder_norm": W_enc.norm(dim=-1), "decoder_norm": W_dec.norm(dim=-1)}
@@ -218,7 +225,8 @@ class Stack:
         z = self._last.z[:_HEALTH_ROWS]
         blocked = z.reshape(len(z), self.n_heads, -1)
         error = (self.finished(point)(blocked) - blocked) * self.scale
-        return (error.pow(2).sum() / (blocked * self.scale).pow(2).sum().clamp_min(1e-12)).item()
+        wrong, whole = ranks.reduced([], [error.pow(2).sum(), (blocked * self.scale).pow(2).sum()])[1]
+        return (wrong / whole.clamp_min(1e-12)).item()
 
     def _weighted(self, terms: dict[str, float], point: int) -> float:
         """The loss terms beside the squared error, with their coefficients (those of the step just taken)."""
@@ -286,6 +294,13 @@ def lr_factor(step: int, total: int, warm_up_fraction: float, decay_fraction: fl
     rising = (step + 1) / warm_up if warm_up else 1.0
     falling = (total - step) / decay if decay else 1.0
     return min(1.0, rising, falling)
+
+
+def _over_ranks(out: Outcome) -> Outcome:
+    """What the whole batch says, whose rows the processes share evenly; the errors stay where the rows are."""
+    means, (fired,) = ranks.reduced([*out.grads.values(), *out.terms.values()], [out.fired])
+    grads, terms = means[: len(out.grads)], means[len(out.grads) :]
+    return Outcome(dict(zip(out.grads, grads, strict=True)), out.error, fired, dict(zip(out.terms, terms, strict=True)))
 
 
 def _join(outcomes: list[Outcome]) -> Outcome:

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from trainer import ranks
 from trainer.kernels import dense, select, sparse
 from trainer.kernels.dense import Outcome, Params
 from trainer.recipes.recipe import Recipe, Step
@@ -15,10 +16,10 @@ from trainer.recipes.recipe import Recipe, Step
 
 def gradients(params: Params, x: Float[Tensor, "head batch width"], step: Step) -> Outcome:
     """Of the squared error; moves the running threshold."""
-    counts = [k * x.shape[1] for k in step.k for _ in range(len(step.threshold) // len(step.k))]
+    counts = [k * x.shape[1] * ranks.size() for k in step.k for _ in range(len(step.threshold) // len(step.k))]
     if dense.in_tiles(x):
         few = torch.tensor(counts)
-        guess = sparse.first_guess(params, x, few) if step.guess.isnan().any() else step.guess
+        guess = ranks.mean(sparse.first_guess(params, x, few)) if step.guess.isnan().any() else step.guess
         active, smallest = sparse.batch_top_k(params, x, few, guess)
         _remember(step, smallest)
         return sparse.gradients(params, x, active)
