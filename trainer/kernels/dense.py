@@ -9,12 +9,14 @@ Shapes: `block` is (point, head), blocks of one point together; x is shared by a
 means over the batch of B tokens of the sums that the recipes name.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from trainer.kernels import workers
 
 Params = dict[str, Tensor]
 
@@ -54,16 +56,23 @@ def in_tiles(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
-def tiles(x: Float[Tensor, "head batch width"], n_blocks: int) -> Iterator[Tile]:
-    """One block and some rows at a time, or everything."""
+def over_tiles(work: Callable[[Tile], None], x: Float[Tensor, "head batch width"], n_blocks: int) -> None:
+    """Do the work of every tile: blocks side by side and the rows of each one after the other, or everything at once.
+
+    Args:
+        work: adds what a tile says to what its blocks have.
+    """
     n_heads, batch, _ = x.shape
     if not in_tiles(x):
-        yield Tile(slice(0, n_blocks), slice(0, batch), x.repeat(n_blocks // n_heads, 1, 1))
+        work(Tile(slice(0, n_blocks), slice(0, batch), x.repeat(n_blocks // n_heads, 1, 1)))
         return
-    for block in range(n_blocks):
+
+    def of_block(block: int) -> None:
         for start in range(0, batch, _TILE_ROWS):
             rows = slice(start, min(start + _TILE_ROWS, batch))
-            yield Tile(slice(block, block + 1), rows, x[block % n_heads, None, rows])
+            work(Tile(slice(block, block + 1), rows, x[block % n_heads, None, rows]))
+
+    workers.each(of_block, range(n_blocks))
 
 
 def gradients(
@@ -85,8 +94,7 @@ def gradients(
         What the batch says, and the sum of each feature's activations.
     """
     out, total = empty_outcome(params, x), torch.zeros_like(params["b_enc"])
-    for tile in tiles(x, len(total)):
-        _add(tile, params, activate, slope, centred, out, total)
+    over_tiles(lambda tile: _add(tile, params, activate, slope, centred, out, total), x, len(total))
     into_b_dec(out, params, centred)
     return out, total
 
@@ -100,8 +108,7 @@ def _add(
     out: Outcome,
     total: Float[Tensor, "block feature"],
 ) -> None:
-    """What a tile adds to the outcome; a function of its own, because torch.compile gives up on a loop that it cannot
-    follow to its end (a selection may wait for the device), but not on what the loop calls."""
+    """What a tile adds to the outcome."""
     blocks, rows, target = tile
     W_enc, b_enc, W_dec, b_dec = (params[name][blocks] for name in ("W_enc", "b_enc", "W_dec", "b_dec"))
     inputs = target - b_dec[:, None] if centred else target

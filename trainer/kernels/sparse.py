@@ -8,8 +8,9 @@ A bag is (block, token): `block * batch + token`; a feature is `block * features
 """
 
 import warnings
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable
+from itertools import product
+from typing import NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -17,12 +18,15 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from trainer import ranks
-from trainer.kernels.dense import Outcome, Params
+from trainer.kernels import workers
+from trainer.kernels.dense import Outcome, Params, empty_outcome, into_b_dec
 from trainer.kernels.order import nth_largest
 
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")  # one operator is used, and tested
 
 _TILE = 2**20  # activations computed at a time on a CPU
+
+Result = TypeVar("Result")
 
 
 class Active(NamedTuple):
@@ -50,49 +54,52 @@ def gradients(
         slope: derivative of the penalty by the activations (with its coefficient).
         centred: b_dec is subtracted from the input of the encoder.
     """
-    W_enc, W_dec, b_dec = (params[name] for name in ("W_enc", "W_dec", "b_dec"))
-    n_blocks, n_features, width = W_dec.shape
-    batch, n_bags = x.shape[1], n_blocks * x.shape[1]
-    target = x if n_blocks == len(x) else x.repeat(n_blocks // len(x), 1, 1)
-    inputs = (target - b_dec[:, None] if centred else target).reshape(n_bags, width)
-    rows = W_dec.view(-1, width)
+    W_dec, b_dec = params["W_dec"], params["b_dec"]
+    n_blocks, n_features, _ = W_dec.shape
+    n_heads, batch, _ = x.shape
+    out = empty_outcome(params, x)
+    edges = torch.searchsorted(active.bag, torch.arange(n_blocks + 1) * batch).tolist()
 
-    bounds = _bounds(active.bag, n_bags)
-    x_hat = embedding_bag(active.feature, rows, bounds[:-1], mode="sum", per_sample_weights=active.value)
-    error = (x_hat.view(n_blocks, batch, width) + b_dec[:, None]).sub_(target)
-    g = (error * (2 / batch)).view(n_bags, width)
-    pairs = torch.sparse_csr_tensor(bounds, active.feature, active.value, (n_bags, len(rows)), check_invariants=False)
-    df = torch.sparse.sampled_addmm(pairs, g, rows.T, beta=0.0).values()  # g[bag] . W_dec[feature]
-    if slope is not None:
-        df = df + slope.flatten()[active.feature]
+    def of_block(block: int) -> None:
+        bag, feature, value = (each[edges[block] : edges[block + 1]] for each in active)
+        bag, feature = bag - block * batch, feature - block * n_features
+        rows, target = W_dec[block], x[block % n_heads]  # [feature, width], [token, width]
+        inputs = target - b_dec[block] if centred else target
+        bounds = _bounds(bag, batch)
+        x_hat = embedding_bag(feature, rows, bounds[:-1], mode="sum", per_sample_weights=value)
+        error = torch.sub(x_hat + b_dec[block], target, out=out.error[block])
+        g = error * (2 / batch)
+        pairs = torch.sparse_csr_tensor(bounds, feature, value, (batch, n_features), check_invariants=False)
+        df = torch.sparse.sampled_addmm(pairs, g, rows.T, beta=0.0).values()  # g[bag] . W_dec[feature]
+        if slope is not None:
+            df = df + slope[block][feature]
 
-    order = active.feature.argsort(stable=True)
-    bag = active.bag[order]
-    bounds = _bounds(active.feature[order], len(rows))
-    d_rows = embedding_bag(bag, g, bounds[:-1], mode="sum", per_sample_weights=active.value[order])
-    d_columns = embedding_bag(bag, inputs, bounds[:-1], mode="sum", per_sample_weights=df[order])
-    grads = {
-        "W_enc": d_columns.view_as(W_dec).mT.contiguous(),
-        "b_enc": x.new_zeros(len(rows)).index_add_(0, active.feature, df).view(n_blocks, n_features),
-        "W_dec": d_rows.view_as(W_dec),
-        "b_dec": g.view_as(error).sum(1),
-    }
-    if centred:
-        grads["b_dec"] = grads["b_dec"] - (W_enc @ grads["b_enc"][..., None])[..., 0]
-    fired = bounds.diff().view(n_blocks, n_features).to(x.dtype)
-    return Outcome(grads, error, fired, {})
+        order = feature.argsort(stable=True)
+        bag = bag[order]
+        bounds = _bounds(feature[order], n_features)
+        d_columns = embedding_bag(bag, inputs, bounds[:-1], mode="sum", per_sample_weights=df[order])
+        out.grads["W_enc"][block] = d_columns.T
+        out.grads["b_enc"][block].index_add_(0, feature, df)
+        out.grads["W_dec"][block] = embedding_bag(bag, g, bounds[:-1], mode="sum", per_sample_weights=value[order])
+        out.fired[block] = bounds.diff()
+
+    workers.each(of_block, range(n_blocks))
+    into_b_dec(out, params, centred)
+    return out
 
 
 def above(params: Params, x: Float[Tensor, "head batch width"], threshold: Float[Tensor, " block"]) -> Active:
     """Features whose pre-activation exceeds their block's threshold."""
-    tiles = []
     n_features = params["b_enc"].shape[1]
-    for block, start, pre in _pre_activations(params, x):  # [block, token, feature]
+
+    def find(block: int, start: int, pre: Float[Tensor, "block token feature"]) -> Active:
         at = _true(pre > threshold[block : block + len(pre), None, None])  # in the tile, flat
         row = at // n_features  # (block, token) in the tile, which has one block, or all tokens of several
         bag = row + (block * x.shape[1] + start)
         feature = at + (bag // x.shape[1] - row) * n_features  # at - row * n_features + block * n_features
-        tiles.append(Active(bag, feature, pre.view(-1)[at]))
+        return Active(bag, feature, pre.view(-1)[at])
+
+    tiles = _of_pre_activations(find, params, x)
     return Active(*map(torch.cat, zip(*tiles, strict=True)))
 
 
@@ -103,13 +110,14 @@ def top_k(params: Params, x: Float[Tensor, "head batch width"], k: Int[Tensor, "
     """
     n_heads, batch, _ = x.shape
     n_blocks, n_features = params["b_enc"].shape
-    largest, values, indices = int(k.max()), [], []
-    for _, _, pre in _pre_activations(params, x, whole=layer):  # [block, token, feature]
+    largest = int(k.max())
+
+    def find(block: int, start: int, pre: Float[Tensor, "block token feature"]) -> tuple[Tensor, Tensor]:
         if layer:  # a row is a token of a point, with the features of all its heads: [point, token, head * feature]
             pre = pre.view(-1, n_heads, *pre.shape[1:]).transpose(1, 2).flatten(2)
-        value, index = top_of_rows(pre, largest)
-        values.append(value)
-        indices.append(index)
+        return top_of_rows(pre, largest)
+
+    values, indices = zip(*_of_pre_activations(find, params, x, whole=layer), strict=True)
     n_rows = len(k) if layer else n_blocks
     # A tile is some tokens of all points, or of one block: [point or block, token, largest].
     join = (lambda tiles: torch.cat(tiles, 1)) if layer else (lambda tiles: torch.cat([t.flatten(0, 1) for t in tiles]))
@@ -166,16 +174,19 @@ def batch_top_k(
 def first_guess(params: Params, x: Float[Tensor, "head batch width"], counts: Int[Tensor, " group"]) -> Tensor:
     """A threshold for `batch_top_k` from a few tokens."""
     sample = x[:, :64]
-    _, _, pre = next(_pre_activations(params, sample, whole=True))
+    (pre,) = _of_pre_activations(lambda block, start, pre: pre, params, sample, whole=True)
     share = counts * (sample.shape[1] / x.shape[1] / ranks.size())
     rows = pre.reshape(len(counts), -1)
     return torch.stack([row.topk(max(1, int(n))).values[-1] for row, n in zip(rows, share.tolist(), strict=True)]) * 0.8
 
 
-def _pre_activations(
-    params: Params, x: Float[Tensor, "head batch width"], whole: bool = False
-) -> Iterator[tuple[int, int, Float[Tensor, "block token feature"]]]:
-    """x W_enc + b_enc in tiles: first block, first token, and `[block, token, feature]`.
+def _of_pre_activations(
+    use: Callable[[int, int, Float[Tensor, "block token feature"]], Result],
+    params: Params,
+    x: Float[Tensor, "head batch width"],
+    whole: bool = False,
+) -> list[Result]:
+    """What is made of x W_enc + b_enc in tiles: of the first block, the first token, and `[block, token, feature]`.
 
     A tile fits in the cache: one block, or with `whole` few tokens of all blocks.
     """
@@ -184,11 +195,14 @@ def _pre_activations(
     n_heads, batch, _ = x.shape
     chunk = n_blocks if whole else 1
     step = max(64, _TILE // (chunk * n_features))
-    for block in range(0, n_blocks, chunk):
-        inputs = x[block % n_heads, None] if chunk == 1 else x.repeat(n_blocks // n_heads, 1, 1)
-        for start in range(0, batch, step):
-            tile = inputs[:, start : start + step]
-            yield block, start, torch.baddbmm(b_enc[block : block + chunk, None], tile, W_enc[block : block + chunk])
+
+    def of_tile(place: tuple[int, int]) -> Result:
+        block, start = place
+        blocks, rows = slice(block, block + chunk), slice(start, start + step)
+        tile = x[block % n_heads, None, rows] if chunk == 1 else x[:, rows].repeat(n_blocks // n_heads, 1, 1)
+        return use(block, start, torch.baddbmm(b_enc[blocks, None], tile, W_enc[blocks]))
+
+    return workers.each(of_tile, product(range(0, n_blocks, chunk), range(0, batch, step)))
 
 
 def top_of_rows(x: Float[Tensor, "*rows n"], k: int) -> tuple[Tensor, Tensor]:

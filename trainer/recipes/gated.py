@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from trainer.kernels.dense import Outcome, Params, empty_outcome, linear, tiles
+from trainer.kernels.dense import Outcome, Params, Tile, empty_outcome, linear, over_tiles
 from trainer.recipes.recipe import Recipe, Step
 
 
@@ -25,7 +25,9 @@ def gradients(params: Params, x: Float[Tensor, "head batch width"], step: Step) 
     gain = params["r_mag"].exp()
     out = empty_outcome(params, x)
     penalty, auxiliary = torch.zeros_like(gain), torch.zeros_like(coefficient)
-    for blocks, rows, target in tiles(x, len(W_enc)):
+
+    def add(tile: Tile) -> None:
+        blocks, rows, target = tile
         inputs = target - b_dec[blocks, None]
         s = torch.bmm(inputs, W_enc[blocks])
         gate = (s + params["b_enc"][blocks, None]).clamp_(min=0)
@@ -47,6 +49,8 @@ def gradients(params: Params, x: Float[Tensor, "head batch width"], step: Step) 
         penalty[blocks] += gate.sum(1)
         auxiliary[blocks] += frozen.pow(2).sum((1, 2))
         out.fired[blocks] += f.sign_().sum(1)
+
+    over_tiles(add, x, len(W_enc))
     out.grads["b_dec"].add_(out.error.sum(1), alpha=2 / batch)
     out.terms["l1"] = penalty.sum(1) / batch
     out.terms["auxiliary"] = auxiliary / batch

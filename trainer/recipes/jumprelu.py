@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from trainer.kernels.dense import Outcome, Params, empty_outcome, into_b_dec, into_encoder, linear, tiles
+from trainer.kernels.dense import Outcome, Params, Tile, empty_outcome, into_b_dec, into_encoder, linear, over_tiles
 from trainer.recipes.recipe import Recipe, Step
 
 TANH_SCALE, BANDWIDTH, PRE_ACTIVATION_COEFFICIENT = 4.0, 2.0, 3e-6  # c, eps, lambda_P
@@ -41,7 +41,9 @@ def gradients(params: Params, x: Float[Tensor, "head batch width"], step: Step) 
     cn, weight, weight_p = TANH_SCALE * norm, coefficient[:, None] / batch, PRE_ACTIVATION_COEFFICIENT / batch
     out = empty_outcome(params, x)
     penalty, below, d_norm = (torch.zeros_like(b_enc) for _ in range(3))
-    for blocks, rows, target in tiles(x, len(W_enc)):
+
+    def add(tile: Tile) -> None:
+        blocks, rows, target = tile
         pre = linear(target, W_enc[blocks], b_enc[blocks])
         jump = threshold[blocks, None]
         is_open = (pre > jump).to(pre.dtype)
@@ -63,6 +65,8 @@ def gradients(params: Params, x: Float[Tensor, "head batch width"], step: Step) 
         below[blocks] += short.sum(1)
         out.grads["log_threshold"][blocks] += weight_p * (norm * threshold)[blocks] * closed.sum(1)
         out.fired[blocks] += is_open.sum(1)
+
+    over_tiles(add, x, len(W_enc))
     out.grads["W_dec"].add_(W_dec * ((d_norm + weight_p * below) / norm)[..., None])
     into_b_dec(out, params, centred=False)
     out.terms["tanh"] = penalty.sum(1) / batch
