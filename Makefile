@@ -38,6 +38,7 @@ results: $(VENV)/test.stamp
 bench: $(VENV)/test.stamp
 	$(BIN)/python -m trainer.embedded
 	$(BIN)/python -m benchmarks.steps
+	$(BIN)/python -m benchmarks.busy
 	$(BIN)/python -m benchmarks.data
 	$(BIN)/python -m benchmarks.analysis
 	$(BIN)/python -m benchmarks.first_run

@@ -25,6 +25,7 @@ PAGES = ["Tradeoffs", "Heads", "Features", "Prompt", "Compare", "Runs"]
 TEXT = (
     "Fellow citizens of the Senate and of the House of Representatives, I congratulate you on the state of the nation. "
 )
+_SENTENCES = "() => [...document.querySelectorAll('[data-testid=stText]')].map((each) => each.textContent).join()"
 _DRAWN = (
     "() => document.querySelector(':is([data-testid=stVegaLiteChart], [data-testid=stDataFrame]) :is(canvas, svg)')"
 )
@@ -98,12 +99,17 @@ def until_idle(page: Page, act: Callable[[], object]) -> float:
     return time.perf_counter() - started - 0.3
 
 
-def chosen(page: Page, act: Callable[[], object]) -> float:
-    """`until_idle` of a choice, which must have reached the address."""
-    before = page.url
-    taken = until_idle(page, act)
-    assert page.url != before, "nothing was chosen"
-    return taken
+def chosen(page: Page, act: Callable[[], object]) -> tuple[float, float]:
+    """From a choice to the first sentence that it changes, and to the page complete; it must reach the address."""
+    before, url = page.evaluate(_SENTENCES), page.url
+    started = time.perf_counter()
+    act()
+    page.wait_for_function(f"before => ({_SENTENCES})() !== before", arg=before)
+    answered = time.perf_counter() - started
+    idle(page)
+    taken = time.perf_counter() - started - 0.3
+    assert page.url != url, "nothing was chosen"
+    return answered, taken
 
 
 def prompts(page: Page, texts: list[str]) -> list[float]:
@@ -154,7 +160,7 @@ def measure(browser: Browser, server: subprocess.Popen, address: str) -> None:
         return seconds(page, page.get_by_role("link", name=name, exact=True).click, name)
 
     print(f"{os.cpu_count()} cores, {ROUNDS} rounds, headless Chromium beside the server; seconds, median (slowest)\n")
-    print("| | first chart or table | complete |\n|---|---|---|")
+    print("| | first chart, table or sentence | complete |\n|---|---|---|")
     row("first visit, imports included", [seconds(page, lambda: page.goto(f"{address}/tradeoffs"), "Tradeoffs")])
     for name in PAGES[1:]:
         row(f"{name}, first time", [go(name)])
@@ -188,7 +194,7 @@ def measure(browser: Browser, server: subprocess.Popen, address: str) -> None:
         "what is changed": lambda i: choose(page, "Change", ["the whole layer", "the feature"][i % 2]),
     }
     for name, choice in choices.items():
-        print(f"| Prompt, {name} | | {spread([chosen(page, partial(choice, i)) for i in range(ROUNDS)])} |", flush=True)
+        row(f"Prompt, {name}", [chosen(page, partial(choice, i)) for i in range(ROUNDS)])
     print(f"| a new prompt of 66 tokens | | {spread(prompts(page, [f'{i} {TEXT * 3}' for i in range(ROUNDS)]))} |")
     print(f"| a new prompt of 1,016 tokens | | {spread(prompts(page, [f'{i} {TEXT * 44}' for i in range(3)]))} |")
     print(f"\nThe server holds {resident(server.pid):.1f} GB.")
