@@ -57,6 +57,7 @@ def test_from_a_token_to_the_reason_why(visitor, chromium, address):
     fresh.leave()
 
 
+@pytest.mark.slow
 def test_two_sessions_at_once_get_their_own_answers(chromium, address):
     prompts = {"one two three four. one two three": "four", "red green blue red green": "blue"}
     visitors = [Visitor(chromium, address) for _ in prompts]
@@ -124,6 +125,7 @@ def test_the_address_says_what_is_shown(visitor):
     assert f"checkpoint={other}" in page.url and "feature=" in page.url
 
 
+@pytest.mark.slow
 def test_what_is_chosen_by_hand_after_a_prompt_by_hand_is_in_the_address(visitor):
     """Streamlit forgets to write it: the spinner of the prompt pushes the boxes below aside."""
     page = visitor.page
@@ -188,6 +190,7 @@ def test_a_list_is_walked_by_mouse_and_by_keys(visitor):
     page.wait_for_function("document.querySelector('[data-testid=stMain]').scrollTop == 0")
 
 
+@pytest.mark.slow
 def test_markup_in_a_prompt_only_appears(visitor):
     page = visitor.page
     visitor.open("prompt")

@@ -10,6 +10,7 @@ from tests.helpers import OTHERS, PAGES, edit_config, listed, open_page, said, s
 from trainer.checkpoint import Checkpoint
 
 DRAWN = PAGES[:4]  # these have a chart without an analysis
+_ALIKE = ("bricken", "gated", "jumprelu")  # saved as april or with thresholds, as batchtopk
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -161,7 +162,9 @@ def test_markup_in_a_prompt_is_only_text(folder):
     assert not [m for m in app.markdown if m.allow_html]
 
 
-@pytest.mark.parametrize("recipe", list(OTHERS))
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(each, marks=pytest.mark.slow if each in _ALIKE else []) for each in OTHERS]
+)
 def test_every_recipe_shows_on_every_page(folder, recipe):
     table = open_page("pages/tradeoffs.py").dataframe[0].value.set_index("name").loc[recipe]
     assert table["recipe"] == recipe and table["L0"] > 0

@@ -161,7 +161,7 @@ def test_dead_features_come_back_by_aux_k_and_by_resampling():
 
 @pytest.mark.parametrize(
     "recipe",
-    [pytest.param(recipe, marks=[] if recipe in ("april", "batchtopk") else pytest.mark.slow) for recipe in SPARSITIES],
+    [pytest.param(recipe, marks=[] if recipe == "batchtopk" else pytest.mark.slow) for recipe in SPARSITIES],
 )
 def test_a_planted_dictionary_is_recovered(recipe):
     """z_h = sum of a few of 32 known unit directions per head: training finds them, their L0 and a low FVU."""
@@ -291,7 +291,10 @@ def test_a_wrong_point_of_a_sweep_is_one_sentence(options, message):
     ("recipe", "options", "training", "split"),
     [
         ("bricken", {"resample_fraction": 0.25}, {"total_training_steps": 200, "dead_after_tokens": 300}, 52),
-        ("bricken", {"resample_fraction": 0.25}, {"total_training_steps": 200, "dead_after_tokens": 300}, 99),
+        pytest.param(
+            *("bricken", {"resample_fraction": 0.25}, {"total_training_steps": 200, "dead_after_tokens": 300}, 99),
+            marks=pytest.mark.slow,
+        ),
         ("topk", {}, {"total_training_steps": 60, "dead_after_tokens": 200}, 30),
         ("batchtopk", {}, {"total_training_steps": 60, "dead_after_tokens": 200}, 30),
         ("april", {}, {"total_training_steps": 40}, 20),
