@@ -25,7 +25,8 @@ PAGES = ["Tradeoffs", "Heads", "Features", "Prompt", "Compare", "Runs"]
 TEXT = (
     "Fellow citizens of the Senate and of the House of Representatives, I congratulate you on the state of the nation. "
 )
-_SENTENCES = "() => [...document.querySelectorAll('[data-testid=stText]')].map((each) => each.textContent).join()"
+_SHOWN = """() => location.href
+    + [...document.querySelectorAll('[data-testid=stText]')].map((each) => each.textContent).join()"""
 _DRAWN = (
     "() => document.querySelector(':is([data-testid=stVegaLiteChart], [data-testid=stDataFrame]) :is(canvas, svg)')"
 )
@@ -100,16 +101,14 @@ def until_idle(page: Page, act: Callable[[], object]) -> float:
 
 
 def chosen(page: Page, act: Callable[[], object]) -> tuple[float, float]:
-    """From a choice to the first sentence that it changes, and to the page complete; it must reach the address."""
-    before, url = page.evaluate(_SENTENCES), page.url
+    """From a choice to the first sentence that it changes, or its place in the address, and to the page complete."""
+    before = page.evaluate(_SHOWN)
     started = time.perf_counter()
     act()
-    page.wait_for_function(f"before => ({_SENTENCES})() !== before", arg=before)
+    page.wait_for_function(f"before => ({_SHOWN})() !== before", arg=before)
     answered = time.perf_counter() - started
     idle(page)
-    taken = time.perf_counter() - started - 0.3
-    assert page.url != url, "nothing was chosen"
-    return answered, taken
+    return answered, time.perf_counter() - started - 0.3
 
 
 def prompts(page: Page, texts: list[str]) -> list[float]:
