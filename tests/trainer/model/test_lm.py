@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from trainer.model.lm import LanguageModel, _unusual
+from trainer.model.lm import LanguageModel, leave_cores, _unusual
 
 
 @pytest.fixture(params=["gpt2", "llama"])
@@ -74,6 +74,17 @@ def test_no_hook_stays_behind_but_those_of_others(gpt2):
     finally:
         point.remove_hooks()
     assert not [name for name, point in gpt2.model.hook_dict.items() if point.fwd_hooks]
+
+
+@pytest.mark.parametrize(("cores", "threads"), [(None, 1), (1, 1), (2, 1), (8, 4)])
+def test_half_of_the_cores_are_left(cores, threads, monkeypatch):
+    before = torch.get_num_threads()
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    try:
+        leave_cores()
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_sizes_are_read_from_the_model(llama):
