@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from trainer.model.lm import LanguageModel, leave_cores, _unusual
+from trainer.model.lm import LanguageModel, _unusual, leave_cores
 
 
 @pytest.fixture(params=["gpt2", "llama"])
