@@ -2,9 +2,11 @@
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from jaxtyping import install_import_hook
 
 # Every shape annotation of these packages is checked while the tests run: before anything of them is imported.
@@ -16,6 +18,14 @@ from tests.helpers import ANALYSED, OTHERS, save_tiny_gemma2, save_tiny_gpt2, sa
 
 def pytest_addoption(parser) -> None:
     parser.addoption("--reliability", help="run the fault trials in full and write their table into this page")
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """So that no selection hangs on how a sum is rounded."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from tests.helpers import PATIENCE, ROOT, decided, edit_json, tiny_run
 from tests.processes import commands, in_processes
+from tests.trainer.optimise.test_stack import data
 from trainer import checkpoint, ranks
 from trainer import evaluate as evaluation
 from trainer import run as trained_run
@@ -29,7 +30,7 @@ from trainer.model.lm import LanguageModel
 from trainer.optimise.initialise import initial_params, input_scale
 from trainer.optimise.stack import Stack
 
-HEADS, WIDTH, BATCH, STEPS = 3, 8, 48, 50
+BATCH, STEPS = 48, 50
 # Each as a sweep of two SAEs in one stack.
 KINDS = {
     "april": {"recipe": "april", "l1_coefficient": [0.5, 3.0]},
@@ -43,21 +44,9 @@ KINDS = {
 }
 
 
-@pytest.fixture
-def float64():
-    """So that no selection hangs on how a sum is rounded."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-def data():
-    """Heads of very different size, off centre, and the rows of a batch larger and larger: its shares are not alike."""
-    generator = torch.Generator().manual_seed(0)
-    mixed = torch.randn(STEPS * BATCH, HEADS, 2 * WIDTH, generator=generator).relu()
-    mixed = torch.einsum("nhi,hio->nho", mixed, torch.randn(HEADS, 2 * WIDTH, WIDTH, generator=generator))
-    rows = (mixed + torch.randn(HEADS, WIDTH, generator=generator)) * torch.tensor([1.0, 0.1, 5.0])[:, None]
-    return rows * torch.linspace(0.5, 2, BATCH).repeat(STEPS)[:, None, None]
+def growing_rows():
+    """The rows of a batch larger and larger: its shares are not alike."""
+    return data(STEPS * BATCH) * torch.linspace(0.5, 2, BATCH).repeat(STEPS)[:, None, None]
 
 
 def trained(kind, rows):
@@ -88,7 +77,7 @@ def trained(kind, rows):
 
 def each_kind(kinds):
     torch.set_default_dtype(torch.float64)
-    rows = data()
+    rows = growing_rows()
     return {kind: trained(kind, rows) for kind in kinds}
 
 

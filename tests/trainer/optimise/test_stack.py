@@ -45,13 +45,6 @@ def data(n=4096):
     return (mixed + torch.randn(HEADS, WIDTH, generator=generator)) * torch.tensor([1.0, 0.1, 5.0])[:, None]
 
 
-@pytest.fixture
-def float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 @pytest.mark.parametrize("recipe", list(SPARSITIES))
 @pytest.mark.parametrize("scope", ["layer", "head"])
 def test_a_batched_stack_equals_each_point_alone(recipe, scope, float64):

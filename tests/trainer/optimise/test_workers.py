@@ -24,10 +24,9 @@ def test_each_is_done_on_one_thread_and_all_in_order(two_threads):
 
 @pytest.mark.parametrize("scope", ["layer", "head"])
 @pytest.mark.parametrize("recipe", list(SPARSITIES))
-def test_the_number_of_threads_changes_no_step(recipe, scope):
-    """In float64, so that no selection depends on rounding; also of the sparse path of L1 recipes."""
-    rows, after = data().double(), []
-    torch.set_default_dtype(torch.float64)
+def test_the_number_of_threads_changes_no_step(recipe, scope, float64):
+    """Also of the sparse path of L1 recipes."""
+    rows, after = data(), []
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
@@ -38,6 +37,5 @@ def test_the_number_of_threads_changes_no_step(recipe, scope):
             after.append({**stack.params, "threshold": stack.threshold, "unfired": stack.unfired})
     finally:
         torch.set_num_threads(1)
-        torch.set_default_dtype(torch.float32)
     for name, value in after[0].items():
         torch.testing.assert_close(after[1][name], value, msg=lambda m, name=name: f"{name}: {m}")
