@@ -16,7 +16,8 @@ from trainer import embedded, ranks
 from trainer.block_diag import BlockDiagSAE
 from trainer.checkpoint import Model, Text
 from trainer.config import ActivationsConfig, SAEConfig, TrainingConfig
-from trainer.data.buffer import CachedActivations, batches, batches_in, open_source
+from trainer.cost import expected
+from trainer.data.buffer import CachedActivations, batches, batches_in, buffer_rows, open_source
 from trainer.data.text import EMBEDDED, Corpus
 from trainer.evaluate import default_tokens, evaluate, evaluate_tokens, kept_effects
 from trainer.interrupts import Interrupted, deferred_interrupts
@@ -103,15 +104,27 @@ def _fit(
     """Harvest, start or resume, and take all steps."""
     layers = sorted({run.sae.hook_layer for run in runs})
     n_tokens = cfg.total_training_steps * cfg.batch_size
-    source = open_source(lm, activations, layers, corpus, n_tokens, cfg.buffer_tokens, cfg.seed)
+    begun = [run.buffer_tokens for run in runs if run.buffer_tokens]
+    rows = begun[0] if begun else buffer_rows(lm, len(layers), cfg)
+    if set(begun) - {rows}:
+        raise ValueError("these runs were begun by commands that shuffled otherwise: resume them one by one")
+    source = open_source(lm, activations, layers, corpus, n_tokens, rows, cfg.seed)
     batches_in(source, 0, cfg.batch_size)
     kind = "cached" if isinstance(source, CachedActivations) else "live"
     models, text = {index: Model.of(lm.layer(index)) for index in layers}, Text.of(corpus)
     for run in runs:
-        run.describe(models[run.sae.hook_layer], text, kind)
+        run.describe(models[run.sae.hook_layer], text, kind, rows)
 
     # The stream: harvested to disk first, where it fits there, and begun at the last step that all runs have saved.
     step = ranks.decided(max(set.intersection(*(run.saved_steps() for run in runs)), default=0))
+    n_first = 0 if step else min(-(-_STATISTICS_ROWS // cfg.batch_size), cfg.total_training_steps)
+    stacks = [[run.sae for run in group] for group in _groups(runs)]
+    cost = expected(
+        source, lm, stacks, replace(cfg, buffer_tokens=rows), device, held_out, cfg.total_training_steps - step,
+        n_first * cfg.batch_size,
+    )  # fmt: skip
+    print(cost.describe(), flush=True)
+    cost.refuse(device, Path(cfg.out))
     if step < cfg.total_training_steps:
         distinct = source.distinct_tokens
         print(f"The run reads {n_tokens:,} tokens: {distinct:,} distinct ones, {n_tokens / distinct:.1f} times")
@@ -123,14 +136,14 @@ def _fit(
     if step:
         members = [member for group in _groups(runs) for member in _resume(group, step, cfg, device)]
     else:  # the first batches are also the data from which the SAEs start
-        n_first = min(-(-_STATISTICS_ROWS // cfg.batch_size), cfg.total_training_steps)
         first = [next(stream) for _ in range(n_first)]
-        rows = torch.cat([ranks.gathered(z) for z in first])[:_STATISTICS_ROWS].cpu()
         members = []
         for group in _groups(runs):
-            members += _start(group, rows[:, layers.index(group[0].sae.hook_layer)], cfg, device)
+            place = layers.index(group[0].sae.hook_layer)
+            z = torch.cat([ranks.gathered(batch[:, place]) for batch in first])[:_STATISTICS_ROWS]
+            members += _start(group, z.cpu().float(), cfg, device)
         stream = chain(first, stream)
-        del first, rows
+        del first
     for member in members:
         member.run.begin(step, member.stack.finished(member.point), mode)
 
@@ -199,7 +212,7 @@ def _loop(
             z = next(stream)
             waited += time.perf_counter() - asked
             for stack in stacks:
-                stack.update(z[:, layers.index(stack.cfg.hook_layer)])
+                stack.update(z[:, layers.index(stack.cfg.hook_layer)].float())
             bar.update()
             evaluates = cfg.eval_every and step % cfg.eval_every == 0 and step < total
             if step % cfg.log_every == 0 or step == total or evaluates:

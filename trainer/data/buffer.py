@@ -11,7 +11,7 @@ Several processes each get a part of every group, and swap rows so that the batc
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from trainer import ranks
-from trainer.config import ActivationsConfig
+from trainer.config import ActivationsConfig, TrainingConfig
 from trainer.data.deal import deal
 from trainer.data.text import Corpus
 from trainer.files import cache_dir, flaw, load_tensors, require_file, save_tensors, sweep, write_json
@@ -56,7 +56,7 @@ def open_source(
     n_contexts = corpus.n_contexts(n_tokens)
     if corpus.n_train_contexts is not None:
         n_contexts = min(n_contexts, corpus.n_train_contexts)
-    if n_contexts * (corpus.context_size - 1) * len(layers) * lm.n_heads * lm.d_head * 2 > config.cache_gb * 1e9:
+    if n_contexts * (corpus.context_size - 1) * bytes_per_row(lm, len(layers)) > config.cache_gb * 1e9:
         return LiveActivations(lm, layers, corpus, n_contexts, buffer_rows)
     computed_by = [f"{name} {version(name)}" for name in ("torch", "transformers", "transformer-lens")]
     if matmuls_are_tf32(lm.device):
@@ -82,7 +82,7 @@ def open_source(
 def batches(
     source: "Source", batch_size: int, seed: int, start: int = 0, device: str = "cpu"
 ) -> Iterator[Float[Tensor, "share layer head d_head"]]:
-    """Endless shuffled batches in float32; `start` skips that many, exactly as if they had been taken.
+    """Endless shuffled batches, as they are kept (float16); `start` skips that many, exactly as if they had been taken.
 
     The few rows of a group that do not fill a batch are dropped. Of several processes each gets its share of a batch.
 
@@ -101,7 +101,7 @@ def batches(
         order = torch.from_numpy(np.random.default_rng([seed, index]).permutation(source.rows(index))).to(device)
         rows, order = deal(rows, order, source.parts(index), batch_size)
         for step in range(start, batches_in(source, index, batch_size)):
-            yield rows[order[step * share : (step + 1) * share]].float()
+            yield rows[order[step * share : (step + 1) * share]]
         del rows  # before the next group is asked for
         start = 0
 
@@ -115,6 +115,26 @@ def _read_ahead(items: Iterator[Tensor]) -> Iterator[Tensor]:
             coming = reader.submit(next, items)
             yield item
             del item
+
+
+def buffer_rows(lm: LanguageModel, n_layers: int, cfg: TrainingConfig) -> int:
+    """Rows that are shuffled together: as many as `buffer_tokens` and half of `buffer_gb` allow.
+
+    Raises:
+        ValueError: they are less than a batch.
+    """
+    rows = min(cfg.buffer_tokens, int(cfg.buffer_gb * 1e9 / 2 / bytes_per_row(lm, n_layers)))
+    if rows < cfg.batch_size:
+        raise ValueError(
+            f"buffer_gb {cfg.buffer_gb:g} holds {rows:,} tokens of {n_layers} layers at a time, less than a batch of "
+            f"{cfg.batch_size:,}: raise --buffer_gb, lower --batch_size or train fewer layers at a time"
+        )
+    return rows
+
+
+def bytes_per_row(lm: LanguageModel, n_layers: int) -> int:
+    """Of the head outputs of one token."""
+    return n_layers * lm.n_heads * lm.d_head * 2
 
 
 def batches_in(source: "Source", group: int, batch_size: int) -> int:
@@ -194,6 +214,13 @@ class CachedActivations:
         }
         return {index: folders for index, folders in lacking.items() if folders}
 
+    def to_harvest(self) -> tuple[int, int]:
+        """Bytes that `fill` would write, and tokens that the model would read for them."""
+        missing, key = self.missing(), next(iter(self.keys.values()))
+        tokens = {index: self._shard_rows[index] for index in missing}
+        wanted = sum(tokens[index] * len(folders) for index, folders in missing.items())
+        return wanted * key.n_heads * key.d_head * 2, sum(tokens.values())
+
     def fill(self, lm: LanguageModel, corpus: Corpus, progress: Progress) -> None:
         """Harvest the missing shards. `progress(done, total)` is told tokens after every forward.
 
@@ -252,8 +279,12 @@ class CachedActivations:
         return _read_ahead(map(self._read, count(start)))
 
     def _read(self, group: int) -> Float[Tensor, "row layer head d_head"]:
-        layers = [torch.cat(list(self._part(folder, group))) for folder in self.keys]
-        return layers[0][:, None] if len(layers) == 1 else torch.stack(layers, dim=1)
+        first, end = self.parts(group)[ranks.index() :][:2]
+        key = next(iter(self.keys.values()))
+        rows = torch.empty(end - first, len(self.keys), key.n_heads, key.d_head, dtype=torch.float16)
+        for place, folder in enumerate(self.keys):
+            _fill(rows[:, place], self._part(folder, group))
+        return rows
 
     def _part(self, folder: Path, group: int) -> Iterator[Float[Tensor, "row head d_head"]]:
         """This process's rows of a group; a shard in which the parts of two meet is read by both."""
@@ -301,6 +332,14 @@ class CachedActivations:
             raise ValueError(f"activation shard {flaw(path, error)}: delete it to harvest it again") from error
 
 
+def _fill(rows: Tensor, parts: Iterable[Tensor]) -> None:
+    """Write parts one after the other, each gone before the next: joined in the end, all would be held twice."""
+    begin = 0
+    for part in parts:
+        rows[begin : begin + len(part)] = part
+        begin += len(part)
+
+
 def _shard(folder: Path, index: int) -> Path:
     return folder / f"shard-{index:05d}.safetensors"
 
@@ -336,7 +375,11 @@ class LiveActivations:
         first, end = ranks.parts(self._contexts)[ranks.index() :][:2]
         blocks = (torch.stack(list(islice(contexts, self._contexts))[first:end]) for _ in count())
         for block in _read_ahead(blocks):  # text becomes tokens while the model and the SAEs compute
-            yield torch.cat(list(harvest(self._lm, self._layers, block)))
+            shape = len(block) * self._per_context, len(self._layers), self._lm.n_heads, self._lm.d_head
+            rows = torch.empty(shape, dtype=torch.float16, device=self._lm.device)
+            _fill(rows, harvest(self._lm, self._layers, block))
+            yield rows
+            del rows  # before the next ones are made
 
     def _endless(self, start: int) -> Iterator[Int[Tensor, " pos"]]:
         while True:
