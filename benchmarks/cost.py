@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-COMMON = ["--expansion_factor=4", "--total_training_steps=24", "--wandb=disabled", "--eval_tokens=508"]
+COMMON = ["--expansion_factor=4", "--total_training_steps=24", "--wandb=disabled", "--eval_tokens=254"]
 RUNS = {
     "3 layers, streamed": ["--hook_layer=[5,11,17]", "--batch_size=2048", "--cache_gb=0"],
     "layer 11, 4 points, cached": ["--hook_layer=11", "--k=[8,16,32,64]", "--batch_size=2048"],
@@ -46,7 +46,7 @@ def run(options: list[str], folder: Path) -> tuple[list[str], float, float, int]
 
 
 def main() -> None:
-    print(f"{os.cpu_count()} cores, 24 steps of batchtopk, expansion 4, evaluation on 508 tokens\n")
+    print(f"{os.cpu_count()} cores, 24 steps of batchtopk, expansion 4, evaluation on 254 tokens\n")
     print("| | said | took | memory said | taken | disk said | taken |\n|---|---|---|---|---|---|---|")
     for name, options in RUNS.items():
         with tempfile.TemporaryDirectory() as folder:

@@ -48,12 +48,12 @@ class Cost(NamedTuple):
     def describe(self) -> str:
         """One sentence."""
         held = psutil.Process().memory_info().rss
-        gpu = f", {_gb(self.gpu)} of the GPU's" if self.gpu else ""
+        gpu = f", {gb(self.gpu)} of the GPU's" if self.gpu else ""
         hours = {"model": self.model, "SAEs": self.saes, "evaluation": self.evaluation}
-        parts = ", ".join(f"{name} {_duration(seconds)}" for name, seconds in hours.items())
+        parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in hours.items())
         return (
-            f"The run takes about {_duration(sum(hours.values()))} ({parts}), {_gb(held + self.memory)} of memory{gpu} "
-            f"and {_gb(self.cache + self.checkpoints)} of disk (activations {_gb(self.cache)})"
+            f"The run takes about {duration(sum(hours.values()))} ({parts}), {gb(held + self.memory)} of memory{gpu} "
+            f"and {gb(self.cache + self.checkpoints)} of disk (activations {gb(self.cache)})"
         )
 
     def refuse(self, device: str, out: Path) -> None:
@@ -67,12 +67,9 @@ class Cost(NamedTuple):
         _require(self.memory * here, psutil.virtual_memory().available, "of memory", fewer)
         if torch.device(device).type == "cuda":
             _require(self.gpu, torch.cuda.mem_get_info(device)[0], f"on {device}", fewer)
-        cache = cache_dir()
-        together = cache.exists() and cache.stat().st_dev == out.stat().st_dev
-        less = "lower --cache_gb, and they stream through memory"
         if self.cache:
-            _require(self.cache + self.checkpoints * together, _free(cache), f"of disk in {cache}", less)
-        _require(self.checkpoints, _free(out), f"of disk in {out}", "choose another --out")
+            require_disk(cache_dir(), self.cache, "lower --cache_gb, and activations stream through memory")
+        require_disk(out, self.checkpoints, "choose another --out")
 
 
 def expected(
@@ -175,21 +172,25 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
+def require_disk(folder: Path, needed: float, way_out: str) -> None:
+    """Raise ValueError unless so many bytes are free where a folder is or will be."""
+    _require(needed, _free(folder), f"of disk in {folder}", way_out)
+
+
 def _require(needed: float, free: float, of_what: str, way_out: str) -> None:
     if needed > free:
-        raise ValueError(f"the run takes about {_gb(needed)} {of_what} and {_gb(free)} are free: {way_out}")
+        raise ValueError(f"this takes about {gb(needed)} {of_what} and {gb(free)} are free: {way_out}")
 
 
 def _free(folder: Path) -> int:
-    """Of the disk on which a folder is or will be."""
     return shutil.disk_usage(next(each for each in (folder, *folder.absolute().parents) if each.exists())).free
 
 
-def _gb(size: float) -> str:
+def gb(size: float) -> str:
     return f"{size / 1e9:.{0 if size > 1e10 else 1}f} GB" if size >= 5e7 else f"{size / 1e6:.0f} MB"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"

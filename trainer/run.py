@@ -52,9 +52,11 @@ class Run:
         return self._begun is None
 
     @property
-    def buffer_tokens(self) -> int | None:
-        """Tokens that are shuffled together, where there is something to continue."""
-        return self._begun.options.training.buffer_tokens if self._begun and self._begun.options else None
+    def begun_as(self) -> tuple[str | None, int] | None:
+        """Source of activations and tokens shuffled together, where there is something to continue."""
+        if self._begun is None or self._begun.options is None:
+            return None
+        return self._begun.source, self._begun.options.training.buffer_tokens
 
     def check(self, resume: bool) -> bool:
         """Whether there is anything to do.
@@ -100,7 +102,7 @@ class Run:
         begun = self._begun
         if begun is not None:
             moved = replace(begun.model, name=model.name), replace(begun.text, name=text.name)
-            pairs = {"model": (moved[0], model), "text": (moved[1], text), "source": (begun.source, source)}
+            pairs = {"model": (moved[0], model), "text": (moved[1], text)}
             for what, (before, now) in pairs.items():
                 if before != now:
                     raise ValueError(f"{self.path} was begun on another {what} than it would go on with: train anew")

@@ -223,6 +223,19 @@ def test_a_resumed_run_shuffles_as_it_began_whatever_is_left_of_it(command, monk
     assert_same_weights(whole[0], out / "alone")
 
 
+def test_a_run_that_streams_goes_on_streaming_when_the_cache_is_there(command, monkeypatch):
+    arguments, out = command
+    streamed = [*arguments, "--cache_gb=0"]
+    assert main([*streamed, "--name=whole"]) == 0
+    with interrupted_at(7, monkeypatch):
+        assert main([*streamed, "--name=halves"]) == 130
+    assert main([*arguments, "--name=other"]) == 0, "which fills the cache"
+    assert main([*streamed, "--name=halves", "--resume=true"]) == 0
+    assert Checkpoint(out / "other").config.source == "cached"
+    assert Checkpoint(out / "halves").config.source == "live"
+    assert_same_weights(out / "whole", out / "halves")
+
+
 def test_run_yaml_means_its_run_from_every_folder(command, monkeypatch, tmp_path, capsys):
     arguments, _ = command
     arguments = [*arguments, "--out=checkpoints"]

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import count, islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -46,18 +47,20 @@ def open_source(
     n_tokens: int,
     buffer_rows: int,
     seed: int,
+    begun: str | None = None,
 ) -> "Source":
-    """A source for a run of `n_tokens`: the disk cache where it fits in `cache_gb`, else the model itself.
+    """A source for a run of `n_tokens`: the disk cache where it fits in `cache_gb` or is whole, else the model itself.
 
     It holds fewer distinct tokens where `distinct_tokens` or the text does, and is then read in
     several passes. The cache still has to be filled. Order and grouping do not depend on the layers.
+
+    Args:
+        begun: cached or live, as the run that is continued was.
     """
     n_tokens = min(n_tokens, config.distinct_tokens or n_tokens)
     n_contexts = corpus.n_contexts(n_tokens)
     if corpus.n_train_contexts is not None:
         n_contexts = min(n_contexts, corpus.n_train_contexts)
-    if n_contexts * (corpus.context_size - 1) * bytes_per_row(lm, len(layers)) > config.cache_gb * 1e9:
-        return LiveActivations(lm, layers, corpus, n_contexts, buffer_rows)
     computed_by = [f"{name} {version(name)}" for name in ("torch", "transformers", "transformer-lens")]
     if matmuls_are_tf32(lm.device):
         computed_by.append("TF32")
@@ -76,7 +79,11 @@ def open_source(
         )
         for layer in layers
     ]
-    return CachedActivations(cache_dir() / "activations", keys, layers, n_contexts, buffer_rows, seed)
+    cached = CachedActivations(cache_dir() / "activations", keys, layers, n_contexts, buffer_rows, seed)
+    fits = cached.distinct_tokens * bytes_per_row(lm, len(layers)) <= config.cache_gb * 1e9
+    if begun == "cached" or (begun is None and (fits or not ranks.any_of(bool(cached.missing())))):
+        return cached
+    return LiveActivations(lm, layers, corpus, n_contexts, buffer_rows)
 
 
 def batches(
@@ -169,6 +176,13 @@ class CacheKey:
     """of the libraries that compute the activations"""
 
 
+class Missing(NamedTuple):
+    """What a cache lacks: bytes to write, and tokens that the model reads for them."""
+
+    bytes: int
+    tokens: int
+
+
 class CachedActivations:
     """Activations on disk, in shards of 256 contexts: `<root>/<model>-<layer>-<hash>/shard-00000.safetensors`.
 
@@ -214,12 +228,12 @@ class CachedActivations:
         }
         return {index: folders for index, folders in lacking.items() if folders}
 
-    def to_harvest(self) -> tuple[int, int]:
-        """Bytes that `fill` would write, and tokens that the model would read for them."""
+    def to_harvest(self) -> Missing:
+        """What `fill` would do."""
         missing, key = self.missing(), next(iter(self.keys.values()))
         tokens = {index: self._shard_rows[index] for index in missing}
         wanted = sum(tokens[index] * len(folders) for index, folders in missing.items())
-        return wanted * key.n_heads * key.d_head * 2, sum(tokens.values())
+        return Missing(wanted * key.n_heads * key.d_head * 2, sum(tokens.values()))
 
     def fill(self, lm: LanguageModel, corpus: Corpus, progress: Progress) -> None:
         """Harvest the missing shards. `progress(done, total)` is told tokens after every forward.

