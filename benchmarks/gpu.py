@@ -121,7 +121,7 @@ def both(
 
     def run() -> None:
         for _ in range(source.rows(0) // size.batch):
-            made.stack.update(next(stream)[:, 0])
+            made.stack.update(next(stream)[:, 0].float())
 
     return run
 

@@ -108,9 +108,14 @@ def batches(
         order = torch.from_numpy(np.random.default_rng([seed, index]).permutation(source.rows(index))).to(device)
         rows, order = deal(rows, order, source.parts(index), batch_size)
         for step in range(start, batches_in(source, index, batch_size)):
-            yield rows[order[step * share : (step + 1) * share]]
+            yield _taken(rows, order[step * share : (step + 1) * share])
         del rows  # before the next group is asked for
         start = 0
+
+
+def _taken(rows: Float[Tensor, "row layer head d_head"], at: Int[Tensor, " taken"]) -> Tensor:
+    """Some rows; on a CPU by numpy, on one thread: those of torch wait for each other (`trainer.kernels.workers`)."""
+    return torch.from_numpy(rows.numpy()[at.numpy()]) if rows.device.type == "cpu" else rows[at]
 
 
 def _read_ahead(items: Iterator[Tensor]) -> Iterator[Tensor]:
