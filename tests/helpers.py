@@ -174,6 +174,15 @@ def write_text(path: Path, documents: int = 60, words: int = 300) -> Path:
     return path
 
 
+def write_data_set(folder: Path, files: list[list[dict]]) -> Path:
+    """A data set that is streamed, of files with these records."""
+    folder.mkdir()
+    for number, records in enumerate(files):
+        (folder / f"{number:02}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "README.md").write_text("---\nconfigs:\n- config_name: all\n  data_files: '*.jsonl'\n---\n")
+    return folder
+
+
 def open_page(page: str, **query) -> AppTest:
     app = AppTest.from_file(str(ROOT / "app.py"), default_timeout=PATIENCE)
     app.switch_page(page)  # before the first run: the default page would keep what it chose in the session

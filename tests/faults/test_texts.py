@@ -19,7 +19,7 @@ def test_streams_that_break_off(tries, fault, monkeypatch):
         chance = random.Random(seed)
         breaks = sorted({chance.randrange(60) for _ in range(chance.randrange(1, 8))})
 
-        def opened(name, config, split, breaks=breaks):
+        def opened(*_, breaks=breaks):
             for i, record in enumerate(records):
                 if breaks and i == breaks[0]:
                     breaks.pop(0)

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections import Counter
 from itertools import chain, islice
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.helpers import PATIENCE, ROOT, decided, edit_json, tiny_run
+from tests.helpers import PATIENCE, ROOT, decided, edit_json, tiny_run, write_data_set
 from tests.processes import commands, in_processes
 from tests.trainer.optimise.test_stack import data
 from trainer import checkpoint, ranks
@@ -21,7 +22,7 @@ from trainer import run as trained_run
 from trainer.__main__ import main
 from trainer.checkpoint import Checkpoint
 from trainer.config import ActivationsConfig, TrainingConfig
-from trainer.data import buffer
+from trainer.data import buffer, streams
 from trainer.data.buffer import LiveActivations, batches, open_source
 from trainer.data.text import Corpus
 from trainer.kernels import select, sparse
@@ -161,12 +162,12 @@ class Numbers(Corpus):
     """A text whose tokens are numbers."""
 
     name = fingerprint = "numbers"
-    context_size, n_train_contexts = PER_CONTEXT + 1, CONTEXTS
+    context_size, n_train_contexts, n_streams = PER_CONTEXT + 1, CONTEXTS, 1
 
     def __init__(self):
         pass
 
-    def train(self, start=0):
+    def train(self, start=0, stream=0):
         numbers = torch.arange(CONTEXTS * PER_CONTEXT).view(CONTEXTS, PER_CONTEXT)
         yield from torch.cat([numbers[:, :1], numbers], 1)[start:]
 
@@ -188,9 +189,9 @@ class Numbered(LanguageModel):
         return [tokens[..., None, None].float() for _ in layers]
 
 
-def read(first, last, cache_gb):
+def read(first, last, cache_gb, text=None):
     """Rows of this process's share of each step, two passes being 50 steps, and the contexts that its model ran on."""
-    model, numbers, buffer._SHARD_CONTEXTS = Numbered(), Numbers(), 4
+    model, numbers, buffer._SHARD_CONTEXTS = Numbered(), text or Numbers(), 4
     config = ActivationsConfig(model="numbers", cache_gb=cache_gb)
     source = open_source(model, config, [0], numbers, CONTEXTS * PER_CONTEXT, 11 * PER_CONTEXT, seed=3)
     assert isinstance(source, LiveActivations) == (cache_gb == 0)
@@ -221,6 +222,62 @@ def test_no_number_of_processes_reads_other_rows_and_a_resumed_run_none_twice(ca
     else:
         of_first, of_second = (set(part) for part in contexts[0])
         assert not of_first & of_second and of_first | of_second <= set(ran)
+
+
+class Ids:
+    """The tokenizer of records that hold token ids."""
+
+    bos_token_id, eos_token_id = 0, 1
+
+    def __len__(self):
+        return 2048  # up to which float16 tells one from the next
+
+    def get_vocab(self):
+        return {}
+
+
+@pytest.mark.parametrize("cache_gb", [0, 1])
+def test_of_a_data_set_each_process_reads_its_share(cache_gb, tmp_path, monkeypatch):
+    """Of 13 uneven files in 3 streams; the rows are those of one process, after a change of their number too."""
+    ids, files = iter(range(2, 2048)), [[] for _ in range(13)]
+    for number in range(170):
+        files[number % 17 % 13].append({"input_ids": list(islice(ids, 1 + number % 23))})
+    rest = list(ids)
+    for number, file in enumerate(files):
+        file.append({"input_ids": rest[number::13]})
+    text = Corpus(str(write_data_set(tmp_path / "data", files)), Ids(), PER_CONTEXT + 1)
+    n_read, opened = Counter(), streams._open
+
+    def counted(*which):
+        for record in opened(*which):
+            n_read[which[3]] += 1
+            yield record
+
+    monkeypatch.setattr(streams, "_open", counted)
+    jobs = []
+    for folder, *job in (("one", 1, 0, 50), ("a", 2, 0, 7), ("a", 3, 7, 20), ("a", 1, 20, 30), ("a", 2, 30, 50)):
+        monkeypatch.setenv("ATTN_SAES_CACHE", str(tmp_path / folder))
+        n, first, last = job
+        jobs.append(in_processes(n, lambda *part: (read(*part, cache_gb, text)[0], set(n_read)), first, last))
+    steps = [[list(chain(*shares)) for shares in zip(*(rows for rows, _ in found), strict=True)] for found in jobs]
+    assert list(chain(*steps[1:])) == steps[0]
+    a_pass = [row for row in chain(*steps[0][:25]) if row != Ids.eos_token_id]
+    assert len(set(a_pass)) == len(a_pass) > 500
+    of_two, of_three = ([streams_read for _, streams_read in job] for job in jobs[1:3])
+    assert of_two == ([{0, 1}, {2}] if cache_gb else [{0, 1}, {1, 2}])
+    assert cache_gb or of_three == [{0}, {1}, {2}]
+
+
+@pytest.mark.parametrize("cache_gb", [0, 1])
+def test_a_stream_that_ends_too_early_ends_all_with_one_sentence(cache_gb, command, tmp_path, capfd):
+    """That only one of two processes reads."""
+    texts = [[{"text": f"{file} {i} the head reads " * 20} for i in range(1 if file % 2 else 20)] for file in range(8)]
+    folder = write_data_set(tmp_path / "data", texts)
+    options = (f"--dataset={folder}", f"--cache_gb={cache_gb}", "--total_training_steps=80")
+    assert commands(2, main, [*command[0], *options]) == [[2, 2]]
+    said = capfd.readouterr().err
+    assert said.count("tokens are read, as many of each of its 2 streams: too few for this run") == 1
+    assert said.count("error:") == 1 and "Traceback" not in said
 
 
 @pytest.fixture
@@ -303,7 +360,7 @@ def killed(arguments):
     def and_die(stack, z):
         if stack.step == 7 and ranks.index() == 1 and first:
             os.kill(os.getpid(), signal.SIGKILL)
-        if ranks.is_first() and not first and stack.step < 6:
+        if ranks.is_first() and not first and 2 <= stack.step < 6:  # before, two steps are timed
             print(f"started at {stack.step}", file=sys.stderr)
         update(stack, z)
 

@@ -5,8 +5,9 @@ in groups that fit in memory; `batches` shuffles within a group. Groups are far 
 (contexts are visited in random order, shards are regrouped on every pass), and a position in the
 stream is just a step number, so resuming is exact and stores no rows.
 
-Several processes each get a part of every group, and swap rows so that the batches are those of one process
-(`trainer.data.deal`): the step number is the position for any number of them.
+Several processes each read a part of every group, and swap rows so that the batches are those of one process
+(`trainer.data.deal`): the step number is the position for any number of them. A data set is read in streams, each
+process those of its part; how many there are depends on the data set alone.
 """
 
 import hashlib
@@ -243,32 +244,31 @@ class CachedActivations:
     def fill(self, lm: LanguageModel, corpus: Corpus, progress: Progress) -> None:
         """Harvest the missing shards. `progress(done, total)` is told tokens after every forward.
 
-        Of several processes each harvests every so many shards, and waits for the others.
+        Of several processes each harvests the shards of its share of the streams, and waits for the others.
 
         Raises:
             ValueError: the activations do not fit in float16, or the disk is full.
         """
         # By its number, not by its place among those that are missing: they become fewer while others harvest.
-        mine = range(ranks.index(), len(self._shard_rows), ranks.size())
+        n_streams = corpus.n_streams
+        mine = [index for index in range(len(self._shard_rows)) if _harvester(index, n_streams) == ranks.index()]
         missing = {index: folders for index, folders in self.missing().items() if index in mine}
         total = sum(self._shard_rows[index] for index in missing)
         done = 0
         try:
             self._describe()
             ranks.wait()
-            # One stream for all shards: a streamed data set starts over at every call of `train`.
-            position = min(missing, default=0) * _SHARD_CONTEXTS
-            stream = corpus.train(position)
+            # Each stream is opened once: it starts over at every call of `train`.
+            opened: dict[int, tuple[Iterator[Int[Tensor, " pos"]], int]] = {}
             for index, folders in missing.items():
-                first = index * _SHARD_CONTEXTS
+                turn, stream = divmod(index, n_streams)
+                first = turn * _SHARD_CONTEXTS
+                contexts, position = opened.get(stream) or (corpus.train(first, stream), first)
                 n_contexts = self._shard_rows[index] // (self.context_size - 1)
-                found = list(islice(stream, first - position, first - position + n_contexts))
-                position = first + n_contexts
+                found = list(islice(contexts, first - position, first - position + n_contexts))
+                opened[stream] = contexts, first + n_contexts
                 if len(found) < n_contexts:
-                    raise ValueError(
-                        f"{corpus.name} ends after {first + len(found):,} contexts of {corpus.context_size} tokens, "
-                        "too few for this run: lower total_training_steps"
-                    )
+                    raise _too_short(corpus, first + len(found), self.distinct_tokens)
                 rows = []
                 for chunk in harvest(lm, [self.layers[folder] for folder in folders], torch.stack(found)):
                     rows.append(chunk.cpu())
@@ -363,20 +363,30 @@ def _shard(folder: Path, index: int) -> Path:
     return folder / f"shard-{index:05d}.safetensors"
 
 
+def _harvester(index: int, n_streams: int) -> int:
+    """The process that harvests a shard: each has some streams, or some of the shards of one."""
+    turn, stream = divmod(index, n_streams)
+    first, end = (ranks.size() * each // n_streams for each in (stream, stream + 1))
+    return first + turn % max(1, end - first)
+
+
 class LiveActivations:
     """Activations straight from the model, for runs too large for the disk: one group at a time in memory.
 
-    Of several processes each reads the whole text, and runs the model on its part of the contexts.
+    A group has as many contexts of every stream of the text, those of the first stream first. Of several processes
+    each runs the model on its part of them, and reads the streams that they are of: in every group the same.
 
     Raises:
         ValueError: a group has fewer contexts than there are processes.
     """
 
     def __init__(self, lm: LanguageModel, layers: list[int], corpus: Corpus, n_contexts: int, buffer_rows: int) -> None:
-        self._lm, self._layers, self._corpus, self._pass = lm, layers, corpus, n_contexts
+        self._lm, self._layers, self._corpus = lm, layers, corpus
         self._per_context = corpus.context_size - 1
-        self.distinct_tokens = n_contexts * self._per_context
-        self._contexts = min(max(1, buffer_rows // self._per_context), n_contexts)
+        self._pass = -(-n_contexts // corpus.n_streams)  # contexts of one stream
+        self.distinct_tokens = self._pass * corpus.n_streams * self._per_context
+        self._of_each = min(max(1, buffer_rows // self._per_context // corpus.n_streams), self._pass)
+        self._contexts = self._of_each * corpus.n_streams
         if self._contexts < ranks.size():
             raise ValueError(
                 f"a buffer of {self._contexts} contexts cannot be shared by {ranks.size()} processes: "
@@ -390,9 +400,16 @@ class LiveActivations:
         return [contexts * self._per_context for contexts in ranks.parts(self._contexts)]
 
     def groups(self, start: int) -> Iterator[Float[Tensor, "row layer head d_head"]]:
-        contexts = self._endless(start * self._contexts % self._pass)
         first, end = ranks.parts(self._contexts)[ranks.index() :][:2]
-        blocks = (torch.stack(list(islice(contexts, self._contexts))[first:end]) for _ in count())
+        mine = []  # streams, and which of their contexts
+        for stream in range(first // self._of_each, -(-end // self._of_each)):
+            before = stream * self._of_each
+            contexts = self._endless(stream, start * self._of_each % self._pass)
+            mine.append((contexts, slice(max(first - before, 0), end - before)))
+        blocks = (
+            torch.stack([each for contexts, part in mine for each in list(islice(contexts, self._of_each))[part]])
+            for _ in count()
+        )
         for block in _read_ahead(blocks):  # text becomes tokens while the model and the SAEs compute
             shape = len(block) * self._per_context, len(self._layers), self._lm.n_heads, self._lm.d_head
             rows = torch.empty(shape, dtype=torch.float16, device=self._lm.device)
@@ -400,18 +417,26 @@ class LiveActivations:
             yield rows
             del rows  # before the next ones are made
 
-    def _endless(self, start: int) -> Iterator[Int[Tensor, " pos"]]:
+    def _endless(self, stream: int, start: int) -> Iterator[Int[Tensor, " pos"]]:
         while True:
             found = start
-            for context in islice(self._corpus.train(start), self._pass - start):
+            for context in islice(self._corpus.train(start, stream), self._pass - start):
                 found += 1
                 yield context
             if found < self._pass:  # a streamed data set that is shorter than the run
-                raise ValueError(
-                    f"{self._corpus.name} ends after {found:,} contexts of {self._corpus.context_size} tokens, "
-                    "too few for this run: lower total_training_steps or set distinct_tokens"
-                )
+                raise _too_short(self._corpus, found, self.distinct_tokens)
             start = 0
+
+
+def _too_short(corpus: Corpus, found: int, asked: int) -> ValueError:
+    """Where a stream has fewer contexts than are read of it.
+
+    Of several streams only what is asked for is named, so that all processes say the same.
+    """
+    ends = f"ends after {found:,} contexts of {corpus.context_size} tokens"
+    if corpus.n_streams > 1:
+        ends = f"ends before {asked:,} tokens are read, as many of each of its {corpus.n_streams} streams"
+    return ValueError(f"{corpus.name} {ends}: too few for this run, lower total_training_steps or distinct_tokens")
 
 
 # `rows(g)` says how many the g-th group has, `parts(g)` at which of them the part of each process begins, and the end,

@@ -11,7 +11,9 @@ INPUT_IDS = "input_ids"
 _WITHOUT_COLUMN = 1000  # records at the beginning that may lack the column before it counts as misnamed
 
 
-def documents(records: Iterable[Any], column: str, source: str, n_ids: int) -> Iterator[Document | None]:
+def documents(
+    records: Iterable[Any], column: str, source: str, n_ids: int, start: int = 0
+) -> Iterator[Document | None]:
     """The document of each record; None where it holds none (null, empty, blank).
 
     A record is a text, or a dict that holds one under `column`. Where it has no such column, it may hold token ids
@@ -20,13 +22,14 @@ def documents(records: Iterable[Any], column: str, source: str, n_ids: int) -> I
     Args:
         source: where the records come from, for messages.
         n_ids: token ids below it are valid.
+        start: records that were left out at the beginning, among them one with a document.
 
     Raises:
         ValueError: no record has the column, or one holds something else than text or valid ids.
     """
     others: dict[str, None] = {}  # columns of records without the one asked for, in their order
-    found = False
-    for number, record in enumerate(records, 1):
+    found = start > 0
+    for number, record in enumerate(records, start + 1):
         name, value = "", record
         if isinstance(record, dict):
             name = column if column in record else INPUT_IDS

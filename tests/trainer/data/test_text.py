@@ -55,6 +55,12 @@ def test_a_streamed_data_set_gives_the_same_documents_as_the_file(gpt2, text_fil
     assert torch.equal(torch.stack(first[3:]), torch.stack(list(streamed.train(3))))
 
 
+def test_a_streamed_text_has_another_cache_than_before_it_was_read_in_streams(gpt2, text_file):
+    """And a finite one the same as ever."""
+    assert Corpus(str(text_file), gpt2.tokenizer, 32).fingerprint == "10ce8d600f7abd61"
+    assert Corpus("far/away", gpt2.tokenizer, 32).fingerprint != "a9823e7348b324d8"
+
+
 @pytest.mark.parametrize("suffix", [".txt", ".parquet"])
 def test_other_files(gpt2, tmp_path, suffix):
     file = tmp_path / f"text{suffix}"
