@@ -1,5 +1,5 @@
-"""What feeds the training step: harvesting against the bare forward, the cache against no reading at all,
-and language model + SAE end to end for 1 and for 8 points of a sweep.
+"""What feeds the training step: a pass over the cache against its files read bare, training from the cache against no
+reading at all, harvesting against the bare forward, and language model + SAE for 1 and for 8 points of a sweep.
 
     python -m benchmarks.data
 """
@@ -10,12 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from benchmarks.timing import rounds, spread
 from trainer.config import SAEOptions, TrainingConfig
-from trainer.data.buffer import CachedActivations, CacheKey, LiveActivations, batches
+from trainer.data.buffer import CachedActivations, CacheKey, LiveActivations, batches, batches_in
 from trainer.data.text import Corpus
+from trainer.files import save_tensors
 from trainer.model.lm import LanguageModel
 from trainer.optimise.initialise import initial_params, input_scale
 from trainer.optimise.stack import Stack
@@ -53,21 +53,55 @@ def harvesting(lm: LanguageModel, corpus: Corpus, folder: Path) -> None:
     report(f"Harvest of {tokens:,} tokens to layer {LAYER}", seconds, "truncated forward alone", tokens)
 
 
-def reading(folder: Path) -> None:
-    """A synthetic cache of 16 shards, read in groups of two while a batchtopk SAE trains on it."""
+def synthetic(folder: Path) -> CachedActivations:
+    """A cache of 16 shards (0.6 GB), read in groups of two."""
     key = CacheKey("m", "g", "float32", f"blocks.{LAYER}.attn.hook_z", "t", "f", 128, 9, 64, "v")
     source = CachedActivations(folder, [key], [LAYER], 16 * 256, 65_536, 0)
     (path,) = source.keys
     path.mkdir(parents=True)
     for index in source.missing():
-        save_file({"z": torch.randn(256 * 127, 9, 64).half()}, path / f"shard-{index:05d}.safetensors")
+        shard = path / f"shard-{index:05d}.safetensors"
+        save_tensors(shard, {"z": torch.randn(256 * 127, 9, 64).half()}, f"{path.name} {index}")
+    return source
+
+
+def forgotten(folder: Path) -> list[Path]:
+    """Its files, none of them in the system's memory any more."""
+    files = sorted(folder.rglob("shard-*"))
+    for path in files:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return files
+
+
+def shuffling(folder: Path, source: CachedActivations) -> None:
+    """A pass over the cache: checked, shuffled, cut into batches."""
+    rows = source.distinct_tokens
+
+    def bare() -> None:
+        for path in forgotten(folder):
+            path.read_bytes()
+
+    def a_pass() -> None:
+        forgotten(folder)
+        stream = batches(source, BATCH, seed=0)
+        for _ in range(sum(batches_in(source, group, BATCH) for group in range(8))):
+            next(stream)
+
+    seconds = rounds({"files read": bare, "batches": a_pass}, ROUNDS)
+    report(f"A pass over {rows * 9 * 64 * 2 / 1e9:.1f} GB, nothing of it in memory", seconds, "files read", rows)
+
+
+def reading(source: CachedActivations) -> None:
+    """The cache, read while a batchtopk SAE trains on it."""
     fixed = torch.randn(BATCH, 9, 64)
     stream = batches(source, BATCH, seed=0)
     alone, fed = (a_stack(fixed, "batchtopk", [32]) for _ in range(2))
 
     def steps(next_batch: Callable[[], torch.Tensor], stack: Stack) -> None:
         for _ in range(32):
-            stack.update(next_batch())
+            stack.update(next_batch().float())
 
     seconds = rounds(
         {
@@ -89,7 +123,7 @@ def end_to_end(lm: LanguageModel, corpus: Corpus) -> None:
     def run(points: int) -> None:
         stream = batches(LiveActivations(lm, [LAYER], corpus, 34, 34 * 127), BATCH, seed=0)
         for _ in range(2):
-            stacks[points].update(next(stream)[:, 0])
+            stacks[points].update(next(stream)[:, 0].float())
 
     names = {"1 point": lambda: run(1), "8 points on one stream": lambda: run(8)}
     report(f"Language model + SAE, {2 * BATCH:,} tokens", rounds(names, ROUNDS), "1 point", 2 * BATCH)
@@ -110,7 +144,9 @@ def main() -> None:
     lm = LanguageModel.load("smollm2-135m")
     corpus = Corpus("sotu", lm.tokenizer, 128)
     with tempfile.TemporaryDirectory() as folder:
-        reading(Path(folder) / "reading")
+        source = synthetic(Path(folder) / "reading")
+        shuffling(Path(folder) / "reading", source)
+        reading(source)
         harvesting(lm, corpus, Path(folder) / "harvest")
     end_to_end(lm, corpus)
 

@@ -34,7 +34,7 @@ def main(more: list[str]) -> None:
         return call
 
     model = embedded.ensure()
-    parts = {"harvest": "_fill", "training": "_loop", "evaluation": "evaluate"}
+    parts = {"harvest": "harvest_missing", "training": "_loop", "evaluation": "evaluate"}
     for name, function in parts.items():
         setattr(train, function, timed(name, getattr(train, function)))
     rows = []

@@ -105,7 +105,9 @@ class TrainingConfig:
     batch_size: int = 4096
     """Tokens of a batch, of all processes together."""
     buffer_tokens: int = 262_144
-    """Tokens shuffled together; twice as many are held in memory, of every layer, by all processes together."""
+    """Tokens shuffled together, at most; fewer where those of all layers would need more than half of buffer_gb."""
+    buffer_gb: float = 8.0
+    """Memory for activations, of all layers and processes: one half is shuffled and read, the other is for what comes next."""
     eval_tokens: int | None = None
     """Held-out tokens for eval.json, and as many of repeated random tokens; default 1,500 on a CPU, 8,192 elsewhere."""
     eval_every: int = 1000
@@ -143,6 +145,7 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         require(self.eval_every >= 0, f"eval_every must be 0 or more, got {self.eval_every}")
+        require(self.buffer_gb > 0, f"buffer_gb must be positive, got {self.buffer_gb}")
         for key in (
             "total_training_steps",
             "batch_size",

@@ -115,6 +115,11 @@ def effects(
     )
 
 
+def runs_per_token(n_heads: int, n_saes: int) -> float:
+    """How often `effects` runs the model on from a layer, per token: about, because heads are replaced on a share."""
+    return 3 + n_saes + n_heads * (1 + n_saes) * sum(_HEAD_SHARES) / 2
+
+
 def _scored(scorer: "_Scorer", replacements: Iterable[Tensor]) -> list[Float[Tensor, "effect token"]]:
     """CE and KL of each."""
 

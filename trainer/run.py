@@ -22,9 +22,9 @@ from trainer.locks import locked
 from trainer.log import MetricsLog
 from trainer.tracking import Mode
 
-# What may differ between a run and its continuation; model and text are compared by what they are (`Run.describe`).
+# What may differ between a run and its continuation; what is read is compared by what it is (`Run.describe`).
 _NOT_COMPARED = {"resume", "name", "label", "out", "device", "lm_device", "wandb", "wandb_project"}
-_NOT_COMPARED |= {"keep_training_state"}
+_NOT_COMPARED |= {"keep_training_state", "buffer_tokens", "buffer_gb"}
 _NOT_COMPARED |= {"model", "dataset", "context_size", "text_column", "dataset_config", "dataset_split"}
 _NOT_COMPARED |= {f"{what}_every" for what in ("log", "save", "eval")}
 
@@ -50,6 +50,13 @@ class Run:
     def is_new(self) -> bool:
         """Whether there is nothing to continue."""
         return self._begun is None
+
+    @property
+    def begun_as(self) -> tuple[str | None, int] | None:
+        """Source of activations and tokens shuffled together, where there is something to continue."""
+        if self._begun is None or self._begun.options is None:
+            return None
+        return self._begun.source, self._begun.options.training.buffer_tokens
 
     def check(self, resume: bool) -> bool:
         """Whether there is anything to do.
@@ -82,11 +89,12 @@ class Run:
             self.drop_states(keep=None)  # it was killed between its last two writes
         return begun.status != "complete"
 
-    def describe(self, model: Model, text: Text, source: str) -> None:
+    def describe(self, model: Model, text: Text, source: str, buffer_tokens: int) -> None:
         """Say what the run reads.
 
         Args:
             source: of activations: cached or live.
+            buffer_tokens: that are shuffled together; kept in place of what was asked for, where that was more.
 
         Raises:
             ValueError: the run was begun on others.
@@ -94,11 +102,13 @@ class Run:
         begun = self._begun
         if begun is not None:
             moved = replace(begun.model, name=model.name), replace(begun.text, name=text.name)
-            pairs = {"model": (moved[0], model), "text": (moved[1], text), "source": (begun.source, source)}
+            pairs = {"model": (moved[0], model), "text": (moved[1], text)}
             for what, (before, now) in pairs.items():
                 if before != now:
                     raise ValueError(f"{self.path} was begun on another {what} than it would go on with: train anew")
         self._model, self._text, self._source = model, text, source
+        self.training = replace(self.training, buffer_tokens=buffer_tokens)
+        self.options = replace(self.options, training=self.training)
 
     @ranks.by_first
     def begin(self, step: int, sae: BlockDiagSAE, mode: Mode) -> None:

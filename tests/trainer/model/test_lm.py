@@ -76,6 +76,28 @@ def test_no_hook_stays_behind_but_those_of_others(gpt2):
     assert not [name for name, point in gpt2.model.hook_dict.items() if point.fwd_hooks]
 
 
+def test_threads_run_parts_of_a_batch_and_give_the_whole(pair):
+    lm, _ = pair
+    layer, tokens = lm.layer(1), torch.randint(1, 200, (5, 16), generator=torch.Generator().manual_seed(0))
+    resid, z = layer.prefix(tokens)
+    others = z.roll(1, 0)  # of each context other ones
+    by_one = [z, *layer.attention(tokens), layer.final(resid, others), layer.edited(tokens, lambda z: 2 * z)]
+    ran = []
+    handle = lm.model.blocks[0].register_forward_pre_hook(lambda block, inputs: ran.append(len(inputs[0])))
+    torch.set_num_threads(2)
+    try:
+        z = layer.z(tokens)
+        by_two = [z, *layer.attention(tokens), layer.final(resid, others), layer.edited(tokens, lambda z: 2 * z)]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+        handle.remove()
+    assert sorted(ran) == [1] * 3 + [2] * 6
+    for one, two in zip(by_one, by_two, strict=True):
+        assert torch.allclose(one, two, atol=1e-5)
+    assert not torch.allclose(by_one[4], layer.final(resid, z), atol=1e-3)
+
+
 @pytest.mark.parametrize(("cores", "threads"), [(None, 1), (1, 1), (2, 1), (8, 4)])
 def test_half_of_the_cores_are_left(cores, threads, monkeypatch):
     before = torch.get_num_threads()
