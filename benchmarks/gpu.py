@@ -50,12 +50,12 @@ SMALL = Size(2, 8, 32, 128, ((2, 16),), 64, 1, 0.0)
 class RandomText:
     """What a source asks of a corpus: contexts without end."""
 
-    name = "random tokens"
+    name, n_streams = "random tokens", 1
 
     def __init__(self, context_size: int) -> None:
         self.context_size = context_size
 
-    def train(self, start: int) -> Iterator[torch.Tensor]:
+    def train(self, start: int, stream: int = 0) -> Iterator[torch.Tensor]:
         generator = torch.Generator().manual_seed(start)
         while True:
             yield from torch.randint(VOCABULARY, (64, self.context_size), generator=generator)

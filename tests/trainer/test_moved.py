@@ -14,7 +14,6 @@ from trainer.__main__ import main as train
 from trainer.checkpoint import Checkpoint
 from trainer.data.text import Corpus
 from trainer.evaluate import main as evaluate
-from trainer.optimise.stack import Stack
 
 SHORT = ("--total_training_steps=4", "--batch_size=64", "--l1_coefficients=1", "--save_every=2")
 
@@ -145,10 +144,9 @@ def test_a_run_goes_on(then, project, monkeypatch):
     """One that an older version began, which stored a relative path as it was typed."""
     monkeypatch.chdir(project)
     arguments = tiny_run("./m", "./t.jsonl", "out", *SHORT, "--name=c")
-    update = Stack.update
-    monkeypatch.setattr(Stack, "update", lambda self, z: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert train(arguments) == 130
-    monkeypatch.setattr(Stack, "update", update)
+    with monkeypatch.context() as patch:
+        patch.setattr("trainer.train._loop", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert train(arguments) == 130
     path = project / "out" / "c"
     config = Checkpoint(path).config
     edit_config(path, model=vars(config.model) | {"name": "./m"}, text=vars(config.text) | {"name": "./t.jsonl"})
