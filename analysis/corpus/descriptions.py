@@ -13,6 +13,7 @@ from analysis.attribution import Chunk, Firings, Reader, TokenKinds
 from analysis.corpus.features import named_tokens
 from analysis.corpus.running_statistics import Largest
 from analysis.detection import Detected, detected
+from trainer.kernels import workers
 
 QUANTILE = 0.5  # of a feature's activations, from which it counts as firing
 EXAMPLES = 20  # of a feature that fire, and as many others
@@ -71,10 +72,9 @@ class FurtherFirings:
     @torch.no_grad()
     def update(self, batch: list[Chunk]) -> None:
         """Keep the firings of a forward's contexts from `first` on."""
-        for chunk in batch:
-            if chunk.ids[-1] < self._first:
-                continue
-            firings = Firings.of(self._reader.encode(chunk))
+        further = [chunk for chunk in batch if chunk.ids[-1] >= self._first]
+        fired = workers.each(lambda chunk: Firings.of(self._reader.encode(chunk)), further)
+        for chunk, firings in zip(further, fired, strict=True):
             context = chunk.ids[firings.context.cpu()]
             kept = context >= self._first
             self.context.append(context[kept].int())

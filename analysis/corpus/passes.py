@@ -17,6 +17,7 @@ from analysis.corpus.mean_pattern import MeanPattern
 from analysis.corpus.running_statistics import FeatureStatistics, Sources, collect, firings_before
 from trainer import ranks
 from trainer.evaluate import repeated_tokens
+from trainer.kernels import workers
 from trainer.model.lm import Layer
 
 _LM_TOKENS = 4096  # of one forward
@@ -184,8 +185,9 @@ class Strips:
     @torch.no_grad()
     def update(self, batch: list[Chunk]) -> None:
         """Fill the strips of the examples in a forward, whose contexts ascend."""
-        for chunk in batch:
-            self._fill(chunk)
+        for strips in workers.each(self._surroundings, batch):
+            for each in strips:
+                self._add(*each)
 
     def absorb(self, other: "Strips") -> None:
         """Add the strips of examples in other contexts: here they are empty."""
@@ -195,11 +197,14 @@ class Strips:
             if isinstance(value, list):
                 getattr(self, name).extend(value)
 
-    def _fill(self, chunk: Chunk) -> None:
+    @torch.no_grad()
+    def _surroundings(self, chunk: Chunk) -> list[tuple[Tensor, ...]]:
+        """Arguments of `_add`, of some examples in the chunk at a time."""
         first, end = torch.searchsorted(self._held, chunk.ids[[0, -1]] + torch.tensor([0, 1])).tolist()
         examples = self._by_context[first:end]
         if not len(examples):
-            return
+            return []
+        found: list[tuple[Tensor, ...]] = []
         f, reads = self._reader.encode(chunk).flatten(2), self._reader.reads(chunk)
         for example in examples.split(_CHUNK_TOKENS):
             context = torch.searchsorted(chunk.ids, self._context[example]).to(f.device)
@@ -210,7 +215,9 @@ class Strips:
                 head = attribution.sum(2).argmax(1)
             else:
                 head = feature // self._reader.sae.features_per_block
-            self._add(example, f[context, :, feature], attribution.sum(1), chunk.pattern[context, head, query], head)
+            strips = f[context, :, feature], attribution.sum(1), chunk.pattern[context, head, query]
+            found.append((example, *strips, head))
+        return found
 
     def _add(
         self,

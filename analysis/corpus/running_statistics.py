@@ -5,7 +5,8 @@ each sees some of its contexts, in their order; in the end the first one has wha
 (`collect`).
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
@@ -16,6 +17,7 @@ from torch import Tensor
 from analysis import attribution as dfa
 from analysis.attribution import Chunk, Firings, Reader
 from trainer import ranks
+from trainer.kernels import workers
 
 BINS = 64  # of an activation histogram
 SAMPLE = 64  # firings of a feature drawn uniformly, from which its quantile examples are taken
@@ -24,6 +26,15 @@ HEAD_TOKENS = 16_384  # tokens over which attention and DFA of whole heads are s
 COFIRING_PAIRS = 16_000_000  # (token, feature) pairs kept for co-firing, from the first tokens on
 _TILE = 2**22  # (firing, source) pairs attributed at a time
 _UNSET = -1000  # exponent of a histogram that holds nothing
+
+
+class Seen(NamedTuple):
+    """A chunk and what an SAE makes of it."""
+
+    chunk: Chunk
+    f: Float[Tensor, "context pos block feature"]
+    firings: Firings
+    reads: Float[Tensor, "context head feature source"]
 
 
 class FeatureStatistics:
@@ -60,26 +71,15 @@ class FeatureStatistics:
         All processes call it together: what is kept of the first firings and tokens of a text alone, is kept of those
         that are the first of all.
         """
-        encoded = [self._reader.encode(chunk) for chunk in batch]
-        fired = [Firings.of(f) for f in encoded]
-        earlier = firings_before(self.firings, fired)
-        for chunk, f, firings, before in zip(batch, encoded, fired, earlier, strict=True):
-            reads = self._reader.reads(chunk)
-            tokens_before = int(chunk.ids[0]) * (chunk.tokens.shape[1] - 1)
-            self.n_tokens += chunk.tokens[:, 1:].numel()
-            z = chunk.z[:, 1:].float()
-            self.error += (z - self._reader.sae.decode(f[:, 1:]).view_as(z)).pow(2).sum(-1).double().sum((0, 1)).cpu()
-            self.z_sum += z.double().sum((0, 1)).cpu()
-            self.z_squared += z.pow(2).sum(-1).double().sum((0, 1)).cpu()
+        seen = workers.each(self._see, batch)
+        earlier = firings_before(self.firings, [each.firings for each in seen])
 
-            if before.sum() < COFIRING_PAIRS:
-                self.cofiring.add(firings, chunk)
-            self._add_activations(firings)
-            self._add_examples(firings, chunk)
-            self.fires_on.add(firings.feature, chunk.tokens[firings.context, firings.position])
-            self.sources.add_features(self._reader, chunk, reads, firings, before)
-            if tokens_before < HEAD_TOKENS:
-                self.sources.add_heads(chunk, reads, f, 1)
+        def add(what: Callable[[Seen, Tensor], None]) -> None:
+            for each, before in zip(seen, earlier, strict=True):
+                what(each, before)
+
+        # Side by side what shares nothing, each in the order of the text: so no sum is rounded otherwise.
+        workers.each(add, (self._add_sources, self._add_heads, self._add_activations, self._add_examples))
 
     def absorb(self, other: "FeatureStatistics") -> None:
         """Add what another saw of other contexts."""
@@ -95,7 +95,28 @@ class FeatureStatistics:
         """Squared deviation of z from its mean, summed over tokens."""
         return self.z_squared - self.z_sum.pow(2).sum(-1) / self.n_tokens
 
-    def _add_activations(self, firings: Firings) -> None:
+    def _see(self, chunk: Chunk) -> Seen:
+        f = self._reader.encode(chunk)
+        return Seen(chunk, f, Firings.of(f), self._reader.reads(chunk))
+
+    def _add_sources(self, seen: Seen, before: Int[Tensor, " feature"]) -> None:
+        self.sources.add_features(self._reader, seen.chunk, seen.reads, seen.firings, before)
+
+    def _add_heads(self, seen: Seen, before: Int[Tensor, " feature"]) -> None:
+        if int(seen.chunk.ids[0]) * (seen.chunk.tokens.shape[1] - 1) < HEAD_TOKENS:
+            self.sources.add_heads(seen.chunk, seen.reads, seen.f, 1)
+
+    @torch.no_grad()  # a thread has its own
+    def _add_activations(self, seen: Seen, before: Int[Tensor, " feature"]) -> None:
+        chunk, f, firings, _ = seen
+        self.n_tokens += chunk.tokens[:, 1:].numel()
+        z = chunk.z[:, 1:].float()
+        self.error += (z - self._reader.sae.decode(f[:, 1:]).view_as(z)).pow(2).sum(-1).double().sum((0, 1)).cpu()
+        self.z_sum += z.double().sum((0, 1)).cpu()
+        self.z_squared += z.pow(2).sum(-1).double().sum((0, 1)).cpu()
+        if before.sum() < COFIRING_PAIRS:
+            self.cofiring.add(firings, chunk)
+        self.fires_on.add(firings.feature, chunk.tokens[firings.context, firings.position])
         feature, value = firings.feature.cpu(), firings.value.cpu()
         count = torch.bincount(feature, minlength=len(self.firings))
         largest = torch.zeros_like(self.maximum).scatter_reduce_(0, feature, value, "amax")
@@ -122,7 +143,8 @@ class FeatureStatistics:
             missing -= rows.int()
         self.exponent = wider
 
-    def _add_examples(self, firings: Firings, chunk: Chunk) -> None:
+    def _add_examples(self, seen: Seen, before: Int[Tensor, " feature"]) -> None:
+        chunk, _, firings, _ = seen
         length = chunk.tokens.shape[1]
         at = chunk.ids.to(firings.context.device)[firings.context] * length + firings.position
         feature, value, at = firings.feature.cpu(), firings.value.cpu(), at.cpu()
