@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from analysis.attribution import Reader
 from analysis.corpus import passes, run, running_statistics
 from analysis.corpus.descriptions import FurtherFirings
 from analysis.corpus.mean_pattern import MeanPattern
-from analysis.corpus.passes import Strips, choose_examples, feed, sources_on_repeats
+from analysis.corpus.passes import Strips, choose_examples, chunks, feed, sources_on_repeats
 from analysis.corpus.running_statistics import FeatureStatistics, Tally, collect, state
 from analysis.store import Analysis
 from tests.processes import commands, in_processes
@@ -39,15 +40,20 @@ def small(monkeypatch):
     monkeypatch.setattr(running_statistics, "COFIRING_PAIRS", 2000)
 
 
-def seen(lm, dense):
-    """Everything that is kept of both passes and of repeated tokens, of equal contexts and of equal random numbers."""
+def given(lm, dense):
+    """A reader, and contexts of which each is there twice."""
     torch.manual_seed(0)
     sae = BlockDiagSAE(*((1, lm.n_heads * lm.d_head, 24) if dense else (lm.n_heads, lm.d_head, 6)))
     sae.b_enc.data.normal_(-1)
-    reader, layer = Reader(sae.requires_grad_(False), lm.layer(1)), lm.layer(1)
     contexts = torch.randint(1, 40, (CONTEXTS, LENGTH))
     contexts[:, 0] = 0
     contexts[CONTEXTS // 2 :] = contexts[: CONTEXTS // 2]
+    return Reader(sae.requires_grad_(False), lm.layer(1)), contexts
+
+
+def seen(lm, dense):
+    """Everything that is kept of both passes and of repeated tokens."""
+    (reader, contexts), layer = given(lm, dense), lm.layer(1)
 
     def empty():
         return [FeatureStatistics(reader, lm.d_vocab, n_top=7), MeanPattern(lm.n_heads, 9)]
@@ -98,6 +104,21 @@ def test_n_processes_have_seen_what_one_has(gpt2, n, dense, monkeypatch):
             )
         else:
             assert torch.equal(found[name], value), name
+
+
+def test_a_limit_is_reached_at_the_end_of_a_chunk(gpt2):
+    """Of the features that fire 40 times, and of co-firing pairs: chunks after that are left out, none before."""
+    (reader, contexts), layer = given(gpt2, False), gpt2.layer(1)
+    statistics = FeatureStatistics(reader, gpt2.d_vocab, n_top=7)
+    list(feed(layer, contexts, torch.arange(CONTEXTS), [statistics]))
+    before = torch.zeros_like(statistics.firings)
+    attributed, pairs = before.clone(), 0
+    for chunk in chain(*chunks(layer, contexts, torch.arange(CONTEXTS))):
+        fires = (reader.encode(chunk) > 0).sum((0, 1)).flatten()
+        attributed += fires * (before < 40)
+        pairs += int(fires.sum()) * int(before.sum() < 2000)
+        before += fires
+    assert torch.equal(statistics.sources.firings, attributed) and int(statistics.cofiring.pairs) == pairs
 
 
 def test_tallies_that_overflowed_are_together_too_low_by_what_both_are():
