@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         paths = [Path(path) for path in options.checkpoints]
         analyse(paths, cfg, options.resume, options.device, options.wandb, options.model, options.text)
 
-    return cli.status(run, "Stopped.")
+    return cli.status(run, "Stopped.", many_processes=True)
 
 
 if __name__ == "__main__":

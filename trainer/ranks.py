@@ -1,4 +1,4 @@
-"""What the processes of one training tell each other under `torchrun`; in a single process each is the identity.
+"""What the processes of one job tell each other under `torchrun`; in a single process each is the identity.
 
 Gradients are written by hand here, so DistributedDataParallel has no backward pass to hook into: `reduced` is its
 all-reduce, one flat one a step. Whatever every process decides by, it decides by a figure of the whole batch, so that
@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from safetensors import torch as packed
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
@@ -50,7 +51,7 @@ def joined() -> Iterator[None]:
 
 
 def size() -> int:
-    """How many processes train together."""
+    """How many processes work together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -177,6 +178,23 @@ def dealt(
     return list(total(results))  # of zeros and one result: that result, exactly
 
 
+def to_first(tensors: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """In the first process the tensors of each other one, which may differ in shape, one process after the other."""
+    if not is_first():
+        data = torch.frombuffer(bytearray(packed.save(tensors)), dtype=torch.uint8)
+        with _heard():
+            dist.send(torch.tensor(len(data)), 0)
+            dist.send(data, 0)
+        return
+    for other in range(1, size()):
+        length = torch.tensor(0)
+        with _heard():
+            dist.recv(length, other)
+            data = torch.empty(int(length), dtype=torch.uint8)
+            dist.recv(data, other)
+        yield packed.load(data.numpy().tobytes())
+
+
 def copied(tensors: Iterable[Tensor]) -> None:
     """Overwrite tensors with those of the first process: other processors may round otherwise."""
     if size() > 1:
@@ -236,6 +254,6 @@ def _heard() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise Lost(
-            "another process of this job ended, and a step needs all: the same command with --resume=true goes on from "
-            "the last saved step, as torchrun --max_restarts does by itself"
+            "another process of this job ended, and all are needed: the same command with --resume (for a training "
+            "--resume=true) goes on from what was saved last, as torchrun --max_restarts does by itself"
         ) from error

@@ -13,6 +13,7 @@ from analysis.attribution import Chunk, Firings, Reader, TokenKinds
 from analysis.corpus.features import named_tokens
 from analysis.corpus.running_statistics import Largest
 from analysis.detection import Detected, detected
+from trainer.kernels import workers
 
 QUANTILE = 0.5  # of a feature's activations, from which it counts as firing
 EXAMPLES = 20  # of a feature that fire, and as many others
@@ -69,17 +70,22 @@ class FurtherFirings:
         self.value: list[Tensor] = []
 
     @torch.no_grad()
-    def update(self, chunk: Chunk) -> None:
-        """Keep the firings of a chunk's contexts from `first` on."""
-        if chunk.ids[-1] < self._first:
-            return
-        firings = Firings.of(self._reader.encode(chunk))
-        context = chunk.ids[firings.context.cpu()]
-        kept = context >= self._first
-        self.context.append(context[kept].int())
-        columns = (firings.feature.int(), firings.position.short(), firings.value)
-        for name, column in zip(("feature", "position", "value"), columns, strict=True):
-            getattr(self, name).append(column.cpu()[kept])
+    def update(self, batch: list[Chunk]) -> None:
+        """Keep the firings of a forward's contexts from `first` on."""
+        further = [chunk for chunk in batch if chunk.ids[-1] >= self._first]
+        fired = workers.each(lambda chunk: Firings.of(self._reader.encode(chunk)), further)
+        for chunk, firings in zip(further, fired, strict=True):
+            context = chunk.ids[firings.context.cpu()]
+            kept = context >= self._first
+            self.context.append(context[kept].int())
+            columns = (firings.feature.int(), firings.position.short(), firings.value)
+            for name, column in zip(("feature", "position", "value"), columns, strict=True):
+                getattr(self, name).append(column.cpu()[kept])
+
+    def absorb(self, other: "FurtherFirings") -> None:
+        """Add the firings of other contexts; nothing depends on their order."""
+        for name in ("feature", "context", "position", "value"):
+            getattr(self, name).extend(getattr(other, name))
 
 
 def choose_detection(further: FurtherFirings, sample: Largest, n_further: int, length: int, seed: int) -> pd.DataFrame:

@@ -31,13 +31,19 @@ class MeanPattern:
         self.total = torch.zeros(n_heads, len(self._holds), len(self._holds), dtype=torch.float64)
 
     @torch.no_grad()
-    def update(self, chunk: Chunk) -> None:
-        """Add the contexts of a chunk."""
-        sources = self._holds.to(chunk.pattern.device)
-        queries, n = sources / sources.sum(1, keepdim=True), sources.shape[1]
-        pattern = chunk.pattern[:, :, :n, :n].sum(0)  # [head, query, source]
-        self.total += (queries @ pattern @ sources.T).double().cpu()
-        self.n_contexts += len(chunk.pattern)
+    def update(self, batch: list[Chunk]) -> None:
+        """Add the contexts of a forward."""
+        for chunk in batch:
+            sources = self._holds.to(chunk.pattern.device)
+            queries, n = sources / sources.sum(1, keepdim=True), sources.shape[1]
+            pattern = chunk.pattern[:, :, :n, :n].sum(0)  # [head, query, source]
+            self.total += (queries @ pattern @ sources.T).double().cpu()
+            self.n_contexts += len(chunk.pattern)
+
+    def absorb(self, other: "MeanPattern") -> None:
+        """Add the contexts of another."""
+        self.total += other.total
+        self.n_contexts += other.n_contexts
 
     def mean(self) -> Float[Tensor, "head cell cell"]:
         """[head, cell of destinations, cell of sources]"""

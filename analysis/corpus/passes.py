@@ -14,8 +14,10 @@ from torch import Tensor
 from analysis import attribution as dfa
 from analysis.attribution import Chunk, Firings, Reader, TokenKinds
 from analysis.corpus.mean_pattern import MeanPattern
-from analysis.corpus.running_statistics import FeatureStatistics, Sources
+from analysis.corpus.running_statistics import FeatureStatistics, Sources, collect, firings_before
+from trainer import ranks
 from trainer.evaluate import repeated_tokens
+from trainer.kernels import workers
 from trainer.model.lm import Layer
 
 _LM_TOKENS = 4096  # of one forward
@@ -31,15 +33,40 @@ def chunks(
     Args:
         fuzzy_from: of `TokenKinds`.
     """
-    length = contexts.shape[1]
     kinds = TokenKinds(layer.lm, contexts, fuzzy_from)
-    for batch in index.split(max(1, _LM_TOKENS // length)) if len(index) else ():
-        tokens = contexts[batch].to(layer.device)
-        z, v, pattern = layer.attention(tokens)
-        slots = torch.stack([dfa.source_slots(context, kinds) for context in tokens]).to(layer.device)
-        parts = (batch, tokens, z, v, pattern.float(), slots)
-        pieces = (part.split(max(1, _CHUNK_TOKENS // length)) for part in parts)
-        yield [Chunk(*piece) for piece in zip(*pieces, strict=True)]
+    for batch in _forwards(contexts, index):
+        yield _chunks(layer, contexts, batch, kinds)
+
+
+def rounds(
+    layer: Layer, contexts: Int[Tensor, "context pos"], index: Int[Tensor, " chosen"], fuzzy_from: float = 2.0
+) -> Iterator[tuple[Int[Tensor, " read"], list[Chunk]]]:
+    """As `chunks`, the forwards dealt to the processes in turns: the contexts of a turn, and the own chunks of it.
+
+    A forward is the one of a single process, so that nothing in it rounds otherwise. In the last turn some have none.
+    """
+    kinds = TokenKinds(layer.lm, contexts, fuzzy_from)
+    forwards = _forwards(contexts, index)
+    for first in range(0, len(forwards), ranks.size()):
+        turn = forwards[first : first + ranks.size()]
+        own = turn[ranks.index()] if ranks.index() < len(turn) else None
+        yield torch.cat(turn), [] if own is None else _chunks(layer, contexts, own, kinds)
+
+
+def _forwards(contexts: Int[Tensor, "context pos"], index: Int[Tensor, " chosen"]) -> tuple[Int[Tensor, " batch"], ...]:
+    return index.split(max(1, _LM_TOKENS // contexts.shape[1])) if len(index) else ()
+
+
+def _chunks(
+    layer: Layer, contexts: Int[Tensor, "context pos"], batch: Int[Tensor, " batch"], kinds: TokenKinds
+) -> list[Chunk]:
+    """Of one forward."""
+    tokens = contexts[batch].to(layer.device)
+    z, v, pattern = layer.attention(tokens)
+    slots = torch.stack([dfa.source_slots(context, kinds) for context in tokens]).to(layer.device)
+    parts = (batch, tokens, z, v, pattern.float(), slots)
+    pieces = (part.split(max(1, _CHUNK_TOKENS // contexts.shape[1])) for part in parts)
+    return [Chunk(*piece) for piece in zip(*pieces, strict=True)]
 
 
 def feed(
@@ -49,16 +76,15 @@ def feed(
     filled: Sequence[Any],
     fuzzy_from: float = 2.0,
 ) -> Iterator[Int[Tensor, " read"]]:
-    """One pass: the contexts named by `index` go to everything in `filled`; yields those of each forward.
+    """One pass: the contexts named by `index` go to everything in `filled`; yields those read by all in each turn.
 
     Args:
-        filled: `FeatureStatistics`, `MeanPattern`, `Strips` or others with `update(chunk)`.
+        filled: `FeatureStatistics`, `MeanPattern`, `Strips` or others with `update(batch)`.
     """
-    for batch in chunks(layer, contexts, index, fuzzy_from):
-        for chunk in batch:
-            for kept in filled:
-                kept.update(chunk)
-        yield torch.cat([chunk.ids for chunk in batch])
+    for read, batch in rounds(layer, contexts, index, fuzzy_from):
+        for kept in filled:
+            kept.update(batch)
+        yield read
 
 
 def sources_on_repeats(
@@ -66,19 +92,28 @@ def sources_on_repeats(
 ) -> tuple[list[Sources], MeanPattern]:
     """Where features and heads read from on random tokens repeated once, scored on the second half; what heads see.
 
-    The pattern is of whole contexts: where a head attends by induction is seen in the second half alone.
+    The first process has what all saw. The pattern is of whole contexts: where a head attends by induction is seen in
+    the second half alone.
     """
     first = 1 + (length - 1) // 2  # position of the second half
     tokens = repeated_tokens(layer.lm, n_contexts, first - 1, seed)
-    sources = [Sources(reader.sae.d_sae, layer.n_heads, None) for reader in readers]
-    seen = MeanPattern(layer.n_heads, tokens.shape[1])
-    for batch in chunks(layer, tokens, torch.arange(n_contexts), fuzzy_from):
-        for chunk in batch:
-            seen.update(chunk)
-            for reader, of_sae in zip(readers, sources, strict=True):
-                f, reads = reader.encode(chunk, first), reader.reads(chunk)
-                of_sae.add_features(reader, chunk, reads, Firings.of(f))
+
+    def empty() -> list[Any]:
+        sources = [Sources(reader.sae.d_sae, layer.n_heads, None) for reader in readers]
+        return [*sources, MeanPattern(layer.n_heads, tokens.shape[1])]
+
+    *sources, seen = filled = empty()
+    for _, batch in rounds(layer, tokens, torch.arange(n_contexts), fuzzy_from):
+        seen.update(batch)
+        for reader, of_sae in zip(readers, sources, strict=True):
+            encoded = [reader.encode(chunk, first) for chunk in batch]
+            fired = [Firings.of(f) for f in encoded]
+            earlier = firings_before(of_sae.firings, fired)
+            for chunk, f, firings, before in zip(batch, encoded, fired, earlier, strict=True):
+                reads = reader.reads(chunk)
+                of_sae.add_features(reader, chunk, reads, firings, before)
                 of_sae.add_heads(chunk, reads, f, first)
+    collect(filled, empty())
     return sources, seen
 
 
@@ -148,12 +183,28 @@ class Strips:
         return self._context.unique()
 
     @torch.no_grad()
-    def update(self, chunk: Chunk) -> None:
-        """Fill the strips of the examples in a chunk, whose contexts ascend."""
+    def update(self, batch: list[Chunk]) -> None:
+        """Fill the strips of the examples in a forward, whose contexts ascend."""
+        for strips in workers.each(self._surroundings, batch):
+            for each in strips:
+                self._add(*each)
+
+    def absorb(self, other: "Strips") -> None:
+        """Add the strips of examples in other contexts: here they are empty."""
+        self.head += other.head
+        self.dfa_sum += other.dfa_sum
+        for name, value in vars(other).items():
+            if isinstance(value, list):
+                getattr(self, name).extend(value)
+
+    @torch.no_grad()
+    def _surroundings(self, chunk: Chunk) -> list[tuple[Tensor, ...]]:
+        """Arguments of `_add`, of some examples in the chunk at a time."""
         first, end = torch.searchsorted(self._held, chunk.ids[[0, -1]] + torch.tensor([0, 1])).tolist()
         examples = self._by_context[first:end]
         if not len(examples):
-            return
+            return []
+        found: list[tuple[Tensor, ...]] = []
         f, reads = self._reader.encode(chunk).flatten(2), self._reader.reads(chunk)
         for example in examples.split(_CHUNK_TOKENS):
             context = torch.searchsorted(chunk.ids, self._context[example]).to(f.device)
@@ -164,7 +215,9 @@ class Strips:
                 head = attribution.sum(2).argmax(1)
             else:
                 head = feature // self._reader.sae.features_per_block
-            self._add(example, f[context, :, feature], attribution.sum(1), chunk.pattern[context, head, query], head)
+            strips = f[context, :, feature], attribution.sum(1), chunk.pattern[context, head, query]
+            found.append((example, *strips, head))
+        return found
 
     def _add(
         self,

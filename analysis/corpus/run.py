@@ -28,9 +28,9 @@ from analysis.corpus.heads import Copying, copying, head_table
 from analysis.corpus.mean_pattern import MeanPattern, pattern_table
 from analysis.corpus.pairs import Redundancy, compare_features
 from analysis.corpus.passes import Strips, choose_examples, chunks, feed, sources_on_repeats
-from analysis.corpus.running_statistics import FeatureStatistics, Sources, load_state, state
+from analysis.corpus.running_statistics import FeatureStatistics, Sources, collect, load_state, state
 from analysis.logits import head_of_features, inverse_scale, logit_effects, written
-from trainer import checkpoint
+from trainer import checkpoint, ranks
 from trainer.checkpoint import Checkpoint, by_origin
 from trainer.config import require
 from trainer.data.text import Corpus
@@ -95,6 +95,8 @@ class _Position:
 class Job:
     """The analysis of one checkpoint on its way: contexts before `done` of the text went through pass `stage`.
 
+    Of several processes each has what it has seen since `collect`, and the first one what all had seen before.
+
     Args:
         key: what an interrupted analysis must have in common with this one to be resumed.
         length: of a context, BOS included.
@@ -109,23 +111,34 @@ class Job:
         self.seed = cfg.seed
         self._key, self._cfg, self._length = {**key, "weights": trained.weights_hash}, cfg, length
         self._folder = trained.path / ".analysis.state"
-        self.statistics = FeatureStatistics(self.reader, layer.lm.d_vocab, cfg.examples)
-        self.pattern = MeanPattern(layer.n_heads, min(length, schema.PATTERN_CELLS))
+        self.statistics, self.pattern = self._empty()
 
     def begin_second(self) -> None:
-        """Choose the examples whose strips the second pass fills."""
+        """Choose the examples whose strips the second pass fills, of all that was collected."""
+        ranks.copied([*state(self.statistics.top).values(), *state(self.statistics.sample).values()])
         self.examples = choose_examples(self.statistics, self._cfg.quantile_examples, self._length)
-        self.strips = Strips(self.reader, self.examples)
-        self.further = FurtherFirings(self.reader, self._key["n_contexts"])
         self.stage, self.done = 2, 0
+        self.strips, self.further = self._empty()
 
     @property
-    def filled(self) -> list[FeatureStatistics | MeanPattern | Strips | FurtherFirings]:
+    def filled(self) -> list[Any]:
         """What the pass fills."""
         return [self.statistics, self.pattern] if self.stage == 1 else [self.strips, self.further]
 
+    def _empty(self) -> list[Any]:
+        """The same before it."""
+        if self.stage == 1:
+            statistics = FeatureStatistics(self.reader, self.layer.lm.d_vocab, self._cfg.examples)
+            return [statistics, MeanPattern(self.layer.n_heads, min(self._length, schema.PATTERN_CELLS))]
+        return [Strips(self.reader, self.examples), FurtherFirings(self.reader, self._key["n_contexts"])]
+
+    def collect(self) -> None:
+        """Give the first process what all have seen in this pass."""
+        collect(self.filled, self._empty())
+
+    @ranks.by_first
     def save(self) -> None:
-        """Write what resuming needs, beside the checkpoint's own files."""
+        """Write what resuming needs of all that was collected, beside the checkpoint's own files."""
         tensors = state(self.statistics, "statistics.") | state(self.pattern, "pattern.")
         if self.stage == 2:
             tensors |= state(self.strips, "strips.") | state(self.further, "further.")
@@ -136,32 +149,35 @@ class Job:
         write_atomically(self._folder / "state.safetensors", lambda p: save_file(tensors, p, metadata))
 
     def load(self) -> None:
-        """Go on from what `save` wrote, if it belongs to the same analysis.
+        """Go on from what `save` wrote, if it belongs to the same analysis; the first process has all of it.
 
         Raises:
             ValueError: it was begun with other options, or the file is damaged.
         """
         file = self._folder / "state.safetensors"
-        if not file.exists():
-            return
+        tensors: dict[str, Tensor] = {}
+        position = _Position(self._key, 1, 0, self.seconds)
         try:
-            with safe_open(file, framework="pt") as saved:
-                tensors = {name: saved.get_tensor(name) for name in saved.keys()}  # noqa: SIM118
-                metadata = saved.metadata() or {}
-            values = {name: parse_json(value.encode(), Any) for name, value in metadata.items()}
-            position = msgspec.convert(values, _Position)
-            if position.key != self._key:
-                raise ValueError("it was begun with other options, text or weights")
-            load_state(self.statistics, tensors, "statistics.")
-            load_state(self.pattern, tensors, "pattern.")
-            if position.stage == 2:
+            if ranks.is_first() and file.exists():
+                with safe_open(file, framework="pt") as saved:
+                    tensors = {name: saved.get_tensor(name) for name in saved.keys()}  # noqa: SIM118
+                    metadata = saved.metadata() or {}
+                values = {name: parse_json(value.encode(), Any) for name, value in metadata.items()}
+                position = msgspec.convert(values, _Position)
+                if position.key != self._key:
+                    raise ValueError("it was begun with other options, text or weights")
+                load_state(self.statistics, tensors, "statistics.")
+                load_state(self.pattern, tensors, "pattern.")
+            if ranks.decided(position.stage) == 2:
                 self.begin_second()
-                load_state(self.strips, tensors, "strips.")
-                load_state(self.further, tensors, "further.")
+                if ranks.is_first():
+                    load_state(self.strips, tensors, "strips.")
+                    load_state(self.further, tensors, "further.")
         except (SafetensorError, OSError, ValueError, KeyError) as error:
             raise ValueError(one_line(f"{file} cannot be resumed ({error}): run without --resume")) from error
-        self.done, self.seconds = position.done, position.seconds
+        self.done, self.seconds = ranks.decided(position.done), position.seconds
 
+    @ranks.by_first
     def forget(self) -> None:
         """Delete the saved state."""
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -178,6 +194,8 @@ def analyse(
 ) -> None:
     """Write `analysis/` of checkpoints; those of one layer, model and text share every forward.
 
+    Under torchrun the processes deal the forwards out, and the first one writes.
+
     Args:
         model, text: where those trained on lie now, if elsewhere than in training.
 
@@ -185,13 +203,27 @@ def analyse(
         ValueError: a checkpoint, its model or the text cannot be used.
         Interrupted: Ctrl-C or SIGTERM; what was done is saved.
     """
+    with ranks.joined():
+        _analyse(paths, cfg, resume or ranks.may_restart(), device, wandb, model, text)
+
+
+def _analyse(
+    paths: list[Path],
+    cfg: AnalysisConfig,
+    resume: bool,
+    device: str,
+    wandb: Mode,
+    model: str | None,
+    text: str | None,
+) -> None:
     require(text is None or cfg.dataset is None, "--text is where the text trained on lies, --dataset another text")
-    wandb = reachable(wandb)
     checkpoints = [Checkpoint(path) for path in paths]
-    for path in paths:
-        make_writable(path)
+    if ranks.is_first():
+        wandb = reachable(wandb)
+        for path in paths:
+            make_writable(path)
     for group in by_origin(checkpoints, model):
-        lm = group[0].open_model(pick_device(device), model)
+        lm = group[0].open_model(ranks.own_device(pick_device(device)), model)
         layer = lm.layer(group[0].layer)
         corpus = _another(cfg, group[0], lm) if cfg.dataset else group[0].open_text(lm.tokenizer, text)
         every = corpus.held_out_tokens(cfg.tokens + cfg.score_tokens)
@@ -212,7 +244,10 @@ def analyse(
         for same in _equally_far(jobs, 2):
             needed = torch.cat([further, *(job.strips.contexts for job in same)]).unique()
             _run_pass("Second pass", same, every, needed)
-        _write(jobs, corpus, every, fuzzy_from, cfg, wandb)
+        n_repeated, length = max(1, _REPEATED_TOKENS // (corpus.context_size - 1)), corpus.context_size
+        readers = [job.reader for job in jobs]
+        repeats, on_repeats = sources_on_repeats(layer, readers, n_repeated, length, cfg.seed, fuzzy_from)
+        _write(jobs, repeats, on_repeats, corpus, every, fuzzy_from, cfg, wandb)
 
 
 def _another(cfg: AnalysisConfig, trained: Checkpoint, lm: LanguageModel) -> Corpus:
@@ -258,17 +293,23 @@ def _run_pass(
             bar.update(len(read) * n_tokens)
             for job in jobs:
                 job.done, job.seconds[stage - 1] = int(read[-1]) + 1, before + now - started
-            stop = asked_to_stop()
-            if stop or now - saved > _SAVE_SECONDS:
+            stop = ranks.any_of(asked_to_stop())
+            if stop or ranks.any_of(now - saved > _SAVE_SECONDS):
                 saved = now
                 for job in jobs:
+                    job.collect()
                     job.save()
             if stop:
                 raise Interrupted(f"{what.strip().lower()}, {n_read:,} of {len(needed):,} contexts; --resume goes on")
+    for job in jobs:
+        job.collect()
 
 
+@ranks.by_first
 def _write(
     jobs: list[Job],
+    repeats: list[Sources],
+    on_repeats: MeanPattern,
     corpus: Corpus,
     every: Int[Tensor, "context pos"],
     fuzzy_from: float,
@@ -278,9 +319,6 @@ def _write(
     """The artefacts of jobs of one layer that went through both passes."""
     layer, length = jobs[0].layer, every.shape[1]
     contexts = every[: corpus.n_contexts(cfg.tokens)]
-    n_repeated = max(1, _REPEATED_TOKENS // (length - 1))
-    readers = [job.reader for job in jobs]
-    repeats, on_repeats = sources_on_repeats(layer, readers, n_repeated, length, cfg.seed, fuzzy_from)
     copied = copying(layer, next(chunks(layer, contexts, torch.arange(min(32, len(contexts))))))
     scale = inverse_scale(layer, contexts[: max(1, _SCALE_TOKENS // length)])
     documents = corpus.documents(contexts)

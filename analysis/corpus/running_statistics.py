@@ -1,9 +1,12 @@
 """Running statistics of every feature of one SAE over a stream of tokens, in memory that does not grow with it.
 
-All that is kept is tensors, so that an interrupted pass goes on from `state`.
+All that is kept is tensors, so that an interrupted pass goes on from `state`. Where several processes share a text,
+each sees some of its contexts, in their order; in the end the first one has what it would have, had it seen all
+(`collect`).
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
@@ -13,6 +16,8 @@ from torch import Tensor
 
 from analysis import attribution as dfa
 from analysis.attribution import Chunk, Firings, Reader
+from trainer import ranks
+from trainer.kernels import workers
 
 BINS = 64  # of an activation histogram
 SAMPLE = 64  # firings of a feature drawn uniformly, from which its quantile examples are taken
@@ -21,6 +26,15 @@ HEAD_TOKENS = 16_384  # tokens over which attention and DFA of whole heads are s
 COFIRING_PAIRS = 16_000_000  # (token, feature) pairs kept for co-firing, from the first tokens on
 _TILE = 2**22  # (firing, source) pairs attributed at a time
 _UNSET = -1000  # exponent of a histogram that holds nothing
+
+
+class Seen(NamedTuple):
+    """A chunk and what an SAE makes of it."""
+
+    chunk: Chunk
+    f: Float[Tensor, "context pos block feature"]
+    firings: Firings
+    reads: Float[Tensor, "context head feature source"]
 
 
 class FeatureStatistics:
@@ -51,33 +65,62 @@ class FeatureStatistics:
         self.cofiring = Cofiring()
 
     @torch.no_grad()
-    def update(self, chunk: Chunk) -> None:
-        """Add a chunk; BOS positions count nowhere."""
-        f, reads = self._reader.encode(chunk), self._reader.reads(chunk)
-        self.n_tokens += chunk.tokens[:, 1:].numel()
-        z = chunk.z[:, 1:].float()
-        self.error += (z - self._reader.sae.decode(f[:, 1:]).view_as(z)).pow(2).sum(-1).double().sum((0, 1)).cpu()
-        self.z_sum += z.double().sum((0, 1)).cpu()
-        self.z_squared += z.pow(2).sum(-1).double().sum((0, 1)).cpu()
+    def update(self, batch: list[Chunk]) -> None:
+        """Add a forward, of a text that is read from its beginning on; BOS positions count nowhere.
 
-        firings = Firings.of(f)
-        self.cofiring.add(firings, chunk.tokens.shape)
-        self._add_activations(firings)
-        self._add_examples(firings, chunk)
-        self.fires_on.add(firings.feature, chunk.tokens[firings.context, firings.position])
-        self.sources.add_features(self._reader, chunk, reads, firings)
-        if self.sources.head_tokens < HEAD_TOKENS:
-            self.sources.add_heads(chunk, reads, f, 1)
+        All processes call it together: what is kept of the first firings and tokens of a text alone, is kept of those
+        that are the first of all.
+        """
+        seen = workers.each(self._see, batch)
+        earlier = firings_before(self.firings, [each.firings for each in seen])
+
+        def add(what: Callable[[Seen, Tensor], None]) -> None:
+            for each, before in zip(seen, earlier, strict=True):
+                what(each, before)
+
+        # Side by side what shares nothing, each in the order of the text: so no sum is rounded otherwise.
+        workers.each(add, (self._add_sources, self._add_heads, self._add_activations, self._add_examples))
+
+    def absorb(self, other: "FeatureStatistics") -> None:
+        """Add what another saw of other contexts."""
+        self._widen(other.exponent)
+        other._widen(self.exponent)
+        self.maximum = torch.maximum(self.maximum, other.maximum)
+        for name in ("n_tokens", "firings", "total", "histogram", "l0", "error", "z_sum", "z_squared"):
+            getattr(self, name).add_(getattr(other, name))
+        for name in ("top", "sample", "fires_on", "sources", "cofiring"):
+            getattr(self, name).absorb(getattr(other, name))
 
     def deviation(self) -> Float[Tensor, " head"]:
         """Squared deviation of z from its mean, summed over tokens."""
         return self.z_squared - self.z_sum.pow(2).sum(-1) / self.n_tokens
 
-    def _add_activations(self, firings: Firings) -> None:
+    def _see(self, chunk: Chunk) -> Seen:
+        f = self._reader.encode(chunk)
+        return Seen(chunk, f, Firings.of(f), self._reader.reads(chunk))
+
+    def _add_sources(self, seen: Seen, before: Int[Tensor, " feature"]) -> None:
+        self.sources.add_features(self._reader, seen.chunk, seen.reads, seen.firings, before)
+
+    def _add_heads(self, seen: Seen, before: Int[Tensor, " feature"]) -> None:
+        if int(seen.chunk.ids[0]) * (seen.chunk.tokens.shape[1] - 1) < HEAD_TOKENS:
+            self.sources.add_heads(seen.chunk, seen.reads, seen.f, 1)
+
+    @torch.no_grad()  # a thread has its own
+    def _add_activations(self, seen: Seen, before: Int[Tensor, " feature"]) -> None:
+        chunk, f, firings, _ = seen
+        self.n_tokens += chunk.tokens[:, 1:].numel()
+        z = chunk.z[:, 1:].float()
+        self.error += (z - self._reader.sae.decode(f[:, 1:]).view_as(z)).pow(2).sum(-1).double().sum((0, 1)).cpu()
+        self.z_sum += z.double().sum((0, 1)).cpu()
+        self.z_squared += z.pow(2).sum(-1).double().sum((0, 1)).cpu()
+        if before.sum() < COFIRING_PAIRS:
+            self.cofiring.add(firings, chunk)
+        self.fires_on.add(firings.feature, chunk.tokens[firings.context, firings.position])
         feature, value = firings.feature.cpu(), firings.value.cpu()
         count = torch.bincount(feature, minlength=len(self.firings))
         largest = torch.zeros_like(self.maximum).scatter_reduce_(0, feature, value, "amax")
-        self._widen(largest)
+        self._widen(torch.where(largest > 0, torch.frexp(largest).exponent, _UNSET))  # largest < 2**exponent
         self.total.index_add_(0, feature, value.double())
         self.maximum = torch.maximum(self.maximum, largest)
         bins = torch.ldexp(value, -self.exponent[feature]).mul_(BINS).long()
@@ -86,13 +129,12 @@ class FeatureStatistics:
         self.firings += count
         self.l0 += count.view(len(self.l0), -1).sum(1)
 
-    def _widen(self, largest: Float[Tensor, " feature"]) -> None:
-        """Double the range of histograms, merging their bins in pairs, until it holds the largest activation.
+    def _widen(self, needed: Int[Tensor, " feature"]) -> None:
+        """Double the range of histograms, merging their bins in pairs, until it reaches 2**needed.
 
         So 64 equal bins are exact whatever the range turns out to be; 32 bins for each of 24 octaves, from which the
         same could be made at the end, would take 12 times the memory.
         """
-        needed = torch.where(largest > 0, torch.frexp(largest).exponent, _UNSET)  # largest < 2**needed
         wider = torch.maximum(needed, self.exponent)
         missing = torch.where(self.firings > 0, wider - self.exponent, 0)
         while (rows := missing > 0).any():
@@ -101,7 +143,8 @@ class FeatureStatistics:
             missing -= rows.int()
         self.exponent = wider
 
-    def _add_examples(self, firings: Firings, chunk: Chunk) -> None:
+    def _add_examples(self, seen: Seen, before: Int[Tensor, " feature"]) -> None:
+        chunk, _, firings, _ = seen
         length = chunk.tokens.shape[1]
         at = chunk.ids.to(firings.context.device)[firings.context] * length + firings.position
         feature, value, at = firings.feature.cpu(), firings.value.cpu(), at.cpu()
@@ -148,6 +191,14 @@ class Largest:
             offered[place, rank] = new[order]
             kept[rows] = torch.cat([kept[rows], offered], 1).gather(1, merged.indices[:, :n])
 
+    def absorb(self, other: "Largest") -> None:
+        """Keep the largest of both."""
+        both = {name: torch.cat([getattr(self, name), getattr(other, name)], 1) for name in ("at", "key", "value")}
+        by_place = both["at"].argsort(1)  # of equal keys the earlier stays
+        order = by_place.gather(1, both["key"].gather(1, by_place).argsort(dim=1, descending=True, stable=True))
+        for name, values in both.items():
+            setattr(self, name, values.gather(1, order[:, : self.key.shape[1]]))
+
 
 class Tally:
     """Counts of (feature, token) pairs: exact up to `capacity` distinct ones, then too low by at most `floor`.
@@ -171,6 +222,9 @@ class Tally:
     def _merge(self) -> None:
         keys, counts = self.pending.unique(return_counts=True)
         self.pending = self.pending[:0]
+        self._add(keys, counts)
+
+    def _add(self, keys: Int[Tensor, " pair"], counts: Int[Tensor, " pair"]) -> None:
         self.keys, place = torch.cat([self.keys, keys]).unique(return_inverse=True)
         self.counts = torch.zeros_like(self.keys).index_add_(0, place, torch.cat([self.counts, counts]))
         if len(self.keys) > self._capacity:
@@ -178,6 +232,13 @@ class Tally:
             self.floor += lower
             kept = self.counts > lower
             self.keys, self.counts = self.keys[kept], self.counts[kept]
+
+    def absorb(self, other: "Tally") -> None:
+        """Add the counts of another; by as much as both are too low, they are together."""
+        other._merge()
+        self._merge()
+        self._add(other.keys, other.counts)
+        self.floor += other.floor
 
     def pairs(self) -> tuple[Int[Tensor, " pair"], Int[Tensor, " pair"], Int[Tensor, " pair"]]:
         """Feature, token and count of every pair, by feature and token."""
@@ -224,10 +285,15 @@ class Sources:
             self.by_key = torch.zeros(n_heads, d_vocab, dtype=torch.float64)
 
     def add_features(
-        self, reader: Reader, chunk: Chunk, reads: Float[Tensor, "context head feature source"], firings: Firings
+        self,
+        reader: Reader,
+        chunk: Chunk,
+        reads: Float[Tensor, "context head feature source"],
+        firings: Firings,
+        before: Int[Tensor, " d_sae"],
     ) -> None:
-        """Attribute the firings of features of which fewer than DFA_FIRINGS were attributed before."""
-        firings = firings.where((self.firings < DFA_FIRINGS).to(firings.feature.device)[firings.feature])
+        """Attribute the firings of features that fired less than DFA_FIRINGS times `before` the chunk."""
+        firings = firings.where((before < DFA_FIRINGS).to(firings.feature.device)[firings.feature])
         self.firings += torch.bincount(firings.feature.cpu(), minlength=len(self.firings))
         per_firing = chunk.tokens.shape[1] * (reads.shape[1] if reader.is_dense else 1)
         for tile in torch.arange(len(firings.feature)).split(max(1, _TILE // per_firing)):
@@ -273,26 +339,50 @@ class Sources:
             self.head_dfa += dfa.mass_per_slot(mass, slots, first_query).double().cpu()
         self.head_tokens += f[:, first_query:, 0, 0].numel()
 
+    def absorb(self, other: "Sources") -> None:
+        """Add what another saw of other contexts."""
+        for name, value in vars(other).items():
+            if isinstance(value, Tally):
+                self.reads.absorb(value)
+            else:
+                getattr(self, name).add_(value)
+
 
 class Cofiring:
     """Which features fire together: the firings of the first tokens, as a sparse matrix."""
 
     def __init__(self) -> None:
         self.pairs = torch.tensor(0)
+        self.context: list[Tensor] = []
         self.feature: list[Tensor] = []
         self.value: list[Tensor] = []
         self.per_token: list[Tensor] = []
 
-    def add(self, firings: Firings, shape: torch.Size) -> None:
-        """Keep firings of a chunk of `shape` [context, pos], while there is room."""
-        if self.pairs >= COFIRING_PAIRS:
-            return
+    def add(self, firings: Firings, chunk: Chunk) -> None:
+        """Keep the firings of a chunk, for which there must be room."""
+        shape = chunk.tokens.shape
         token = (firings.context * shape[1] + firings.position).cpu()
         counts = torch.bincount(token, minlength=shape.numel()).view(shape)[:, 1:]
+        self.context.append(chunk.ids)
         self.feature.append(firings.feature.int().cpu())
         self.value.append(firings.value.half().cpu())
         self.per_token.append(counts.flatten().int())
         self.pairs += len(token)
+
+    def absorb(self, other: "Cofiring") -> None:
+        """Add what another kept of other contexts, in the order of the text."""
+        self.pairs += other.pairs
+        for name in ("context", "feature", "value", "per_token"):
+            getattr(self, name).extend(getattr(other, name))
+        if not self.context:
+            return
+        context = torch.cat(self.context)
+        per_token = torch.cat(self.per_token).view(len(context), -1)  # [context, pos]
+        of_pair = context.repeat_interleave(per_token.sum(1)).argsort(stable=True)
+        for pairs in (self.feature, self.value):
+            pairs[:] = [torch.cat(pairs)[of_pair]]
+        self.per_token[:] = [per_token[context.argsort()].flatten()]
+        self.context[:] = [context.sort().values]
 
     def tokens(self) -> np.ndarray:
         """Active features of each token kept."""
@@ -333,6 +423,41 @@ def load_state(statistics: Any, saved: dict[str, Tensor], prefix: str = "") -> N
             setattr(statistics, name, saved[prefix + name])
         else:
             load_state(value, saved, f"{prefix}{name}.")
+
+
+def firings_before(so_far: Int[Tensor, " feature"], fired: list[Firings]) -> Int[Tensor, "chunk feature"]:
+    """Firings of each feature in the text before each chunk of this process's forward.
+
+    Processes take the forwards of a text in turns (`passes.rounds`), so all call this together.
+
+    Args:
+        so_far: in the forwards of this process.
+        fired: in each chunk of the next one.
+    """
+    own = so_far.new_zeros(len(fired), len(so_far))
+    for counts, firings in zip(own, fired, strict=True):
+        counts += torch.bincount(firings.feature.cpu(), minlength=len(so_far))
+    every = ranks.gathered(torch.stack([so_far, own.sum(0)])[None])  # [process, earlier or now, feature]
+    return every[:, 0].sum(0) + every[: ranks.index(), 1].sum(0) + own.cumsum(0) - own
+
+
+def collect(filled: list[Any], empty: list[Any]) -> None:
+    """Give the first process what all have seen; the others have seen nothing then.
+
+    Args:
+        empty: the same as `filled`, with nothing in them.
+    """
+    seen, nothing = (
+        {name: value for place, each in enumerate(those) for name, value in state(each, f"{place}.").items()}
+        for those in (filled, empty)
+    )
+    for tensors in ranks.to_first(seen):
+        for place, (kept, other) in enumerate(zip(filled, empty, strict=True)):
+            load_state(other, tensors, f"{place}.")
+            kept.absorb(other)
+    if not ranks.is_first():
+        for place, kept in enumerate(filled):
+            load_state(kept, nothing, f"{place}.")
 
 
 def _ranks(group: Int[Tensor, " entry"]) -> tuple[Int[Tensor, " entry"], Int[Tensor, " entry"]]:

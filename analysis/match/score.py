@@ -192,7 +192,8 @@ def firings(layer: Layer, contexts: Int[Tensor, "context pos"], saes: list[Block
         for batch in chunks(layer, contexts, torch.arange(len(contexts))):
             for chunk in batch:
                 for reader, cofiring in fired:
-                    cofiring.add(Firings.of(reader.encode(chunk)), chunk.tokens.shape)
+                    if cofiring.pairs < running_statistics.COFIRING_PAIRS:
+                        cofiring.add(Firings.of(reader.encode(chunk)), chunk)
                 bar.update(chunk.tokens[:, 1:].numel())
             if any(cofiring.pairs >= running_statistics.COFIRING_PAIRS for _, cofiring in fired):
                 break

@@ -420,10 +420,10 @@ def test_what_cannot_be_shared_is_refused_once(command, capfd, monkeypatch):
 
 
 def test_commands_that_share_nothing_are_refused_under_torchrun(monkeypatch, capsys):
-    from analysis.__main__ import main as analyse
+    from analysis.match.__main__ import main as match
 
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert analyse(["nowhere"]) == 2
+    assert match(["nowhere", "nowhere else"]) == 2
     assert "this command runs in one process: start it without torchrun" in capsys.readouterr().err
 
 

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
-from analysis.attribution import Firings
+from analysis.attribution import Chunk, Firings
 from analysis.corpus import pairs
 from analysis.corpus.running_statistics import Cofiring
 
@@ -30,8 +30,9 @@ def planted(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 def compare(f: torch.Tensor, directions: torch.Tensor) -> pairs.Redundancy:
     cofiring = Cofiring()
-    for part in f.split(7):
-        cofiring.add(Firings.of(part), part.shape[:2])
+    for ids in torch.arange(len(f)).split(7):
+        tokens = torch.zeros(len(ids), f.shape[1], dtype=torch.int64)
+        cofiring.add(Firings.of(f[ids]), Chunk(ids, tokens, *[torch.empty(0)] * 4))
     return pairs.compare_features(cofiring, directions, HEAD, 2)
 
 
