@@ -18,12 +18,13 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from trainer import cli, ranks
-from trainer.config import ActivationsConfig, require
+from trainer.config import ActivationsConfig, layers_of, require
 from trainer.cost import duration, gb, require_disk, seconds_per_token
 from trainer.data.buffer import CachedActivations, bytes_per_row, open_source
 from trainer.data.text import Corpus, open_text
 from trainer.files import cache_dir, load_tensors, read_json, write_json
 from trainer.model.lm import LanguageModel, pick_device
+from trainer.model.loading import n_layers
 from trainer.precision import tf32 as matmuls_in_tf32
 
 
@@ -85,7 +86,6 @@ def harvest(
         ValueError: the model, a layer or the text cannot be used, the disk is too small, or a file is not what the
             manifest says.
     """
-    require(layers != [], "name at least one layer")
     with ranks.joined():
         device = ranks.own_device(pick_device(device))
         print(f"Loading {activations.model} on {device}", flush=True)
@@ -144,7 +144,8 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m trainer.cache", description="Harvest activations to the cache."
     )
     parser.add_class_arguments(ActivationsConfig, skip={"cache_gb"})
-    parser.add_argument("--hook_layer", type=list[int] | int, required=True, help="Attention layer, one or several.")
+    layers = "Attention layer; several as [4,5] or 0-5,8, or all."
+    parser.add_argument("--hook_layer", type=list[int] | int | str, required=True, help=layers)
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto.")
     parser.add_argument("--tf32", type=bool, default=True, help="On a GPU: as the training that is to read them.")
     parser.add_argument("--verify", action="store_true", help="Read what is there, and compare it with its manifest.")
@@ -152,8 +153,9 @@ def main(argv: list[str] | None = None) -> int:
 
     def run() -> None:
         given = {each.name: options[each.name] for each in fields(ActivationsConfig) if each.name in options}
-        layers = options.hook_layer if isinstance(options.hook_layer, list) else [options.hook_layer]
-        harvest(ActivationsConfig(**given), layers, options.device, options.tf32, options.verify)
+        activations = ActivationsConfig(**given)
+        layers = layers_of(options.hook_layer, lambda: n_layers(activations.model))
+        harvest(activations, layers, options.device, options.tf32, options.verify)
 
     return cli.status(run, "Stopped. Activations harvested so far are kept.", many_processes=True)
 

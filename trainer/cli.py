@@ -50,9 +50,16 @@ def build(options: dict[str, Any]) -> tuple[ActivationsConfig, list[SAEConfig], 
     )
     points = options.get("points")
     require(points != [], "points is empty: name at least one")
-    saes = [sae for entry in points or [{}] for sae in SAEOptions(**asked | _checked(entry)).decide()]
+    read = ActivationsConfig(**activations)
+
+    def n_layers() -> int:
+        from trainer.model.loading import n_layers  # takes seconds to import
+
+        return n_layers(read.model)
+
+    saes = [sae for entry in points or [{}] for sae in SAEOptions(**asked | _checked(entry)).decide(n_layers)]
     require(len(set(saes)) == len(saes), "the sweep names the same SAE twice")
-    return ActivationsConfig(**activations), saes, TrainingConfig(**training)
+    return read, saes, TrainingConfig(**training)
 
 
 def _checked(entry: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,8 @@ wrong value is refused with one sentence before anything is loaded.
 """
 
 import math
+import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from itertools import product
 from typing import Any, Literal
@@ -236,8 +238,8 @@ class SAEOptions:
 
     recipe: list[Name] | Name | None = None
     """Loss and constraints, one or several (docs/recipes.md); default batchtopk, or april where l1_coefficients are given."""
-    hook_layer: list[int] | int | None = None
-    """Attention layer, one or several, whose head outputs (blocks.{hook_layer}.attn.hook_z) are reconstructed; default 17."""
+    hook_layer: list[int] | int | str | None = None
+    """Attention layer whose head outputs (blocks.{hook_layer}.attn.hook_z) are reconstructed; several as [4,5] or 0-5,8, or all; default 17."""
     l1_coefficients: list[float] | float | None = None
     """Sparsity coefficients of april, bricken, gated and jumprelu; each trains its own SAE."""
     k: list[int] | int | None = None
@@ -275,8 +277,11 @@ class SAEOptions:
     resample_fraction: float | None = None
     """Of bricken: dead features are resampled at 1, 2, 3 and 4 times this share of the steps; 0 never."""
 
-    def decide(self) -> list[SAEConfig]:
+    def decide(self, n_layers: Callable[[], int] | None = None) -> list[SAEConfig]:
         """Every SAE that is asked for.
+
+        Args:
+            n_layers: of the model, asked where all layers are.
 
         Raises:
             ValueError: a value is wrong, or an SAE is given the other kind of sparsity.
@@ -286,7 +291,7 @@ class SAEOptions:
         by_sparsity = "batchtopk" if self.l1_coefficients is None else "april"
         recipes = _as_list(self.recipe) if self.recipe is not None else [preset.get("recipe", by_sparsity)]
         given = {key: value for key, value in asdict(self).items() if value is not None}
-        layers = _as_list(given.pop("hook_layer", _COMMON["hook_layer"]))
+        layers = layers_of(given.pop("hook_layer", _COMMON["hook_layer"]), n_layers)
         sparsities = {key: _as_list(given.pop(key, None)) for key in ("l1_coefficients", "k")}
         saes = []
         for layer, recipe in product(layers, recipes):
@@ -306,6 +311,27 @@ def _resolve(preset: dict[str, Any], chosen: dict[str, Any]) -> SAEConfig:
         preset = {key: value for key, value in preset.items() if key not in _OF_RECIPE}
     nothing: dict[str, Any] = dict.fromkeys(("l1_coefficient", "k", "preset", "label"))
     return SAEConfig(**(nothing | _COMMON | RECIPES[recipe].defaults | preset | chosen))
+
+
+def layers_of(asked: list[int] | int | str, n_layers: Callable[[], int] | None = None) -> list[int]:
+    """Layers as they are asked for: 4, [4, 5], "0-5,8" or "all".
+
+    Raises:
+        ValueError: it is none of these, names a layer twice, or none.
+    """
+    if not isinstance(asked, str):
+        layers = _as_list(asked)
+    elif asked == "all":
+        require(n_layers is not None, "hook_layer all needs a model")
+        layers = list(range(n_layers())) if n_layers else []
+    else:
+        parts = [re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part) for part in asked.split(",")]
+        require(all(parts), f"hook_layer must be a number, a list as [4,5] or 0-5,8, or all; got {asked!r}")
+        ends = [(int(part[1]), int(part[2] or part[1])) for part in parts if part]
+        layers = [layer for first, last in ends for layer in range(first, last + 1)]
+    require(layers != [], f"hook_layer {asked!r} names no layer")
+    require(len(set(layers)) == len(layers), f"hook_layer {asked!r} names a layer twice")
+    return layers
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -108,7 +108,7 @@ def test_what_cannot_be_is_refused_first(command, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(cost, "_free", lambda folder: 100)
     assert main(command) == 2 and "and 0 MB are free: harvest fewer" in capsys.readouterr().err
     assert main([*command, "--hook_layer=9"]) == 2 and "out of range" in capsys.readouterr().err
-    assert main([*command, "--hook_layer=[]"]) == 2 and "at least one layer" in capsys.readouterr().err
+    assert main([*command, "--hook_layer=[]"]) == 2 and "name at least one" in capsys.readouterr().err
     assert not list(tmp_path.rglob("shard-*"))
 
 

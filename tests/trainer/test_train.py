@@ -236,6 +236,37 @@ def test_a_run_that_streams_goes_on_streaming_when_the_cache_is_there(command, m
     assert_same_weights(out / "whole", out / "halves")
 
 
+@pytest.mark.parametrize(
+    ("asked", "layers"), [("2", [2]), ("[1,2]", [1, 2]), ("0-2, 4", [0, 1, 2, 4]), ("all", [0, 1, 2, 3, 4, 5])]
+)
+def test_layers_are_asked_for_by_number_range_or_all(asked, layers, gpt2_folder):
+    options = vars(cli.parser().parse_args([f"--model={gpt2_folder}", f"--hook_layer={asked}", "--k=[4,8]"]))
+    _, saes, _ = cli.build(options)
+    assert [(each.hook_layer, each.k) for each in saes] == [(layer, k) for layer in layers for k in (4, 8)]
+
+
+@pytest.mark.parametrize(
+    ("asked", "sentence"),
+    [
+        ("every", "must be a number, a list as [4,5] or 0-5,8, or all; got 'every'"),
+        ("5-3", "names no layer"),
+        ("1,0-2", "names a layer twice"),
+        ("1.5", "must be a number"),
+        ("0-9", "hook_layer 6 is out of range"),
+    ],
+)
+def test_layers_that_are_none_are_refused(asked, sentence, command, capsys):
+    arguments, out = command
+    assert main([*arguments, f"--hook_layer={asked}"]) == 2
+    assert sentence in capsys.readouterr().err and not list(out.glob("[!.]*"))
+
+
+def test_all_layers_of_a_model_that_is_not_there(command, capsys):
+    arguments, _ = command
+    assert main([*arguments, "--model=./nowhere", "--hook_layer=all"]) == 2
+    assert "does not say how many layers it has" in capsys.readouterr().err
+
+
 def test_run_yaml_means_its_run_from_every_folder(command, monkeypatch, tmp_path, capsys):
     arguments, _ = command
     arguments = [*arguments, "--out=checkpoints"]

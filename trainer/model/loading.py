@@ -42,6 +42,21 @@ def load(name: str, device: str, dtype: str) -> HookedTransformer:
     return _load_named(name, device, dtype)
 
 
+def n_layers(name: str) -> int:
+    """Attention layers of a model, by its configuration alone.
+
+    Raises:
+        ValueError: there is none, or it does not say.
+    """
+    try:
+        folder = embedded.ensure() if name == embedded.NAME else Path(located(name))
+        if folder.is_dir():
+            return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).num_hidden_layers
+        return tl_loading.get_pretrained_model_config(name).n_layers
+    except Exception as error:  # transformers, huggingface_hub and TransformerLens each have their own errors
+        raise ValueError(f"model {name!r} does not say how many layers it has: {first_line(error)}") from error
+
+
 def located(name: str) -> str:
     """A local folder by the path at which it is found from everywhere; another name as it is."""
     folder = os.path.abspath(os.path.expanduser(name))
