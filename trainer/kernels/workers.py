@@ -19,10 +19,10 @@ Result = TypeVar("Result")
 def each(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
     """`work` of every item, in their order; as many at a time as torch has threads. It may not depend on other items.
 
-    torch releases Python's lock in its operations, so threads are enough.
+    torch releases Python's lock in its operations, so threads are enough. A single item has all of them.
     """
-    threads = torch.get_num_threads()
-    if threads == 1:
+    items, threads = list(items), torch.get_num_threads()
+    if threads == 1 or len(items) == 1:
         return [work(item) for item in items]
     torch.set_num_threads(1)  # of every thread, and what a new one begins with
     try:

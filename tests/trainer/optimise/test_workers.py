@@ -16,6 +16,7 @@ def two_threads():
 
 def test_each_is_done_on_one_thread_and_all_in_order(two_threads):
     assert workers.each(lambda i: (i, torch.get_num_threads()), range(7)) == [(i, 1) for i in range(7)]
+    assert workers.each(lambda i: (i, torch.get_num_threads()), range(1)) == [(0, 2)], "nothing else wants a thread"
     assert torch.get_num_threads() == 2
     with pytest.raises(ZeroDivisionError):
         workers.each(lambda i: 1 // i, range(2))
