@@ -1,7 +1,7 @@
 # make app: set up, fetch the embedded model once, open the app.   make test, make lint: what CI runs.
 # make results: the figures of all shipped checkpoints anew (40 minutes).
 # make faults: the table of docs/reliability.md.   make slow: tests that take too long for make test.
-# make bench: the tables of benchmarks/README.md (25 minutes on two cores; the app's want Chromium).
+# make bench: the tables of benchmarks/README.md (the better part of an hour on two cores; the app's want Chromium).
 .PHONY: app test lint format bench faults slow results
 
 # The first Python on the PATH that the pinned packages support (3.10 to 3.14); PYTHON=... overrides.
@@ -40,6 +40,7 @@ bench: $(VENV)/test.stamp
 	$(BIN)/python -m benchmarks.steps
 	$(BIN)/python -m benchmarks.busy
 	$(BIN)/python -m benchmarks.data
+	$(BIN)/python -m benchmarks.cost
 	$(BIN)/python -m benchmarks.analysis
 	$(BIN)/python -m benchmarks.first_run
 	$(BIN)/python -m benchmarks.quality checkpoints
