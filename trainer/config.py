@@ -80,7 +80,7 @@ class ActivationsConfig:
     model_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the language model; the SAE is always float32."""
     cache_gb: float = 16.0
-    """Activations that need at most this much disk are cached there and reused; larger runs stream through memory."""
+    """Activations that need at most this much disk, or are there already, are read from the cache; others stream through memory."""
 
     def __post_init__(self) -> None:
         require(self.model.strip() != "", "model must not be empty")

@@ -36,7 +36,7 @@ class Cost(NamedTuple):
     memory: float
     """of the machine, beyond what this process has already"""
     gpu: float
-    """of the SAEs' device, where it is one"""
+    """of the SAEs' GPU"""
     cache: float
     """that are still to be written to the cache folder"""
     checkpoints: float
@@ -48,12 +48,14 @@ class Cost(NamedTuple):
     def describe(self) -> str:
         """One sentence."""
         held = psutil.Process().memory_info().rss
-        gpu = f", {gb(self.gpu)} of the GPU's" if self.gpu else ""
+        memory = gb(held + self.memory) + " of memory"
+        memory += f", {gb(self.gpu)} of the GPU's" if self.gpu else ""
+        memory += " in each process" if ranks.size() > 1 else ""
         hours = {"model": self.model, "SAEs": self.saes, "evaluation": self.evaluation}
         parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in hours.items())
         return (
-            f"The run takes about {duration(sum(hours.values()))} ({parts}), {gb(held + self.memory)} of memory{gpu} "
-            f"and {gb(self.cache + self.checkpoints)} of disk (activations {gb(self.cache)})"
+            f"The run takes about {duration(sum(hours.values()))} ({parts}), {memory} and "
+            f"{gb(self.cache + self.checkpoints)} of disk (activations {gb(self.cache)})"
         )
 
     def refuse(self, device: str, out: Path) -> None:
@@ -112,12 +114,12 @@ def expected(
     group = min(cfg.buffer_tokens, source.distinct_tokens) * per_row
     kept = group * (n > 1) + first_rows * per_row  # what the others have sent, and what the SAEs start from
     training = kept + _PER_PARAMETER * parameters + max((each.scratch for each in of_saes), default=0)
-    on_cpu = torch.device(device).type == "cpu"
+    shared = torch.device(device).type != "cuda"  # what is not a GPU of its own has the machine's memory
     read = group * (2 if cached else lm.device.type == "cpu")
     return Cost(
-        memory=read + training * on_cpu if steps else 0.0,
-        gpu=0.0 if on_cpu or not steps else group + training,
-        cache=cache / n,
+        memory=read + training * shared if steps else 0.0,
+        gpu=0.0 if shared or not steps else group + training,
+        cache=cache,
         checkpoints=_OF_FILES * parameters,
         model=missing * per_token / n if steps else 0.0,
         saes=steps * sum(each.seconds for each in of_saes),
