@@ -202,6 +202,7 @@ def stopped_after(turns):
     return stopped
 
 
+@pytest.mark.slow
 def test_a_stopped_analysis_saves_once_and_goes_on_with_another_number_of_processes(trained, tmp_path, capfd):
     """Stopped in the first pass by three, in the second by two, and ended by three; five forwards and eight or so."""
     whole, halves = copies(trained, tmp_path / "whole"), copies(trained, tmp_path / "halves")

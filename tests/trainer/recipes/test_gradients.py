@@ -216,6 +216,7 @@ for recipe in [*RECIPES, "topk", "batchtopk"]:
 """
 
 
+@pytest.mark.slow
 def test_torch_compile_can_follow_the_whole_step_of_a_gpu():
     """Without a graph break, but for batchtopk, which waits for the number of candidates. In a process of its own,
     where the checks of shapes, which it cannot follow, are not installed."""
