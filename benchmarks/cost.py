@@ -17,7 +17,7 @@ COMMON = ["--expansion_factor=4", "--total_training_steps=24", "--wandb=disabled
 RUNS = {
     "3 layers, streamed": ["--hook_layer=[5,11,17]", "--batch_size=2048", "--cache_gb=0"],
     "layer 11, 4 points, cached": ["--hook_layer=11", "--k=[8,16,32,64]", "--batch_size=2048"],
-    "30 layers, streamed": [f"--hook_layer={list(range(30))}", "--batch_size=1024", "--cache_gb=0"],
+    "10 layers, streamed": ["--hook_layer=0-9", "--batch_size=1024", "--cache_gb=0", "--eval_tokens=127"],
 }
 SAID = re.compile(r"takes about (.+) \((.+)\), (.+) of memory and (.+) of disk")
 
