@@ -144,8 +144,8 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m trainer.cache", description="Harvest activations to the cache."
     )
     parser.add_class_arguments(ActivationsConfig, skip={"cache_gb"})
-    layers = "Attention layer; several as [4,5] or 0-5,8, or all."
-    parser.add_argument("--hook_layer", type=list[int] | int | str, required=True, help=layers)
+    which = "Attention layer; several as [4,5] or 0-5,8, or all."
+    parser.add_argument("--hook_layer", type=list[int] | int | str, required=True, help=which)
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto.")
     parser.add_argument("--tf32", type=bool, default=True, help="On a GPU: as the training that is to read them.")
     parser.add_argument("--verify", action="store_true", help="Read what is there, and compare it with its manifest.")

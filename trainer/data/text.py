@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,8 +25,10 @@ from trainer.data import streams, textfiles
 from trainer.data.documents import Document, documents, hash_fraction
 from trainer.data.marks import read_on
 from trainer.files import cache_dir
-from trainer.model.lm import LanguageModel
 from trainer.model.tokens import token_ids
+
+if TYPE_CHECKING:
+    from trainer.model.lm import LanguageModel
 
 EMBEDDED = "sotu"
 _SEPARATOR = "<|endoftext|>"  # on a line of its own; the tokenizer's EOS separates as well
@@ -262,7 +264,7 @@ class Corpus:
         yield from ((number, text) for number, text in enumerate(found, start) if text is not None)
 
 
-def open_text(activations: ActivationsConfig, lm: LanguageModel) -> Corpus:
+def open_text(activations: ActivationsConfig, lm: "LanguageModel") -> Corpus:
     """The text that is asked for, or the one that belongs to the model.
 
     Raises:
