@@ -25,7 +25,7 @@ def main(folder: Path) -> None:
         induction = ", ".join(f"{per_head(f)[head]:.2f}" for head in (3, 4, 5))
         print(
             f"| {name} | {f['L0']:.1f} | {f['FVU']:.3f} | {score(f, 'KL_score')} | {score(f['induction'], 'CE_score')} "
-            f"| {f['dead_fraction']:.1%} | {per_head(f)[worst]:.3f} (head {worst}) | {induction} |"
+            f"| {f['silent_fraction']:.1%} | {per_head(f)[worst]:.3f} (head {worst}) | {induction} |"
         )
     print()
     plain = [each for each in rows if not each.is_dense and not each.config.options.sae.label]

@@ -39,7 +39,7 @@ def on_text(rows: dict[str, Figures], shared: str, heads: list[int]) -> list[str
             score(f, "CE_score"),
             "{:.3f} ({})".format(*max((fvu, head) for head, fvu in enumerate(f["FVU_per_head"]) if fvu is not None)),
             ", ".join(number(f["FVU_per_head"][head], 2) for head in heads),
-            f"{f['dead_fraction']:.1%}",
+            f"{f['silent_fraction']:.1%}",
         ]
         for name, f in rows.items()
     ]

@@ -29,7 +29,7 @@ import trainer
 from trainer.block_diag import BlockDiagSAE, parameter_shapes
 from trainer.config import ActivationsConfig, SAEConfig, TrainingConfig, require
 from trainer.errors import one_line
-from trainer.figures import Count, Evaluation, Positive, parse_line
+from trainer.figures import Count, Positive, parse_evaluation, parse_line
 from trainer.files import flaw, read_json, require_file, write_atomically, write_json
 
 if TYPE_CHECKING:  # it imports transformer_lens, for which pages that run no prompt should not wait
@@ -323,15 +323,11 @@ class Checkpoint:
         """
         file = self.path / "eval.json"
         try:
-            figures = read_json(file, dict[str, Any])
-            known = msgspec.convert(figures, Evaluation)
-            for each in (known, known.induction):
-                each.require_sizes(self.config.sae.n_blocks, self.n_heads)
+            return parse_evaluation(read_json(file, dict[str, Any]), self.config.sae.n_blocks, self.n_heads)
         except FileNotFoundError:
             return None
         except ValueError as error:
             raise CheckpointError(flaw(file, error)) from error
-        return figures
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl; a last one that is still being written is left out.

@@ -108,7 +108,7 @@ def expected(
     of_block, evaluation = per_token / (layers[-1] + 1), 0.0
     for saes in stacks:
         of_run = of_block * (lm.n_layers - saes[0].hook_layer) + unembedding
-        evaluation += 2 * held_out.numel() * runs_per_token(lm.n_heads, len(saes)) * of_run / n
+        evaluation += 2 * held_out.numel() * runs_per_token(lm.n_heads, len(saes), len(held_out)) * of_run / n
 
     per_row = bytes_per_row(lm, len(layers)) / n
     group = min(cfg.buffer_tokens, source.distinct_tokens) * per_row

@@ -9,43 +9,45 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
 from trainer import ranks
 from trainer.block_diag import BlockDiagSAE
+from trainer.clustered import ratio
 from trainer.files import load_tensors, save_tensors
 from trainer.model.lm import Layer
 
 _BATCH_TOKENS = 1024  # of one forward to the logits: 200 MB of them with 49,152 tokens in the vocabulary
 _HEAD_CONTEXTS = 2  # of one forward with a single head replaced
-MEASURABLE = 3  # standard errors from which zeroing has an effect, so that a score has a denominator
+_MEASURABLE = 3  # standard errors above 0 from which zeroing has an effect, so that a score has a denominator
 # Heads are replaced alone on the first contexts until the KL of zeroing each is measurable, on at least and at most
-# these shares of the scored tokens: the same ones for every SAE, because zeroing decides.
+# these shares of them: the same ones for every SAE, because zeroing decides. Of few contexts an error is no error.
 _HEAD_SHARES = (1 / 8, 1 / 2)
+_LEAST_CONTEXTS = 8
 
 
 class Effect(NamedTuple):
     """Per-token effect of replacing z: next-token loss, and KL from the clean distribution (nats)."""
 
-    ce: Float[Tensor, "*replacement token"]
-    kl: Float[Tensor, "*replacement token"]
+    ce: Float[Tensor, "*replacement context token"]
+    kl: Float[Tensor, "*replacement context token"]
 
 
 class Effects(NamedTuple):
-    """On one text: of nothing, of ablations, and of each SAE; with one head replaced, on fewer tokens."""
+    """On one text: of nothing, of ablations, and of each SAE; with one head replaced, on fewer contexts."""
 
-    clean: Float[Tensor, " token"]
+    clean: Float[Tensor, "context token"]
     """next-token loss"""
     zero: Effect
     mean: Effect
     saes: Effect
-    """[sae, token]"""
+    """[sae, context, token]"""
     zero_heads: Effect
-    """[head, fewer tokens]"""
+    """[head, fewer contexts, token]"""
     sae_heads: Effect
-    """[sae, head, fewer tokens]"""
+    """[sae, head, fewer contexts, token]"""
 
 
 def effects(
@@ -74,8 +76,8 @@ def effects(
     kept = _load(file, layer.device)
     kept = None if ranks.any_of(kept is None) else kept
     parts: dict[str, list[Effect]] = {}
-    n_scored = len(tokens) * (tokens.shape[1] - 1 - first_scored)
-    head_tokens = 0
+    n_scored = tokens.shape[1] - 1 - first_scored  # of a context
+    head_contexts = 0
     heads_done = not per_head
     quiet = not (progress and ranks.is_first())
     for index, chunk in enumerate(tqdm(split(tokens), "Evaluating", disable=quiet, dynamic_ncols=True)):
@@ -100,9 +102,12 @@ def effects(
             of_heads = torch.stack(_scored(part, one_head)).unflatten(0, (len(replacements), layer.n_heads))
             for name, effect in zip(replacements, of_heads.transpose(1, 2), strict=True):
                 parts.setdefault(f"{name} heads", []).append(Effect(*effect))
-            head_tokens += len(part.targets)
-            enough = kept.zero_heads.kl.shape[1] if kept else _enough(_joined(parts["zero heads"]).kl, n_scored)
-            heads_done = head_tokens >= enough
+            head_contexts += len(few)
+            if kept is None:
+                so_far = _joined(parts["zero heads"]).kl.unflatten(-1, (head_contexts, n_scored))
+                heads_done = head_contexts >= _enough(so_far, len(tokens))
+            else:
+                heads_done = head_contexts * n_scored >= kept.zero_heads.kl.shape[1]
     if kept is None:
         nothing = Effect(*(torch.zeros(layer.n_heads, 0, device=layer.device) for _ in range(2)))
         zero_heads = _joined(parts["zero heads"]) if per_head else nothing
@@ -110,14 +115,23 @@ def effects(
         _save(file, kept)
     of_saes = [_joined(parts[f"sae {i}"]) for i in range(len(saes))]
     sae_heads = [_joined(parts[f"sae {i} heads"]) for i in range(len(saes))] if per_head else []
+    every = kept.zero, kept.mean, _stacked(of_saes), kept.zero_heads, _stacked(sae_heads)
     return Effects(
-        _joined(parts["clean"]).ce, kept.zero, kept.mean, _stacked(of_saes), kept.zero_heads, _stacked(sae_heads)
+        _joined(parts["clean"]).ce.unflatten(-1, (-1, n_scored)),
+        *(Effect(*(_by_context(values, n_scored) for values in effect)) for effect in every),
     )
 
 
-def runs_per_token(n_heads: int, n_saes: int) -> float:
+def measurable(ablation: Float[Tensor, "*head context token"]) -> Bool[Tensor, "*head"]:
+    """Whether zeroing has an effect that a score can be a share of: not where removing helps, or one cannot tell."""
+    mean, se = ratio(ablation.double().sum(-1), torch.tensor([float(ablation.shape[-1])], device=ablation.device))
+    return mean > _MEASURABLE * se
+
+
+def runs_per_token(n_heads: int, n_saes: int, n_contexts: int) -> float:
     """How often `effects` runs the model on from a layer, per token: about, because heads are replaced on a share."""
-    return 3 + n_saes + n_heads * (1 + n_saes) * sum(_HEAD_SHARES) / 2
+    share = sum(_shares(n_contexts)) / 2
+    return 3 + n_saes + n_heads * (1 + n_saes) * share
 
 
 def _scored(scorer: "_Scorer", replacements: Iterable[Tensor]) -> list[Float[Tensor, "effect token"]]:
@@ -187,11 +201,20 @@ def _one_head(
         yield one
 
 
-def _enough(kl: Float[Tensor, "head token"], n_scored: int) -> float:
-    """Tokens of all that are scored on which heads have to be replaced alone, as far as these tell."""
-    least, most = (share * n_scored for share in _HEAD_SHARES)
-    measurable = kl.mean(1) > MEASURABLE * kl.std(1) / kl.shape[1] ** 0.5
-    return least if measurable.all() else most
+def _enough(kl: Float[Tensor, "head context token"], n_contexts: int) -> float:
+    """Contexts of all on which heads have to be replaced alone, as far as these tell."""
+    least, most = _shares(n_contexts)
+    return n_contexts * (least if measurable(kl).all() else most)
+
+
+def _shares(n_contexts: int) -> tuple[float, float]:
+    """Of the contexts, on which heads are replaced alone: at least and at most."""
+    least, most = (max(share, _LEAST_CONTEXTS / n_contexts) for share in _HEAD_SHARES)
+    return min(least, 1), min(most, 1)
+
+
+def _by_context(values: Float[Tensor, "*replacement scored"], n: int) -> Float[Tensor, "*replacement context token"]:
+    return values.reshape(*values.shape[:-1], values.shape[-1] // n, n)
 
 
 def _joined(parts: list[Effect]) -> Effect:
@@ -205,7 +228,7 @@ def _stacked(rows: list[Effect]) -> Effect:
 def _key(layer: Layer, tokens: Int[Tensor, "context pos"], first_scored: int, per_head: bool) -> str:
     """A name for what is kept: everything that decides it."""
     lm = layer.lm
-    heads = (MEASURABLE, _HEAD_SHARES) if per_head else None
+    heads = (_MEASURABLE, _HEAD_SHARES, _LEAST_CONTEXTS) if per_head else None
     what = f"{lm.fingerprint()} {layer.index} {lm.dtype} {first_scored} {heads}"
     digest = hashlib.sha256(what.encode() + tokens.cpu().numpy().tobytes()).hexdigest()[:16]
     return f"{Path(lm.name).name}-{layer.index}-{digest}"

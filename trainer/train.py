@@ -81,11 +81,12 @@ def _train(activations: ActivationsConfig, runs: list[Run], cfg: TrainingConfig)
         members = _fit(activations, runs, cfg, device, lm, corpus, held_out, mode)
 
     # Evaluate, layer by layer: SAEs of one layer share every forward that does not depend on them.
+    n_documents = corpus.n_documents(held_out)
     print(f"Evaluating on {n_held_out:,} held-out tokens and as many repeated random tokens", flush=True)
     for index in layers:
         of_layer = [(member.run, member.for_use()) for member in members if member.run.sae.hook_layer == index]
         evaluated = [sae.float() for _, sae in of_layer]
-        results = evaluate(lm.layer(index), evaluated, held_out, cfg.seed, kept_effects(), progress=True)
+        results = evaluate(lm.layer(index), evaluated, held_out, n_documents, cfg.seed, kept_effects(), progress=True)
         for (run, sae), result in zip(of_layer, results, strict=True):
             run.complete(sae.to(getattr(torch, cfg.weights_dtype)), result)
             score = "not measurable" if result["KL_score"] is None else f"{result['KL_score']:.3f}"

@@ -18,7 +18,17 @@ METRICS = {
     "KL_score": "KL score (1 - KL to SAE / KL to zero ablation)",
 }
 SCORES = ("CE_score", "KL_score")  # larger is better; they can be negative or above 1
-_SCALARS = ("L0", "MSE", "FVU", "CE_score", "CE_score_se", "KL_score", "KL_score_se", "dead_fraction")
+_FIGURES = ("L0", "MSE", "FVU", *SCORES, "norm_ratio", "bias")
+MEASURED = (*_FIGURES, *(f"{name}_se" for name in (*_FIGURES, "MSE_per_dim")))  # some of it may not be measurable
+_SCALARS = (*_FIGURES, *(f"{name}_se" for name in _FIGURES), "silent_fraction", "dead_fraction")
+
+
+def with_error(figures: dict[str, Any], name: str, digits: int = 3) -> str:
+    """A figure of eval.json and its standard error, as one reads them."""
+    value, se = figures.get(name), figures.get(f"{name}_se")
+    if value is None:
+        return "not measurable"
+    return f"{value:,.{digits}f}" + ("" if se is None else f" ± {se:,.{digits}f}")
 
 
 def outside(score: float | None) -> str:
@@ -58,9 +68,9 @@ def summary(checkpoints: list[Checkpoint], repeated: bool = False, head: int | N
             "status": config.status,
             "figures": source,
             **{key: figures.get(key) for key in _SCALARS},
-            "silent_fraction": None if source == "training batch" else figures.get("dead_fraction"),
             "dead_fraction": trained.get("dead_fraction"),
             "MSE_per_dim": None if figures.get("MSE") is None else figures["MSE"] / width,
+            "MSE_per_dim_se": None if figures.get("MSE_se") is None else figures["MSE_se"] / width,
             "n_tokens": n_tokens,
             "parameters": config.sae.n_parameters,
             # config.json is written when weights are saved, the log more often.
@@ -72,7 +82,7 @@ def summary(checkpoints: list[Checkpoint], repeated: bool = False, head: int | N
         }
         rows.append(row)
     frame = pd.DataFrame(rows)
-    numeric = [*_SCALARS, "silent_fraction", "MSE_per_dim", "n_tokens", "tokens_seen", "training_seconds"]
+    numeric = [*_SCALARS, "MSE_per_dim", "MSE_per_dim_se", "n_tokens", "tokens_seen", "training_seconds"]
     numeric = [column for column in numeric if column in frame]
     frame[numeric] = frame[numeric].apply(pd.to_numeric)  # None (not measurable, not known) becomes NaN
     return frame
@@ -153,7 +163,7 @@ def thinned(frame: pd.DataFrame, figure: str, most: int = 400) -> pd.DataFrame:
 
 
 def per_head(figures: dict[str, Any], n_heads: int) -> pd.DataFrame:
-    """One row per head of the model; a dense SAE has no L0 and dead share per head (NaN)."""
+    """One row per head of the model; a dense SAE has no L0 and silent share per head (NaN)."""
     columns: dict[str, list[Any]] = {"head": list(range(n_heads))}
     for key in _SCALARS:
         stored = key.replace("_se", "_per_head_se") if key.endswith("_se") else f"{key}_per_head"

@@ -19,7 +19,7 @@ def per_head_bars(frame: pd.DataFrame, metric: str, title: str) -> alt.LayerChar
     layers = [bars]
     if f"{metric}_se" in frame:
         frame = frame.assign(low=frame[metric] - frame[f"{metric}_se"], high=frame[metric] + frame[f"{metric}_se"])
-        whiskers = base.mark_rule(color=PALETTE[4], strokeWidth=2)
+        whiskers = base.transform_filter("isValid(datum.low)").mark_rule(color=PALETTE[4], strokeWidth=2)
         layers.append(whiskers.encode(y=alt.Y("low:Q", title=title), y2=alt.Y2("high:Q")))
     return alt.layer(*layers, data=frame).properties(height=220)
 

@@ -52,7 +52,9 @@ def tradeoff(frame: pd.DataFrame, metric: str, log: bool, recipes: list[str], he
     if "low" in drawn:
         low = alt.Y("low:Q", title=y_title, scale=y_scale)
         layers.append(
-            base.mark_rule(strokeWidth=2).encode(x=x, y=low, y2=alt.Y2("high:Q"), color=colour, opacity=faded)
+            base.transform_filter("isValid(datum.low)")
+            .mark_rule(strokeWidth=2)
+            .encode(x=x, y=low, y2=alt.Y2("high:Q"), color=colour, opacity=faded)
         )
     points = base.mark_point(size=130, strokeWidth=2).encode(
         x=x,

@@ -20,8 +20,8 @@ from trainer.checkpoint import Checkpoint, CheckpointError
 
 ORDINALS = ("first", "second", "third", "fourth")
 _NONE = "none"
-_FIGURES = ("L0", "MSE", "FVU", "CE_sae", "CE_score", "KL_sae", "KL_score", "dead_fraction")
-_SPOKEN = {"dead_fraction": "silent", "CE_sae": "CE with the SAE", "KL_sae": "KL with the SAE"}
+_FIGURES = ("L0", "MSE", "FVU", "CE_sae", "CE_score", "KL_sae", "KL_score", "norm_ratio", "bias", "silent_fraction")
+_SPOKEN = {"silent_fraction": "silent", "CE_sae": "CE with the SAE", "KL_sae": "KL with the SAE"}
 
 
 class Shown(NamedTuple):
@@ -130,24 +130,30 @@ def _draw_l0(histograms: list[pd.DataFrame], shown: list[Shown]) -> None:
 
 
 def _draw_figures(evaluated: list[tuple[Shown, dict[str, Any]]], n_shown: int) -> None:
-    missing = [key for key in _FIGURES if all(evaluation[key] is None for _, evaluation in evaluated)]
+    missing = [key for key in _FIGURES if all(evaluation.get(key) is None for _, evaluation in evaluated)]
     keys = [key for key in _FIGURES if key not in missing]
     frame = pd.DataFrame({"figure": [_SPOKEN.get(key, key.replace("_", " ")) for key in keys]})
     settings: dict[str, Any] = {"figure": 110}
     for one, evaluation in evaluated:
-        frame[one.ordinal] = pd.to_numeric(pd.Series([evaluation[key] for key in keys], dtype=object))
+        for column, end in ((one.ordinal, ""), (f"{one.ordinal} ±", "_se")):
+            frame[column] = pd.to_numeric(pd.Series([evaluation.get(key + end) for key in keys], dtype=object))
         title, name = _header(one, n_shown), one.checkpoint.name
         settings[one.ordinal] = st.column_config.NumberColumn(title, format="%.4f", help=plain(name))
+        settings[f"{one.ordinal} ±"] = st.column_config.NumberColumn("±", format="%.4f", help="one standard error")
     for one, _ in evaluated:
         if "first" in frame and one.ordinal != "first":
             column = f"{one.ordinal} - first"
             frame[column] = frame[one.ordinal] - frame["first"]
             settings[column] = st.column_config.NumberColumn(format="%+.4f")
     draw_table(frame, settings)
+    notes = (
+        "± is one standard error, clustered by context; it is no error of a difference, because the text is the same."
+    )
     if missing:
-        st.caption(f"Not measurable on this text: {', '.join(missing).replace('_', ' ')}.")
-    elif frame.isna().any(axis=None):
-        st.caption("None is a score that is not measurable on this text.")
+        notes += f" Not measurable on this text: {', '.join(missing).replace('_', ' ')}."
+    elif frame[[one.ordinal for one, _ in evaluated]].isna().any(axis=None):
+        notes += " None is a score that is not measurable on this text."
+    st.caption(notes)
     for one, evaluation in evaluated:
         for key in tables.SCORES:
             if word := tables.outside(evaluation[key]):

@@ -108,7 +108,7 @@ def table(selected: pd.DataFrame) -> None:
         "name", "recipe", "sparsity", "L0", "FVU", "CE_score", "KL_score", "parameters", "tokens_seen",
         "training_minutes", "status", "figures", "MSE", "MSE_per_dim", "silent_fraction", "n_tokens", "dead_fraction",
     ]  # fmt: skip
-    unknown = {name for score in tables.SCORES if selected[score].isna().all() for name in (score, f"{score}_se")}
+    unknown = {name for name in selected if name in tables.MEASURED and selected[name].isna().all()}
     hidden = {"training_seconds", "block", "model", "hook_layer", *unknown}
     order = [column for column in dict.fromkeys([*first, *selected]) if column not in hidden]
     draw_table(selected.assign(training_minutes=selected["training_seconds"] / 60), column_order=order)

@@ -15,7 +15,8 @@ _PANELS = {
     "FVU": "FVU of the head",
     "KL_score": "KL score, only this head replaced",
     "CE_score": "CE score, only this head replaced",
-    "dead_fraction": "Silent features (share)",
+    "norm_ratio": "Norm ratio ‖ẑ‖/‖z‖",
+    "silent_fraction": "Silent features (share)",
 }
 
 
@@ -36,22 +37,24 @@ def show(checkpoint: Checkpoint, figures: dict[str, Any]) -> None:
 
 def _totals(figures: dict[str, Any]) -> None:
     scores = {name: figures[f"{name}_score"] for name in ("CE", "KL")}
-    measured = [name for name, score in scores.items() if score is not None]
+    of = "" if figures.get("n_contexts") is None else f" in {figures['n_contexts']:,} contexts"
+    of += f" of {figures['n_documents']:,} documents" if figures.get("n_documents") else ""
+    error = "± one standard error, clustered by context"
     with st.container(horizontal=True):
-        st.metric("L0", f"{figures['L0']:.1f}", border=True, help="mean active features per token, all heads")
-        st.metric("FVU", f"{figures['FVU']:.3f}", border=True, help="fraction of variance unexplained")
-        for name in measured:
-            st.metric(
-                f"{name} score",
-                f"{figures[f'{name}_score']:.3f} ± {figures[f'{name}_score_se']:.3f}",
-                border=True,
-                help="± one standard error, paired per token against clean",
-            )
+        for name, digits, what in (
+            ("L0", 1, "mean active features per token, all heads"),
+            ("FVU", 3, "fraction of variance unexplained"),
+        ):
+            st.metric(name, tables.with_error(figures, name, digits), border=True, help=f"{what}; {error}")
+        for name in (name for name, score in scores.items() if score is not None):
+            st.metric(f"{name} score", tables.with_error(figures, f"{name}_score"), border=True, help=error)
+        if figures.get("norm_ratio") is not None:
+            bias = tables.with_error(figures, "bias")
+            what = f"shrinkage: mean of ‖ẑ‖/‖z‖; {error}. Reconstruction bias Σ‖ẑ‖²/Σẑ·z: {bias}"
+            st.metric("Norm ratio", tables.with_error(figures, "norm_ratio"), border=True, help=what)
+        silent = f"{figures['silent_fraction']:.1%}"
         st.metric(
-            f"Silent on {figures['n_tokens']:,} tokens",
-            f"{figures['dead_fraction']:.1%}",
-            border=True,
-            help="of features",
+            f"Silent on {figures['n_tokens']:,} tokens", silent, border=True, help="of features; not the dead ones"
         )
     for name, score in scores.items():
         if score is None:
@@ -59,10 +62,10 @@ def _totals(figures: dict[str, Any]) -> None:
         elif word := tables.outside(score):
             st.caption(f"The {name} score is {word}.")
     losses = " · ".join(
-        f"{key} {figures[f'CE_{key}']:.4f} ± {figures[f'CE_{key}_se']:.4f}" for key in ("clean", "sae", "zero", "mean")
+        f"{key} {tables.with_error(figures, f'CE_{key}', 4)}" for key in ("clean", "sae", "zero", "mean")
     )
     st.caption(
-        f"CE (nats): {losses} · on {figures['n_tokens']:,} tokens; errors of sae, zero and mean are paired against "
+        f"CE (nats): {losses} · on {figures['n_tokens']:,} tokens{of}; errors of sae, zero and mean are paired against "
         "clean"
     )
 
@@ -82,7 +85,9 @@ def _per_head(checkpoint: Checkpoint, figures: dict[str, Any]) -> None:
             if unmeasured:
                 st.caption(f"not measurable on this text: heads {', '.join(map(str, unmeasured))}")
     for metric in [metric for metric in _PANELS if metric not in drawn]:
-        why = "has no meaning for a dense SAE" if metric == "dead_fraction" else "of no head is measurable on this text"
+        why = (
+            "has no meaning for a dense SAE" if metric == "silent_fraction" else "of no head is measurable on this text"
+        )
         st.caption(f"{_PANELS[metric]}: {why}.")
-    frame = frame.rename(columns={"dead_fraction": "silent_fraction"}).dropna(axis="columns", how="all")
+    frame = frame.dropna(axis="columns", how="all")
     st.dataframe(frame, hide_index=True)  # with all digits

@@ -15,8 +15,10 @@ COLUMNS: dict[str, Any] = {
     "name": _text(pinned=True),
     "L0": _number(format="%.1f"),
     "FVU": _number(format="%.3f"),
-    **{score: _number(score.replace("_", " "), format="%.3f")
-       for score in ("CE_score", "CE_score_se", "KL_score", "KL_score_se")},
+    **{name: _number(name.replace("_", " "), format="%.3f") for name in ("CE_score", "KL_score", "norm_ratio", "bias")},
+    **{f"{name}_se": _number(f"{name.replace('_', ' ')} ±", format=form)
+       for name, form in (("L0", "%.1f"), ("MSE", "%.2g"), ("MSE_per_dim", "%.2g"),
+                          *((name, "%.3f") for name in ("FVU", "CE_score", "KL_score", "norm_ratio", "bias")))},
     "MSE": _number(format="%.4g"),
     "MSE_per_dim": _number("MSE per dim", format="%.3g"),
     "silent_fraction": _percent("silent", help="features that fire on none of the tokens evaluated on"),

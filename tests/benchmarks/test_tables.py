@@ -3,7 +3,7 @@
 from benchmarks import quality, results_table
 
 FIGURES = {
-    "L0": 3.0, "FVU": 0.2, "KL_score": None, "CE_score": None, "dead_fraction": 0.0, "n_tokens": 9,
+    "L0": 3.0, "FVU": 0.2, "KL_score": None, "CE_score": None, "silent_fraction": 0.0, "n_tokens": 9,
     "FVU_per_head": [0.125, None, 0.5, 0.25],
 }  # fmt: skip
 

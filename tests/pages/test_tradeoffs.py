@@ -59,13 +59,13 @@ def test_silent_is_of_the_evaluation_and_dead_of_the_training(folder):
     for query, part in ({}, slice(None)), ({"head": "2"}, 2):
         for name, row in table(open_page(**query)).iterrows():
             figures, last = json.loads((folder / name / "eval.json").read_text()), read_metrics(folder / name)[-1]
-            key = "dead_fraction_per_head" if query else "dead_fraction"
+            keys = [f"{word}_fraction{'_per_head' if query else ''}" for word in ("silent", "dead")]
             if query and name == "dense":
                 assert np.isnan([row["silent_fraction"], row["dead_fraction"]]).all()
                 continue
-            expected = [each[key][part] if query else each[key] for each in (figures, last)]
+            expected = [of[key][part] if query else of[key] for of, key in zip((figures, last), keys, strict=True)]
             assert [row["silent_fraction"], row["dead_fraction"]] == pytest.approx(expected), name
-    edit_json(folder / "topk" / "eval.json", dead_fraction=0.5)
+    edit_json(folder / "topk" / "eval.json", silent_fraction=0.5)
     shown = table(open_page()).loc["topk"]
     assert shown["silent_fraction"] == 0.5 != shown["dead_fraction"]
 
@@ -76,6 +76,7 @@ def test_silent_is_of_the_evaluation_and_dead_of_the_training(folder):
      (-0.1, "CE score below 0: worse than zero ablation: topk"), (0.5, ""), (None, "")],
 )  # fmt: skip
 def test_a_score_that_is_no_share_is_put_into_words(folder, score, words):
+    edit_json(folder / "batchtopk" / "eval.json", CE_score=0.5, CE_score_se=0.1)
     edit_json(folder / "topk" / "eval.json", CE_score=score, CE_score_se=None if score is None else 0.1)
     text = said(open_page(runs="topk"))
     assert words in text and (words or ("above 1" not in text and "below 0" not in text))

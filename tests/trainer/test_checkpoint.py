@@ -88,8 +88,8 @@ def test_weights_of_another_type_are_refused(saved, dtype):
     "figures",
     [
         {"n_tokens": "9"}, {"n_tokens": 0}, {"L0": None}, {"L0_per_head": [1.0]}, {"FVU_per_head": [[1.0]]},
-        {"L0_histogram_per_head": [[0, 0]] * 4}, {"CE_score": 0.5, "CE_score_se": None}, {"induction": None},
-        {"n_tokens": 10**40}, {"dead_fraction": -0.5},
+        {"L0_histogram_per_head": [[0, 0]] * 4}, {"L0_se": -1.0}, {"induction": None},
+        {"n_tokens": 10**40}, {"silent_fraction": -0.5}, {"schema_version": 3}, {"FVU_per_head_se": [0.1]},
     ],
     ids=str,
 )  # fmt: skip
@@ -101,6 +101,24 @@ def test_figures_that_no_page_could_draw_are_refused(trained, tmp_path, figures)
     (path / "eval.json").write_text(json.dumps({**whole, **figures}))
     with pytest.raises(CheckpointError, match=r"eval.json is damaged"):
         _ = Checkpoint(path).eval
+
+
+def test_an_evaluation_of_before_is_read_without_its_errors_over_tokens(trained, tmp_path):
+    """They were too small; what was called dead is silent."""
+    path = shutil.copytree(trained / "topk", tmp_path / "topk")
+    now = json.loads((path / "eval.json").read_text())
+
+    def before(figures):
+        kept = {key.replace("silent_", "dead_"): value for key, value in figures.items() if "bias" not in key}
+        return {key: value for key, value in kept.items() if not key.startswith(("n_contexts", "norm", "schema"))}
+
+    old = before(now) | {"induction": before(now["induction"])}
+    (path / "eval.json").write_text(json.dumps(old))
+    found = Checkpoint(path).eval
+    for figures, whole in ((found, now), (found["induction"], now["induction"])):
+        assert figures["silent_fraction"] == whole["silent_fraction"] and figures["L0"] == whole["L0"]
+        assert figures["CE_score"] == whole["CE_score"]
+        assert not any(key.endswith("_se") or "dead" in key for key in figures)
 
 
 @pytest.mark.parametrize(

@@ -70,17 +70,18 @@ def test_runs_of_an_evaluation(gpt2, corpus, monkeypatch, n_saes):
     ran = []
     final = Layer.final
     monkeypatch.setattr(Layer, "final", lambda self, resid, z=None: ran.append(resid.shape[0]) or final(self, resid, z))
-    contexts = corpus.held_out(24)
+    contexts = corpus.held_out(80)
     rows = gpt2.layer(1).z(contexts)
     options = SAEOptions(hook_layer=1, expansion_factor=4, k=list(range(2, 2 + n_saes))).decide()
     params = initial_params(options[0], rows.flatten(0, 1), 32, torch.Generator().manual_seed(0))
     stack = Stack(options, [params] * n_saes, torch.ones(4, 8), TRAINING)
     saes = [stack.finished(point) for point in range(n_saes)]
     evaluate_tokens(gpt2.layer(1), saes, contexts, 1)
-    said, found = runs_per_token(gpt2.n_heads, n_saes), sum(ran) / len(contexts)
+    said, found = runs_per_token(gpt2.n_heads, n_saes, 80), sum(ran) / len(contexts)
     of_heads = 4 * (1 + n_saes)
     assert 3 + n_saes + of_heads / 8 <= found <= 3 + n_saes + of_heads / 2 + 1
     assert 3 + n_saes + of_heads / 8 <= said <= 3 + n_saes + of_heads / 2
+    assert runs_per_token(gpt2.n_heads, n_saes, 5) == 3 + n_saes + of_heads, "of few contexts all"
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from trainer.block_diag import BlockDiagSAE
+from trainer.clustered import ratio
+from trainer.effects import Effect, Effects, measurable
 from trainer.evaluate import evaluate, evaluate_tokens, repeated_tokens
 from trainer.files import save_tensors
 from trainer.model.lm import LanguageModel
+from trainer.scores import prediction
+
+_NO_HEADS = [Effect(torch.empty(0), torch.empty(0))] * 2
 
 
 def identity(lm) -> BlockDiagSAE:
@@ -108,11 +113,11 @@ def test_one_call_for_several_saes_equals_one_call_each(lm):
     torch.manual_seed(0)
     saes = [BlockDiagSAE(lm.n_heads, lm.d_head, lm.d_head), identity(lm)]
     tokens = contexts(lm, n=6)
-    together = evaluate(lm.layer(1), saes, tokens, seed=0)
-    apart = [evaluate(lm.layer(1), [sae], tokens, seed=0)[0] for sae in saes]
+    together = evaluate(lm.layer(1), saes, tokens, 1, seed=0)
+    apart = [evaluate(lm.layer(1), [sae], tokens, 1, seed=0)[0] for sae in saes]
     for one, other in zip(together, apart, strict=True):
         assert_same_figures(one, other)
-    assert set(together[0]["induction"]) == set(together[0]) - {"induction"}
+    assert set(together[0]["induction"]) == set(together[0]) - {"induction", "n_documents", "schema_version"}
 
 
 def test_what_no_sae_changes_is_kept_for_the_next_one(lm, tmp_path):
@@ -144,16 +149,75 @@ def test_a_score_without_a_measurable_effect_is_not_a_number(gpt2):
     layer = gpt2.n_layers - 1
     W_O = gpt2.model.blocks[layer].attn.W_O
     before = W_O.data.clone()
-    (measurable,) = evaluate_tokens(gpt2.layer(layer), [zero(gpt2)], contexts(gpt2), 1)
+    (whole,) = evaluate_tokens(gpt2.layer(layer), [zero(gpt2)], contexts(gpt2), 1)
     try:
         W_O.data.zero_()
         (result,) = evaluate_tokens(gpt2.layer(layer), [zero(gpt2)], contexts(gpt2), 1)
     finally:
         W_O.data.copy_(before)
     assert result["CE_score"] is None and result["KL_score_per_head"] == [None] * gpt2.n_heads
-    assert None not in measurable["KL_score_per_head"]
-    # Of 24 contexts with 22 scored tokens an eighth is 3, taken by twos, and half is 12.
-    assert measurable["n_tokens_per_head"] == 4 * 22 and result["n_tokens_per_head"] == 12 * 22
+    assert None not in whole["KL_score_per_head"]
+    # Of 24 contexts with 22 scored tokens an eighth is 3, but 8 are the least, and half is 12.
+    assert whole["n_tokens_per_head"] == 8 * 22 and result["n_tokens_per_head"] == 12 * 22
+    assert whole["n_contexts_per_head"] == 8 and whole["n_contexts"] == 24
+
+
+def test_a_score_needs_an_ablation_that_costs(gpt2):
+    """Where removing something helps, there is nothing that an SAE could keep a share of."""
+    torch.manual_seed(0)
+    loss = 1 + torch.rand(12, 30)
+    assert measurable(loss) and not measurable(-loss) and not measurable(loss - loss.mean())
+    assert measurable(torch.stack([loss, -loss])).tolist() == [True, False]
+    nothing = Effects(loss, *(Effect(each, each.abs()) for each in (loss - 1, loss + 1, loss[None] + 0.1)), *_NO_HEADS)
+    figures = prediction(nothing, 0)
+    assert figures["CE_zero"] < figures["CE_clean"] and figures["CE_score"] is figures["CE_score_se"] is None
+    assert figures["KL_score"] is not None
+
+
+def test_errors_are_clustered_by_context(gpt2):
+    """Against an own computation per figure; where contexts differ they are larger than errors over tokens."""
+    torch.manual_seed(0)
+    sae, layer = BlockDiagSAE(gpt2.n_heads, gpt2.d_head, 3 * gpt2.d_head), gpt2.layer(1)
+    tokens = contexts(gpt2, n=9)
+    tokens[:4, 1:] = tokens[:4, 1:2]  # four contexts of one token each
+    (result,) = evaluate_tokens(layer, [sae], tokens, 1)
+    z = layer.z(tokens)[:, 1:].float()
+    active = (sae.encode(z.flatten(0, 1)) > 0).flatten(1).sum(1).double().view(9, -1)
+    over_contexts = (active.mean(1).std() / 3).item()
+    assert result["L0_se"] == pytest.approx(over_contexts, rel=1e-6)
+    assert result["L0_se"] > 1.5 * (active.std() / active.numel() ** 0.5).item()
+
+    x_hat = sae(z.flatten(0, 1)).view_as(z)
+    error, spread = (z - x_hat).pow(2).sum((1, 2, 3)).double(), (z - z.mean((0, 1))).pow(2).sum((1, 2, 3)).double()
+    assert result["FVU_se"] == pytest.approx(jackknife(error, spread), rel=0.2)
+    norms, dot = (x_hat.flatten(2).norm(dim=-1) / z.flatten(2).norm(dim=-1)).double(), (z * x_hat).sum((1, 2, 3))
+    assert result["norm_ratio"] == pytest.approx(norms.mean().item(), rel=1e-5)
+    assert result["norm_ratio_se"] == pytest.approx((norms.mean(1).std() / 3).item(), rel=1e-4)
+    assert result["bias"] == pytest.approx((x_hat.pow(2).sum() / dot.sum()).item(), rel=1e-4)
+    for name in ("L0", "MSE", "FVU", "norm_ratio", "bias", "CE_clean", "CE_sae", "CE_zero", "CE_mean", "KL_sae"):
+        assert result[f"{name}_se"] > 0, name
+    for name in ("L0", "MSE", "FVU", "norm_ratio", "bias", "CE_zero", "CE_sae", "KL_zero"):
+        errors = result[f"{name}_per_head_se"]
+        assert len(errors) == gpt2.n_heads and min(errors) > 0, name
+    (single,) = evaluate_tokens(layer, [sae], tokens[:1], 1)
+    assert single["L0"] > 0 and single["L0_se"] is single["KL_score"] is None, "one context has no spread"
+
+
+def jackknife(numerator, denominator) -> float:
+    n = len(numerator)
+    left_out = (numerator.sum() - numerator) / (denominator.sum() - denominator)
+    return ((n - 1) / n * (left_out - left_out.mean()).pow(2).sum()).sqrt().item()
+
+
+def test_a_ratio_over_clusters():
+    torch.manual_seed(0)
+    n, d = torch.rand(3, 40), 1 + torch.rand(3, 40)
+    value, se = ratio(n, d)
+    assert value.tolist() == pytest.approx((n.sum(1) / d.sum(1)).tolist())
+    assert se.tolist() == pytest.approx(
+        [jackknife(*each) for each in zip(n.double(), d.double(), strict=True)], rel=0.05
+    )
+    assert ratio(n, torch.zeros(3, 1))[0].isnan().all() and ratio(n[:, :1], d[:, :1])[1].isnan().all()
 
 
 def test_a_model_in_bfloat16_is_evaluated_with_a_float32_sae(gpt2, gpt2_folder):

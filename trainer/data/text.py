@@ -181,6 +181,10 @@ class Corpus:
         """
         return torch.stack([context.documents for context in self._first_held_out(len(contexts))])
 
+    def n_documents(self, contexts: Int[Tensor, "context pos"]) -> int:
+        """How many documents what `held_out` returned is of."""
+        return len(self.documents(contexts)[:, 1:].unique())  # BOS is of none of its own
+
     def _load(self) -> None:
         """Tokenise a finite text."""
         found = list(self._documents())
