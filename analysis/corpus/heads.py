@@ -13,6 +13,7 @@ from analysis.attribution import Chunk
 from analysis.corpus.running_statistics import FeatureStatistics, Sources
 from analysis.proportion import wilson
 from trainer.clustered import ratio
+from trainer.kernels import workers
 from trainer.model.lm import Layer
 
 MIN_ATTRIBUTED = 10  # attributed firings from which a feature's role is judged
@@ -98,8 +99,8 @@ def copying_of(layer: Layer, reads: Reads) -> list[Copying]:
     """
     lm, W_O, b_V = layer.lm, layer.W_O.float(), layer.b_V.float()
     contexts, cluster = reads.context.unique(return_inverse=True)
-    of_heads = []
-    for head in range(lm.n_heads):
+
+    def of_head(head: int) -> Copying:
         token, attention = reads.token[:, head], reads.attention[:, head].double().cpu()
         logits = lm.unembed((reads.v[:, head].float() - b_V[head]) @ W_O[head])
         rank = (logits > logits.gather(1, token[:, None])).sum(1).double().cpu()
@@ -117,8 +118,9 @@ def copying_of(layer: Layer, reads: Reads) -> list[Copying]:
         examples = pd.DataFrame({name: column[most].numpy() for name, column in columns.items()})
         examples = examples.assign(rank=rank[most].long().numpy())
         examples.insert(0, "head", head)
-        of_heads.append(Copying(score, se, top10, top10_se, bottom10, bottom10_se, examples))
-    return of_heads
+        return Copying(score, se, top10, top10_se, bottom10, bottom10_se, examples)
+
+    return workers.each(of_head, range(lm.n_heads))
 
 
 def head_table(

@@ -29,6 +29,7 @@ SCORES = {"previous": "previous-token", "induction": "induction", "duplicate": "
 """slots whose attention on repeated random tokens is a score, and what heads that have a high one are called"""
 ABLATIONS = ("zero", "mean", "resample")  # of a head, on text; on repeated tokens the first
 _ROUNDING = 1e-4
+_FINITE = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -107,13 +108,13 @@ def expected(meta: dict[str, Any]) -> Expected:
         "patterns": columns(int="layer head", bytes="text repeated"),
         "tokens": columns(int="id", str="text"),
     }
-    spans = {f"{name}_se": (0.0, np.inf) for name in names}
+    spans = dict.fromkeys(names, (-_FINITE, _FINITE)) | {f"{name}_se": (0.0, _FINITE) for name in names}
     spans |= dict.fromkeys((*each(f"{attention} maximum").split(), "copying_top10", "copying_bottom10"), _upto(1))
     spans |= dict.fromkeys(("query_shares", "key_shares"), _upto(1)) | {"copying": (-1 - _ROUNDING, 1 + _ROUNDING)}
     length = meta["text"]["context_size"]
     spans |= dict.fromkeys(each("entropy").split(), _upto(np.log(length)))
     spans |= dict.fromkeys(each("distance").split(), _upto(length))
-    spans |= {name: (-_ROUNDING, np.inf) for name in names if name.endswith("_KL")}
+    spans |= {name: (-_ROUNDING, _FINITE) for name in names if name.endswith("_KL")}
     sizes = meta["model"]["n_layers"], meta["model"]["n_heads"]
     n = sizes[0] * sizes[1]
     below = {"layer": sizes[0], "head": sizes[1]}
