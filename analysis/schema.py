@@ -1,10 +1,11 @@
 """What the files of an analysis and of a match must hold to be drawn: columns, their types, and where their ids lie."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -20,10 +21,10 @@ MATCH_VERSION = 1
 PATTERN_CELLS = 64  # rows and columns of a head's mean attention pattern at most
 # What a table may unpack to: those of 13 SAEs unpack 5-fold, dead features 150-fold, a bomb a million-fold.
 _UNPACKED = 16  # bytes for each of its file
-_OF_A_FEATURE = 4096  # and bytes for each feature, whose weights are there
+_OF_A_PART = 4096  # and bytes for each feature, whose weights are there, or head of a model
 _BOTH = ("", "repeated_")  # on text, and on repeated random tokens
 _MAY_BE_NONE = {"fires_on_ids", "reads_ids", "nearest", "partner", "document", "query_ids", "key_ids"}  # -1
-_Columns = dict[str, str]
+Columns = dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -108,72 +109,78 @@ class Expected:
 
     meta: type
     version: int
-    tables: dict[str, _Columns]
+    tables: dict[str, Columns]
     below: dict[str, int]
     """ids in the columns of these names are smaller"""
     rows: dict[str, int]
     """of tables that have a row per feature or head"""
+    parts: int
+    """features, or heads, of which the tables are"""
+    spans: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """within which the numbers in the columns of these names lie, where there are any"""
 
 
-def _columns(**of_kind: str) -> _Columns:
+def columns(**of_kind: str) -> Columns:
+    """Of a table: the kind of each column, from names divided by spaces for each kind."""
     kinds = {"ints": "list int", "floats": "list float", "maybe_str": "str?", "maybe_floats": "list float?"}
     return {name: kinds.get(kind, kind) for kind, names in of_kind.items() for name in names.split()}
 
 
-def _each(names: str, prefixes: tuple[str, ...] = _BOTH) -> str:
+def each(names: str, prefixes: tuple[str, ...] = _BOTH) -> str:
+    """Names with each of the prefixes."""
     return " ".join(prefix + name for prefix in prefixes for name in names.split())
 
 
-_ROLES = _each("role_attention role_dfa role_attention_besides_bos mono_role")
+_ROLES = each("role_attention role_dfa role_attention_besides_bos mono_role")
 _INTERVALS = "mono_share mono_low mono_high mono_weighted mono_weighted_low mono_weighted_high"
 _DFA, _ATTENTION = (" ".join(f"{what}_{slot}" for slot in SLOTS) for what in ("dfa", "attention"))
 _ANALYSIS = {
-    "features": _columns(
-        int=f"feature head firings {_each('dfa_firings')}",
+    "features": columns(
+        int=f"feature head firings {each('dfa_firings')}",
         float="head_share density mean_activation max_activation constant histogram_end "
-        + _each(f"role_share {_DFA}")
+        + each(f"role_share {_DFA}")
         + " description_accuracy description_accuracy_se description_accuracy_shuffled"
         " description_auroc description_auroc_se description_auroc_shuffled",
         str="description",
-        maybe_str=_each("role"),
-        bool=_each("near_tie"),
+        maybe_str=each("role"),
+        bool=each("near_tie"),
         ints="histogram fires_on_ids fires_on_counts reads_ids reads_counts top_logit_ids bottom_logit_ids "
         "logit_histogram",
         floats="top_logits bottom_logits",
     ),
-    "examples": _columns(
+    "examples": columns(
         int="feature rank context position document head",
         float="quantile activation dfa_sum",
         str="kind",
         ints="active_positions source_positions",
         floats="activations dfa attention",
     ),
-    "contexts": _columns(int="context", ints="token_ids"),
-    "heads": _columns(
-        int=f"head features dead {_each('mono_n')}",
+    "contexts": columns(int="context", ints="token_ids"),
+    "heads": columns(
+        int=f"head features dead {each('mono_n')}",
         float="L0 L0_share MSE FVU explained_share KL_score KL_share copying copying_se copying_top10 copying_bottom10 "
-        + _each(f"{_ATTENTION} {_DFA} entropy maximum distance {_INTERVALS}"),
+        + each(f"{_ATTENTION} {_DFA} entropy maximum distance {_INTERVALS}"),
         maybe_str=_ROLES,
-        str=_each("mono_verdict"),
-        bool=_each("agree mono_unclassified mono_near_tie"),
-        ints="query_ids key_ids " + _each("mono_deviants"),
+        str=each("mono_verdict"),
+        bool=each("agree mono_unclassified mono_near_tie"),
+        ints="query_ids key_ids " + each("mono_deviants"),
         floats="query_shares key_shares",
     ),
-    "patterns": _columns(int="head", bytes="text repeated"),
-    "copying": _columns(int="head context query source rank", float="attention"),
-    "pairs": _columns(int="feature other", bool="across", float="jaccard correlation cosine"),
-    "merging": _columns(str="criterion", float="threshold L0", int="clusters largest"),
-    "detection": _columns(int="feature context position", bool="fires", float="score shuffled"),
-    "counts": _columns(int="token feature firings reads"),
-    "tokens": _columns(int="id count", str="text"),
+    "patterns": columns(int="head", bytes="text repeated"),
+    "copying": columns(int="head context query source rank", float="attention"),
+    "pairs": columns(int="feature other", bool="across", float="jaccard correlation cosine"),
+    "merging": columns(str="criterion", float="threshold L0", int="clusters largest"),
+    "detection": columns(int="feature context position", bool="fires", float="score shuffled"),
+    "counts": columns(int="token feature firings reads"),
+    "tokens": columns(int="id count", str="text"),
 }
 _ONE_TO_ONE = {
-    "pairs": _columns(int="a b head", float="cosine jaccard score"),
-    "features": _columns(str="side", int="feature head firings nearest partner", float="nearest_score"),
+    "pairs": columns(int="a b head", float="cosine jaccard score"),
+    "features": columns(str="side", int="feature head firings nearest partner", float="nearest_score"),
 }
 _SPLIT = {
-    "pairs": _columns(int="a b head", float="cosine b_given_a a_given_b norm_share score"),
-    "features": _columns(
+    "pairs": columns(int="a b head", float="cosine b_given_a a_given_b norm_share score"),
+    "features": columns(
         str="side", int="feature head firings parts", float="covered chance", maybe_floats="norm_shares"
     ),
 }
@@ -182,9 +189,9 @@ _SPLIT = {
 def of_analysis(checkpoint: Checkpoint) -> Expected:
     """Of `checkpoints/<name>/analysis`."""
     n_features, n_heads = checkpoint.config.sae.d_sae, checkpoint.n_heads
-    below = {"head": n_heads, **dict.fromkeys(("feature", "other", *_each("mono_deviants").split()), n_features)}
+    below = {"head": n_heads, **dict.fromkeys(("feature", "other", *each("mono_deviants").split()), n_features)}
     rows = {"features": n_features, "heads": n_heads, "patterns": n_heads}
-    return Expected(AnalysisMeta, ANALYSIS_VERSION, _ANALYSIS, below, rows)
+    return Expected(AnalysisMeta, ANALYSIS_VERSION, _ANALYSIS, below, rows, n_features)
 
 
 def of_match(a: Checkpoint, b: Checkpoint) -> Expected:
@@ -193,7 +200,7 @@ def of_match(a: Checkpoint, b: Checkpoint) -> Expected:
     below = {"head": a.n_heads, "a": sizes[0], "b": sizes[1]}
     below |= dict.fromkeys(("feature", "nearest", "partner"), max(sizes))
     tables = _ONE_TO_ONE if a.is_dense == b.is_dense else _SPLIT
-    return Expected(MatchMeta, MATCH_VERSION, tables, below, {})
+    return Expected(MatchMeta, MATCH_VERSION, tables, below, {}, max(sizes))
 
 
 def check_file(file: Path, name: str, expected: Expected) -> None:
@@ -208,7 +215,7 @@ def check_file(file: Path, name: str, expected: Expected) -> None:
     groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
     values = sum(group.column(i).num_values for group in groups for i in range(group.num_columns))
     unpacked = max(values * 8, sum(group.total_byte_size for group in groups))
-    most = size * _UNPACKED + expected.below["feature"] * _OF_A_FEATURE
+    most = size * _UNPACKED + expected.parts * _OF_A_PART
     require(unpacked <= most, f"{size:,} bytes that unpack to {values:,} values")
     rows = expected.rows.get(name, metadata.num_rows)
     require(metadata.num_rows == rows, f"{metadata.num_rows:,} rows, not {rows:,}")
@@ -221,7 +228,7 @@ def check_file(file: Path, name: str, expected: Expected) -> None:
 
 
 def check_values(table: pa.Table, name: str, expected: Expected) -> pa.Table:
-    """The table, if no cell is empty that may not be, ids lie where they can, and roles are source slots.
+    """The table, if no cell is empty that may not be, ids and numbers lie where they can, and roles are source slots.
 
     Raises:
         ValueError: they do not.
@@ -238,6 +245,10 @@ def check_values(table: pa.Table, name: str, expected: Expected) -> pa.Table:
             span, below = pc.min_max(cells).as_py(), expected.below.get(column, 2**53)
             first = -1 if column in _MAY_BE_NONE else 0
             require(first <= span["min"] and span["max"] < below, f"column {column} has {span['min']} to {span['max']}")
+        if column in expected.spans:
+            values, (low, high) = np.array(cells.to_pylist(), float), expected.spans[column]
+            outside = values[(values < low) | (values > high)]  # nan is not
+            require(not len(outside), f"column {column} has {outside[:1]}")
         if column in ("role", "repeated_role", *_ROLES.split()):
             require(set(pc.unique(cells).to_pylist()) <= {None, *SLOTS}, f"column {column} has what is no source slot")
     return table

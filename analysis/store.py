@@ -48,8 +48,8 @@ def write(folder: Path, schema_version: int, meta: dict[str, Any], tables: dict[
     """Put all artefacts in place of those that are there, in one step.
 
     Args:
-        folder: `checkpoints/<name>/analysis`.
-        schema_version: `schema.ANALYSIS_VERSION` or `schema.MATCH_VERSION`.
+        folder: such as `checkpoints/<name>/analysis`.
+        schema_version: `schema.ANALYSIS_VERSION`, `schema.MATCH_VERSION` or `analysis.heads.table.VERSION`.
         tables: by file name without ending.
 
     Raises:
@@ -79,11 +79,32 @@ def write(folder: Path, schema_version: int, meta: dict[str, Any], tables: dict[
     shutil.rmtree(old, ignore_errors=True)
 
 
+def read_meta(folder: Path, kind: type, version: int, command: str, absent: str) -> dict[str, Any]:
+    """meta.json of a folder that `write` made, checked to be of a kind.
+
+    Raises:
+        CheckpointError: as `Artefacts`.
+    """
+    file = folder / "meta.json"
+    try:
+        meta: dict[str, Any] = read_json(file, dict[str, Any])
+        found = meta.get("schema_version")
+        if found == version:
+            msgspec.convert(meta, kind)
+    except FileNotFoundError:
+        raise CheckpointError(absent, command) from None
+    except ValueError as error:
+        raise CheckpointError(flaw(file, error), command) from error
+    if found != version:
+        raise CheckpointError(f"{file} has schema version {found}, this program reads {version}", command)
+    return meta
+
+
 class Artefacts:
     """A folder that `write` made: its meta.json, read at once, and its tables, of which only what is asked for is read.
 
     Args:
-        checkpoints: those that it describes.
+        checkpoints: those that it describes; none where it describes a model.
         expected: what it must hold.
         command: what writes it anew.
         absent: what to say where there is none.
@@ -97,21 +118,11 @@ class Artefacts:
     ) -> None:
         self.folder, self._expected, self._command = folder, expected, command
         self._checked: set[str] = set()
-        file = folder / "meta.json"
-        try:
-            self.meta: dict[str, Any] = read_json(file, dict[str, Any])
-            version = self.meta.get("schema_version")
-            if version == expected.version:
-                msgspec.convert(self.meta, expected.meta)
-        except FileNotFoundError:
-            raise CheckpointError(absent, command) from None
-        except ValueError as error:
-            raise CheckpointError(flaw(file, error), command) from error
-        if version != expected.version:
-            raise CheckpointError(
-                f"{file} has schema version {version}, this program reads {expected.version}", command
-            )
-        if self.meta["weights"] not in ([one.weights_hash for one in checkpoints], checkpoints[0].weights_hash):
+        self.meta = read_meta(folder, expected.meta, expected.version, command, absent)
+        if checkpoints and self.meta["weights"] not in (
+            [one.weights_hash for one in checkpoints],
+            checkpoints[0].weights_hash,
+        ):
             have = "checkpoint has" if len(checkpoints) == 1 else "checkpoints have"
             raise CheckpointError(f"{folder} describes other weights than the {have}", command)
 
@@ -157,7 +168,25 @@ class Artefacts:
             raise CheckpointError(flaw(file, error), self._command) from error
 
 
-class _Strings(dict[int, str]):
+def pictures(table: pd.DataFrame, described: dict[str, Any]) -> dict[str, list[Picture]]:
+    """Mean patterns on `text` and on `repeated` tokens, a picture for every row of their table.
+
+    Args:
+        described: as `schema.Patterns`.
+
+    Raises:
+        ValueError: one has other cells than its size says, or what is no share.
+    """
+    found = {}
+    for name in ("text", "repeated"):
+        cells = described[name]["cells"]
+        for values in table[name]:
+            require(len(values) == cells**2 and max(values) < 128, f"column {name} has what is no pattern")
+        found[name] = [Picture(cells, values) for values in table[name]]
+    return found
+
+
+class Strings(dict[int, str]):
     """Text of token ids; one that is not there is a sentence."""
 
     def __init__(self, file: Path, command: str, texts: dict[int, str]) -> None:
@@ -212,16 +241,9 @@ class Analysis:
         if described is None:
             return {}
         table = self.table("patterns")
-        pictures = {}
         with self._files.reading("patterns"):
             require(bool((table["head"] == np.arange(len(table))).all()), "heads are not in their order")
-            for name in ("text", "repeated"):
-                cells = described[name]["cells"]
-                for values in table[name]:
-                    fits = len(values) == cells**2 and max(values) < 128
-                    require(fits, f"column {name} has what is no pattern")
-                pictures[name] = [Picture(cells, values) for values in table[name]]
-        return pictures
+            return pictures(table, described)
 
     @cached_property
     def copying(self) -> pd.DataFrame:
@@ -243,7 +265,7 @@ class Analysis:
     @cached_property
     def strings(self) -> dict[int, str]:
         """Text of token ids."""
-        return _Strings(self.folder / "tokens.parquet", self._command, self._tokens["text"].to_dict())
+        return Strings(self.folder / "tokens.parquet", self._command, self._tokens["text"].to_dict())
 
     def feature(self, feature: int) -> pd.Series:
         """One feature with its lists.

@@ -39,6 +39,7 @@ if TYPE_CHECKING:  # it imports transformer_lens, for which pages that run no pr
 SCHEMA_VERSION = 3
 _PACKAGES = ("torch", "transformer-lens", "transformers", "safetensors", "numpy")
 _DTYPES = ("F32", "F16", "BF16")  # of weights; float64 would lose digits, and the others are no weights
+HEADS = ".heads"  # ends the name of a folder beside checkpoints that describes a model (`analysis.heads`)
 _LONGEST_LINE = 2**24  # bytes of metrics.jsonl, which has no end of its own
 
 
@@ -415,7 +416,8 @@ def list_checkpoints(folder: Path | str) -> Listing:
     folder = Path(folder)
     listing = Listing([], [])
     try:
-        paths = sorted(folder / name for name in os.listdir(folder) if not name.startswith("."))
+        names = [name for name in os.listdir(folder) if not name.startswith(".") and not name.endswith(HEADS)]
+        paths = sorted(folder / name for name in names)
     except (FileNotFoundError, NotADirectoryError):
         return listing
     except OSError as error:

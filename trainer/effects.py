@@ -82,7 +82,7 @@ def effects(
     quiet = not (progress and ranks.is_first())
     for index, chunk in enumerate(tqdm(split(tokens), "Evaluating", disable=quiet, dynamic_ncols=True)):
         resid, z = prefixes[index]
-        scorer = _Scorer(layer, chunk, resid, first_scored)
+        scorer = Scorer(layer, chunk, resid, first_scored)
         parts.setdefault("clean", []).append(Effect(scorer.clean_ce, torch.zeros_like(scorer.clean_ce)))
         reconstructions = [_but_bos(z, sae(z.float())) for sae in saes]
         replacements = {f"sae {i}": z_hat for i, z_hat in enumerate(reconstructions)}
@@ -134,7 +134,7 @@ def runs_per_token(n_heads: int, n_saes: int, n_contexts: int) -> float:
     return 3 + n_saes + n_heads * (1 + n_saes) * share
 
 
-def _scored(scorer: "_Scorer", replacements: Iterable[Tensor]) -> list[Float[Tensor, "effect token"]]:
+def _scored(scorer: "Scorer", replacements: Iterable[Tensor]) -> list[Float[Tensor, "effect token"]]:
     """CE and KL of each."""
 
     def score(z: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ class _Kept(NamedTuple):
     zero_heads: Effect
 
 
-class _Scorer:
+class Scorer:
     """Scores replacements of z on one batch against the clean run."""
 
     def __init__(
@@ -170,15 +170,25 @@ class _Scorer:
         self.clean = self._log_probs(None) if clean is None else clean
         self.clean_ce = F.nll_loss(self.clean, self.targets, reduction="none")
 
-    def on(self, contexts: Int[Tensor, " context"]) -> "_Scorer":
+    def on(self, contexts: Int[Tensor, " context"]) -> "Scorer":
         """Of some of the contexts, without running them again."""
         clean = self.clean.view(len(self.tokens), -1, self.clean.shape[1])[contexts].flatten(0, 1)
-        return _Scorer(self.layer, self.tokens[contexts], self.resid[contexts], self.first, clean)
+        return Scorer(self.layer, self.tokens[contexts], self.resid[contexts], self.first, clean)
 
     def __call__(self, z: Float[Tensor, "context pos head d_head"]) -> Effect:
         log_probs = self._log_probs(z)
         kl = F.kl_div(log_probs, self.clean, log_target=True, reduction="none").sum(-1)
         return Effect(F.nll_loss(log_probs, self.targets, reduction="none"), kl)
+
+    def several(self, z: Float[Tensor, "replacement context pos head d_head"]) -> Effect:
+        """Of replacements that run together."""
+        n = len(z)
+        if n == 1:
+            return Effect(*(each[None] for each in self(z[0])))
+        runs = Scorer(
+            self.layer, self.tokens.repeat(n, 1), self.resid.repeat(n, 1, 1), self.first, self.clean.repeat(n, 1)
+        )
+        return Effect(*(each.unflatten(0, (n, -1)) for each in runs(z.flatten(0, 1))))
 
     def _log_probs(self, z: Float[Tensor, "context pos head d_head"] | None) -> Float[Tensor, "token d_vocab"]:
         final = self.layer.final(self.resid, z)[:, self.first : -1]  # only what is scored is unembedded

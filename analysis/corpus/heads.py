@@ -5,17 +5,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from analysis import attribution as dfa
 from analysis.attribution import Chunk
 from analysis.corpus.running_statistics import FeatureStatistics, Sources
 from analysis.proportion import wilson
+from trainer.clustered import ratio
+from trainer.kernels import workers
 from trainer.model.lm import Layer
 
 MIN_ATTRIBUTED = 10  # attributed firings from which a feature's role is judged
-_PAIRS = 512  # (query, source) pairs per head of which the copying rank is taken
+_PAIRS = 512  # (query, source) pairs per head of which the copying rank is taken, of one layer
 _EXAMPLES = 20  # of them kept
 _TOKENS = 10  # kept of those that a head looks from, and at
 _NEAR_TIE = 0.1  # lead of the largest slot below which it is marked
@@ -27,47 +29,98 @@ class Copying(NamedTuple):
     score: float
     """Mean of 1 - 2 rank / (d_vocab - 1), weighted by attention: 1 copies, 0 is chance, -1 suppresses."""
     se: float
+    """clustered by context, as the others (`trainer.clustered.ratio`)"""
     top10: float
     """Share of the pairs (weighted) in which the token is among the 10 most promoted."""
+    top10_se: float
     bottom10: float
     """The same for the 10 most suppressed: copy suppression (McDougall et al. 2023, arXiv:2310.04625)."""
+    bottom10_se: float
     examples: pd.DataFrame
     """context, query, source, attention, rank: the pairs with most attention."""
 
 
-@torch.no_grad()
+class Reads(NamedTuple):
+    """Queries of a text, and the source but BOS to which each head attends most from there."""
+
+    context: Int[Tensor, " pair"]
+    """its place in the text"""
+    query: Int[Tensor, " pair"]
+    source: Int[Tensor, "pair head"]
+    token: Int[Tensor, "pair head"]
+    """at the source"""
+    attention: Float[Tensor, "pair head"]
+    v: Float[Tensor, "pair head d_head"]
+    """at the source"""
+
+    @classmethod
+    def joined(cls, parts: "list[Reads]") -> "Reads":
+        """Of several parts of a text."""
+        return cls(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+
+
+def spread(n_contexts: int, length: int, pairs: int = _PAIRS) -> tuple[Int[Tensor, " pair"], Int[Tensor, " pair"]]:
+    """Contexts and positions of queries that are spread evenly over a text; BOS is none."""
+    n = n_contexts * (length - 1)
+    picks = torch.linspace(0, n - 1, min(pairs, n)).long()
+    return picks // (length - 1), picks % (length - 1) + 1
+
+
+def most_attended(chunk: Chunk, context: Int[Tensor, " pair"], query: Int[Tensor, " pair"]) -> Reads:
+    """What every head of the chunk's layer attends to most.
+
+    Args:
+        context: within the chunk.
+    """
+    heads = torch.arange(chunk.pattern.shape[1])
+    attention, source = chunk.pattern[context, :, query, 1:].max(-1)
+    source += 1
+    token, v = chunk.tokens[context[:, None], source], chunk.v[context[:, None], source, heads]
+    return Reads(chunk.ids[context], query, source, token, attention, v)
+
+
 def copying(layer: Layer, chunks: list[Chunk]) -> list[Copying]:
+    """`copying_of` the queries of some chunks, spread evenly over them."""
+    context, query = spread(sum(len(chunk.tokens) for chunk in chunks), chunks[0].tokens.shape[1])
+    parts, first = [], 0
+    for chunk in chunks:
+        inside = (context >= first) & (context < first + len(chunk.tokens))
+        parts.append(most_attended(chunk, context[inside] - first, query[inside]))
+        first += len(chunk.tokens)
+    return copying_of(layer, Reads.joined(parts))
+
+
+@torch.no_grad()
+def copying_of(layer: Layer, reads: Reads) -> list[Copying]:
     """Whether each head's OV circuit raises or lowers the logit of what it reads, on text.
 
-    A pair is a query and the source but BOS to which it attends most; queries are spread evenly over the chunks. The
-    direct path alone: v through W_O, the norms (whose scale changes no rank) and W_U.
+    A pair is a query and the source but BOS to which it attends most. The direct path alone: v through W_O, the norms
+    (whose scale changes no rank) and W_U.
     """
     lm, W_O, b_V = layer.lm, layer.W_O.float(), layer.b_V.float()
-    ids, tokens, v, pattern = (
-        torch.cat([getattr(c, name) for c in chunks]) for name in ("ids", "tokens", "v", "pattern")
-    )
-    n_contexts, length = tokens.shape
-    picks = torch.linspace(0, n_contexts * (length - 1) - 1, min(_PAIRS, n_contexts * (length - 1))).long()
-    context, query = picks // (length - 1), picks % (length - 1) + 1
-    of_heads = []
-    for head in range(lm.n_heads):
-        attention, source = pattern[context, head, query, 1:].max(1)
-        source += 1
-        token = tokens[context, source]
-        logits = lm.unembed((v[context, source, head].float() - b_V[head]) @ W_O[head])
+    contexts, cluster = reads.context.unique(return_inverse=True)
+
+    def of_head(head: int) -> Copying:
+        token, attention = reads.token[:, head], reads.attention[:, head].double().cpu()
+        logits = lm.unembed((reads.v[:, head].float() - b_V[head]) @ W_O[head])
         rank = (logits > logits.gather(1, token[:, None])).sum(1).double().cpu()
-        weight = attention.double().cpu() / attention.double().sum().cpu()
         value = 1 - 2 * rank / (lm.d_vocab - 1)
-        score = (weight * value).sum()
-        se = (weight * (value - score)).pow(2).sum().sqrt()
-        top10, bottom10 = (weight * (rank < 10)).sum(), (weight * (rank >= lm.d_vocab - 10)).sum()
-        most = weight.argsort(descending=True)[:_EXAMPLES]
-        columns = {"context": ids[context], "query": query, "source": source.cpu(), "attention": attention.cpu()}
+        values = torch.stack([value, (rank < 10).double(), (rank >= lm.d_vocab - 10).double(), torch.ones_like(value)])
+        *sums, total = torch.zeros(4, len(contexts), dtype=torch.float64).index_add_(1, cluster, values * attention)
+        (score, se), (top10, top10_se), (bottom10, bottom10_se) = (
+            (figure.item() for figure in ratio(each, total)) for each in sums
+        )
+        most = attention.argsort(descending=True)[:_EXAMPLES]
+        columns = {
+            "context": reads.context, "query": reads.query, "source": reads.source[:, head].cpu(),
+            "attention": reads.attention[:, head].cpu(),
+        }  # fmt: skip
         examples = pd.DataFrame({name: column[most].numpy() for name, column in columns.items()})
         examples = examples.assign(rank=rank[most].long().numpy())
         examples.insert(0, "head", head)
-        of_heads.append(Copying(score.item(), se.item(), top10.item(), bottom10.item(), examples))
-    return of_heads
+        return Copying(score, se, top10, top10_se, bottom10, bottom10_se, examples)
+
+    return workers.each(of_head, range(lm.n_heads))
 
 
 def head_table(
@@ -121,10 +174,20 @@ def head_table(
         parts = [_roles(prefix, sources), _pattern(prefix, sources), monosemanticity(prefix, sources, count, head)]
         table = pd.concat([table, *parts], axis=1)
     for what, mass in (("query", statistics.sources.by_query), ("key", statistics.sources.by_key)):
-        share, ids = (mass / mass.sum(1, keepdim=True).clamp_min(1e-30)).topk(min(_TOKENS, mass.shape[1]))
-        table[f"{what}_ids"] = list(ids.masked_fill(share == 0, -1).int().numpy())
-        table[f"{what}_shares"] = list(share.float().numpy())
+        table[f"{what}_ids"], table[f"{what}_shares"] = top_tokens(mass, torch.arange(mass.shape[1]))
     return table
+
+
+def top_tokens(
+    mass: Float[Tensor, "head token"], ids: Int[Tensor, " token"]
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The tokens with most of each head's mass, and their shares of it; -1 and 0 where there are fewer.
+
+    Args:
+        ids: of the columns.
+    """
+    share, place = (mass / mass.sum(1, keepdim=True).clamp_min(1e-30)).topk(min(_TOKENS, mass.shape[1]))
+    return list(ids[place].masked_fill(share == 0, -1).int().numpy()), list(share.float().numpy())
 
 
 class Roles(NamedTuple):
@@ -236,15 +299,23 @@ def _roles(prefix: str, sources: Sources) -> pd.DataFrame:
     for what, mass in (("attention", sources.head_attention), ("dfa", sources.head_dfa)):
         shares = dfa.shares(mass).numpy()
         columns |= {f"{prefix}{what}_{slot}": shares[:, i] for i, slot in enumerate(dfa.SLOTS)}
-        roles[what] = [dfa.SLOTS[row.argmax()] if row.sum() > 0 else None for row in shares]
-        columns[f"{prefix}role_{what}"] = roles[what]
-    # Heads rest on BOS: where they look otherwise is what their features can agree with.
-    busy = [dfa.SLOTS[1 + row.argmax()] for row in dfa.shares(sources.head_attention)[:, 1:]]
+        columns[f"{prefix}role_{what}"] = roles[what] = largest_slots(mass)
+    busy = slots_besides_bos(sources.head_attention)
     columns[f"{prefix}role_attention_besides_bos"] = busy
     columns[f"{prefix}agree"] = [
         reads in looks for reads, *looks in zip(roles["dfa"], roles["attention"], busy, strict=True)
     ]
     return pd.DataFrame(columns)
+
+
+def largest_slots(mass: Float[Tensor, "head slot"]) -> list[str | None]:
+    """The role of each head; None of one without any mass."""
+    return [dfa.SLOTS[row.argmax()] if row.sum() > 0 else None for row in dfa.shares(mass).numpy()]
+
+
+def slots_besides_bos(mass: Float[Tensor, "head slot"]) -> list[str]:
+    """Heads rest on BOS: where they look otherwise is what their features can agree with."""
+    return [dfa.SLOTS[1 + row.argmax()] for row in dfa.shares(mass)[:, 1:]]
 
 
 def _pattern(prefix: str, sources: Sources) -> pd.DataFrame:

@@ -21,10 +21,11 @@ class MeanPattern:
 
     Args:
         positions: of a context that are looked at, from BOS on.
+        cells: rows and columns at most.
     """
 
-    def __init__(self, n_heads: int, positions: int) -> None:
-        self._step = -(-(positions - 1) // (PATTERN_CELLS - 1)) or 1
+    def __init__(self, n_heads: int, positions: int, cells: int = PATTERN_CELLS) -> None:
+        self._step = -(-(positions - 1) // (cells - 1)) or 1
         cell = (torch.arange(positions) + self._step - 1) // self._step  # of each position; BOS is alone in the first
         self._holds = torch.nn.functional.one_hot(cell).float().T  # [cell, pos]
         self.n_contexts = torch.tensor(0)

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from analysis import attribution as dfa
+from analysis.attention import RowSums, row_sums
 from analysis.attribution import Chunk, Firings, Reader
 from trainer import ranks
 from trainer.kernels import workers
@@ -320,22 +321,19 @@ class Sources:
         """Sum the attention, and the positive DFA of all active features, of whole heads."""
         active = (f > 0).float().expand(-1, -1, reads.shape[1], -1)  # if dense, every head is read by every feature
         uniform = dfa.uniform_pattern(f.shape[1])
-        place = torch.arange(f.shape[1], device=f.device)
-        distance = (place[first_query:, None] - place[1:]).float()  # [query, source]; negative where attention is 0
         for tokens, pattern, read, of_context, slots in zip(
             chunk.tokens.cpu(), chunk.pattern, reads, active, chunk.slots, strict=True
         ):
             mass = dfa.positive_mass(pattern, read.mT, of_context)
             self.chance += dfa.mass_per_slot(uniform, slots.cpu(), first_query)[0].double()
-            rows = pattern[:, first_query:]  # [head, query, source]
-            self.entropy += torch.special.entr(rows).sum((1, 2)).double().cpu()
-            self.maximum += rows.amax(2).sum(1).double().cpu()
-            rows = rows[..., 1:]
-            self.distance += (rows * distance).sum((1, 2)).double().cpu()
+            sums = RowSums(*(each.double().cpu() for each in row_sums(pattern, slots, first_query)))
+            self.head_attention += sums.mass
+            self.entropy += sums.entropy
+            self.maximum += sums.maximum
+            self.distance += sums.distance
             if hasattr(self, "by_key"):
-                self.by_query.index_add_(1, tokens[first_query:], rows.sum(2).double().cpu())
-                self.by_key.index_add_(1, tokens[1:], rows.sum(1).double().cpu())
-            self.head_attention += dfa.mass_per_slot(pattern, slots, first_query).double().cpu()
+                self.by_query.index_add_(1, tokens[first_query:], sums.by_query)
+                self.by_key.index_add_(1, tokens[1:], sums.by_key)
             self.head_dfa += dfa.mass_per_slot(mass, slots, first_query).double().cpu()
         self.head_tokens += f[:, first_query:, 0, 0].numel()
 

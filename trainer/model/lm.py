@@ -212,6 +212,10 @@ class LanguageModel:
         readable = [_bytes_of(r) if r and ("\ufffd" in t or not t) else t for t, r in zip(texts, raw, strict=True)]
         return [text or f"<{i}>" for text, i in zip(readable, ids, strict=True)]
 
+    def enter(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
+        """The residual stream that enters the first layer, from which `Layer.step` goes on."""
+        return self.capture(tokens, ["blocks.0.hook_resid_pre"])["blocks.0.hook_resid_pre"]
+
     def embeddings(self, tokens: Int[Tensor, " token"]) -> Float[Tensor, "token d_model"]:
         """Rows of the token embedding."""
         return self.model.W_E[tokens.to(self.device)].detach()
@@ -353,7 +357,8 @@ class Layer:
         self.n_heads, self.d_head, self.device = lm.n_heads, lm.d_head, lm.device
         self.hook_name = f"blocks.{index}.attn.hook_z"
         self._post_norm: Any = getattr(lm.model.blocks[index], "ln1_post", None)
-        self._resid_pre, self._final = f"blocks.{index}.hook_resid_pre", f"blocks.{lm.n_layers - 1}.hook_resid_post"
+        self._resid_pre, self._resid_post = f"blocks.{index}.hook_resid_pre", f"blocks.{index}.hook_resid_post"
+        self._final = f"blocks.{lm.n_layers - 1}.hook_resid_post"
 
     @property
     def b_V(self) -> Float[Tensor, "head d_head"]:
@@ -386,6 +391,13 @@ class Layer:
     def attention(self, tokens: Int[Tensor, "batch pos"]) -> Attention:
         """z, values per query head, and the attention pattern."""
         return self._attention(tokens, [], [])[0]
+
+    def step(
+        self, resid_pre: Float[Tensor, "batch pos d_model"]
+    ) -> tuple[Attention, Float[Tensor, "batch pos d_model"]]:
+        """What the layer does with the residual stream that enters it, and what leaves it for the next layer."""
+        attention, got = self._attention(resid_pre, [], [self._resid_post], self.index)
+        return attention, got[self._resid_post]
 
     def prefix(
         self, tokens: Int[Tensor, "batch pos"]
@@ -427,10 +439,10 @@ class Layer:
         return self.lm.capture(tokens, [self._final], edits=edits, past=past)[self._final]
 
     def _attention(
-        self, tokens: Int[Tensor, "batch pos"], earlier: list[str], later: list[str]
+        self, inputs: Tensor, earlier: list[str], later: list[str], start_at_layer: int | None = None
     ) -> tuple[Attention, dict[str, Tensor]]:
         names = [f"blocks.{self.index}.attn.{name}" for name in ("hook_v", "hook_pattern", "hook_z")]
-        got = self.lm.capture(tokens, earlier + names + later)
+        got = self.lm.capture(inputs, earlier + names + later, start_at_layer)
         v, pattern, z = (got[name] for name in names)
         v = v.repeat_interleave(self.n_heads // v.shape[2], dim=2)  # grouped-query attention
         return Attention(z, v, pattern), got
