@@ -11,13 +11,14 @@ ICON = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 8 8">
 
 page = st.navigation(
     [
-        st.Page("pages/home.py", title="Start", default=True),
+        st.Page("pages/model.py", title="Model", default=True),
         st.Page("pages/tradeoffs.py", title="Tradeoffs"),
         st.Page("pages/heads.py", title="Heads"),
         st.Page("pages/features.py", title="Features"),
         st.Page("pages/prompt.py", title="Prompt"),
         st.Page("pages/compare.py", title="Compare"),
         st.Page("pages/runs.py", title="Runs"),
+        st.Page("pages/start.py", title="Start"),
     ],
     position="top",  # tables and charts need the width
 )

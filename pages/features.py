@@ -33,7 +33,9 @@ def browse(checkpoint: Checkpoint, analysis: Analysis) -> None:
 
 
 begin("Features", "What each feature fires on, where it reads from and what it writes.")
-checkpoint = pick_checkpoint(readable(), "Checkpoint", "checkpoint")
+checkpoints = readable()
+with st.container(horizontal=True):
+    checkpoint = pick_checkpoint(checkpoints, "Checkpoint", "checkpoint")
 analysis = live.analysis_or_hint(checkpoint)
 if analysis is None:
     st.stop()

@@ -36,7 +36,7 @@ begin(
 )
 checkpoints = readable()
 left, right = st.columns([2, 3])
-with left:
+with left, st.container(horizontal=True):
     checkpoint = pick_checkpoint(checkpoints, "Checkpoint", "checkpoint")
 prompt = pick_prompt(right, left, (*prompt_features.CHOSEN, *interventions.CHOSEN))
 run = live.run_prompt(checkpoint, prompt)

@@ -7,19 +7,14 @@ from analysis.picture import Picture
 from analysis.store import Analysis
 from analysis.tokens import visible
 from pages.charts import heads as charts
-from pages.components.thumbnails import thumbnails
+from pages.sections import head_card
 from pages.shared.columns import draw_table
-from pages.shared.page import feature_link, refuse, small
+from pages.shared.page import refuse
 from pages.shared.pick import choose, pick_one_head, pick_text
-from pages.shared.words import in_words
 from trainer.checkpoint import Checkpoint, CheckpointError
 
 _MEASURES = {"DFA of its features": "dfa", "Attention": "attention"}
 _TEXTS = {"": "text", "repeated_": "repeated random tokens"}
-_VERDICTS = {"Monosemantic": "green", "Polysemantic": "orange", "Unclassified": "gray", "Not judged": "gray"}
-_CARD = 362  # pixels: three side by side on a laptop
-_LINK = 84
-_FEATURES = 3  # of a card
 
 
 def show(checkpoint: Checkpoint, analysis: Analysis) -> None:
@@ -36,12 +31,12 @@ def show(checkpoint: Checkpoint, analysis: Analysis) -> None:
         + (" A dense SAE's feature counts for the head that it writes to most." if checkpoint.is_dense else "")
     )
     patterns = _patterns(analysis)
-    features = _frequent(checkpoint, analysis)
+    features = head_card.frequent(checkpoint, analysis)
     with st.container(horizontal=True):
         for index, head in heads.iterrows():
-            with st.container(border=True, width=_CARD, height="stretch", gap="xsmall"):
-                pictures = {name: of_heads[index] for name, of_heads in patterns.items()}
-                _card(checkpoint, head, judged, pictures, features[features["head"] == head["head"]])
+            pictures = {name: of_heads[index] for name, of_heads in patterns.items()}
+            of_head = features[features["head"] == head["head"]]
+            head_card.show(f"Head {head['head']}", head, pictures, judged, checkpoint, of_head)
     with st.expander("Every number as a table"):
         _table(analysis)
     with st.expander("The pairs behind a copying score"):
@@ -67,50 +62,6 @@ def _patterns(analysis: Analysis) -> dict[str, list[Picture]]:
         "lower left quarter. Opacity is the square root of attention, on one scale for all."
     )
     return {"text": pictures["text"], "repeated tokens": pictures["repeated"]}
-
-
-def _card(
-    checkpoint: Checkpoint, head: pd.Series, judged: str, pictures: dict[str, Picture], features: pd.DataFrame
-) -> None:
-    verdict, _, why = head[f"{judged}mono_verdict"].partition(": ")
-    with st.container(horizontal=True, vertical_alignment="center", gap="xsmall"):
-        st.markdown(f"**Head {head['head']}**", width="content")
-        if verdict in _VERDICTS:
-            st.badge(verdict, color=_VERDICTS[verdict])
-        if head[f"{judged}mono_near_tie"]:
-            st.badge("near-tie", color="gray", help="its largest slot leads by less than 10 points")
-    scores = {
-        "Induction": f"{head['repeated_attention_induction']:.0%}",
-        "Previous": f"{head['repeated_attention_previous']:.0%}",
-        "Copying": f"{head['copying']:.2f} ± {head['copying_se']:.2f}",
-    }
-    with st.container(horizontal=True, gap="large"):
-        for name, score in scores.items():
-            st.markdown(f":small[:gray[{name}]]  \n**{score}**", width="content")
-    if pictures:
-        thumbnails(pictures, f"Mean attention of head {head['head']}", key=f"pattern_{head['head']}")
-    for feature in features.itertuples():
-        with st.container(horizontal=True, vertical_alignment="center", gap=None, wrap=False):
-            label = f":small[:blue[{feature.feature}] {feature.share:.0%}]"
-            feature_link(checkpoint, feature.feature, label, icon=None, width=_LINK)
-            small(feature.text)
-    why = (why or verdict).replace("`", "")
-    small(f"{why[:1].upper()}{why[1:]}{_apart(head, judged)}")
-
-
-def _apart(head: pd.Series, judged: str) -> str:
-    """Where a head looks, if its features read another slot."""
-    looks, reads, agree = (head[f"{judged}{name}"] for name in ("role_attention_besides_bos", "role_dfa", "agree"))
-    return "" if agree or pd.isna(reads) else f" Besides BOS it looks mostly at {looks}."
-
-
-def _frequent(checkpoint: Checkpoint, analysis: Analysis) -> pd.DataFrame:
-    """The features of every head that fire most: head, feature, share of the head's firings, label or description."""
-    features = analysis.features[analysis.features["firings"] > 0]
-    share = features["firings"] / features.groupby("head")["firings"].transform("sum")
-    table = features[["head", "feature", "firings"]].assign(share=share)
-    table = table.sort_values("firings", ascending=False, kind="stable").groupby("head").head(_FEATURES)
-    return table.assign(text=in_words(checkpoint, table["feature"]))
 
 
 def _table(analysis: Analysis) -> None:

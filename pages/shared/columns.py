@@ -85,6 +85,11 @@ COLUMNS: dict[str, Any] = {
     "mono_weighted": _percent("by firing"),
     "mono_weighted_low": _percent("from "),
     "mono_weighted_high": _percent("to "),
+    # a head of a model
+    **{score: _percent(width=70, help="of attention on repeated random tokens")
+       for score in ("induction", "previous", "duplicate")},
+    **{f"{of}_{what}": _number(f"{of.replace('_', ' ')}: {what}", format="%.4f", help="without the head (nats)")
+       for of in ("zero", "mean", "resample", "repeated_zero") for what in ("KL", "CE")},
     # a prompt
     "activation": _number(format="%.3f", width=78),
     "share": _share("of head", width=70, help="its part of all that fires in the head at that token"),

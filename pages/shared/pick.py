@@ -7,11 +7,13 @@ from typing import Any
 
 import streamlit as st
 
+from analysis.runs.sets import counterpart
 from pages.shared.address import assume, came_back, forget
 from pages.shared.page import LINKED, folder, plain, typed
 from trainer.checkpoint import Checkpoint, list_checkpoints
 
 ALL = "all"
+_LAST = "last checkpoint"  # that was looked at, on whichever page
 HELD_OUT, REPEATED = "Held-out text", "Repeated random tokens"
 FIRST_COMMAND = "python -m trainer --distinct_tokens=130000 --total_training_steps=300 --batch_size=2048"
 # A tour on the shipped checkpoint batchtopk-x8-k32: what one should see is tested in tests/trainer/test_embedded.py.
@@ -42,8 +44,12 @@ EXAMPLES = {
 }
 
 
-def readable() -> list[Checkpoint]:
-    """Checkpoints that can be shown; the others are listed with their reason, and the app goes on."""
+def readable(required: bool = True) -> list[Checkpoint]:
+    """Checkpoints that can be shown; the others are listed with their reason, and the app goes on.
+
+    Args:
+        required: end the page with how to train one, where there is none.
+    """
     checkpoints, errors = list_checkpoints(folder())
     if errors:
         with st.expander(
@@ -51,7 +57,7 @@ def readable() -> list[Checkpoint]:
         ):
             for error in errors:
                 st.text(typed(str(error)))
-    if not checkpoints:
+    if required and not checkpoints:
         st.info("There is no checkpoint to show yet. Train one, it appears here while it trains:")
         st.code(FIRST_COMMAND, language="bash")
         st.stop()
@@ -59,14 +65,19 @@ def readable() -> list[Checkpoint]:
 
 
 def pick_checkpoint(checkpoints: list[Checkpoint], label: str, key: str, index: int = 0) -> Checkpoint:
-    """A select box over checkpoint names, kept in the URL under `key`; `index` counts from the default one.
+    """A select box over the checkpoints of a layer, kept in the URL under `key`; one of layers where there are several.
 
     Streamlit leaves defaults out of the URL. Which checkpoint is the default changes as others are trained, so the box
-    has none: the name is written down, and a link means the same SAE tomorrow.
+    has none: the name is written down, and a link means the same SAE tomorrow. Without a name in the URL it is the one
+    that was looked at last.
+
+    Args:
+        index: of the first of several boxes 0; the others offer every layer, and count from the default.
     """
     by_name = {checkpoint.name: checkpoint for checkpoint in checkpoints}
     names = list(by_name)
-    default = names[(names.index(_default(checkpoints).name) + index) % len(names)]
+    last = st.session_state.get(_LAST) if index == 0 else None
+    default = last if last in by_name else names[(names.index(_default(checkpoints).name) + index) % len(names)]
     wanted, missing = st.query_params.get(key), f"{key} that is not there"
     name = wanted if came_back() else st.session_state.get(key, wanted)
     if (linked := st.query_params.pop(LINKED, None)) is not None:
@@ -82,7 +93,34 @@ def pick_checkpoint(checkpoints: list[Checkpoint], label: str, key: str, index: 
     asked, instead = st.session_state.get(missing, (None, None))
     if name == instead:
         st.warning(f"There is no checkpoint {plain(asked)} in {plain(folder().name)}: {plain(name)} is shown.")
-    return by_name[st.selectbox(label, names, None, key=key, bind="query-params") or default]
+    if index == 0:
+        _pick_site(checkpoints, by_name[name], key)
+        names = [checkpoint.name for checkpoint in checkpoints if checkpoint.site == by_name[name].site]
+    chosen = by_name[st.selectbox(label, names, None, key=key, bind="query-params") or default]
+    if index == 0:
+        st.session_state[_LAST] = chosen.name
+    return chosen
+
+
+def _pick_site(checkpoints: list[Checkpoint], chosen: Checkpoint, key: str) -> None:
+    """A select box over layers, by number: another one chooses the same SAE there, else what is best there.
+
+    It is not in the URL, which names the checkpoint.
+    """
+    sites = {each.site: each for each in sorted(checkpoints, key=lambda each: (each.config.model.name, each.layer))}
+    if len(sites) == 1:
+        return
+
+    def another() -> None:
+        there = [each for each in checkpoints if each.site == st.session_state[box]]
+        put(key, (counterpart(chosen, there) or _default(there)).name)
+
+    one_model = len({each.config.model.fingerprint for each in checkpoints}) == 1
+    box = f"{key}-layer"
+    st.session_state[box] = chosen.site
+    words = {site: str(each.layer) if one_model else site for site, each in sites.items()}
+    width = 100 if one_model else 220
+    st.selectbox("Layer", list(sites), key=box, format_func=words.__getitem__, on_change=another, width=width)
 
 
 def _default(checkpoints: list[Checkpoint]) -> Checkpoint:

@@ -13,7 +13,8 @@ from tests.browser import Visitor
 PARAMETERS = {
     "prompt": "checkpoint prompt head token until from rank source next firing reads what how which where amount other "
     "shift predict wanted against continue new temperature seed",
-    "": "sae",
+    "": "model saes colour x y find side bound at",
+    "start": "sae",
     "tradeoffs": "site text head y log runs curve",
     "runs": "run model dataset hook_layer name preset recipe k l1_coefficients block expansion_factor normalize lr "
     "total_training_steps batch_size distinct_tokens eval_tokens context_size seed device wandb",

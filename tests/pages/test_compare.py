@@ -68,11 +68,13 @@ def test_figures_against_the_first(folder, n):
     app = compare(*NAMES[:n])
     figures = app.dataframe[0].value.set_index("figure")
     ordinals = ["first", "second", "third", "fourth"][:n]
-    assert list(figures) == [*ordinals, *(f"{ordinal} - first" for ordinal in ordinals[1:])]
+    values = [column for ordinal in ordinals for column in (ordinal, f"{ordinal} ±")]
+    assert list(figures) == [*values, *(f"{ordinal} - first" for ordinal in ordinals[1:])]
     for ordinal, name in zip(ordinals, NAMES, strict=False):
         stored = Checkpoint(folder / name).eval
         assert figures.loc["FVU", ordinal] == pytest.approx(stored["FVU"])
         assert figures.loc["L0", ordinal] == pytest.approx(stored["L0"])
+        assert figures.loc["FVU", f"{ordinal} ±"] == pytest.approx(stored["FVU_se"])
         if ordinal != "first":
             assert figures.loc["FVU", f"{ordinal} - first"] == pytest.approx(
                 stored["FVU"] - Checkpoint(folder / NAMES[0]).eval["FVU"]
@@ -217,13 +219,15 @@ def test_evaluations_of_different_length_are_warned_of(copy):
     (copy / NAMES[0] / "eval.json").unlink()
     app = compare(*NAMES[:3])
     assert "still training" in said(app)
-    assert list(app.dataframe[0].value) == ["figure", "second", "third"], "no first to compare with"
+    assert list(app.dataframe[0].value) == ["figure", "second", "second ±", "third", "third ±"], (
+        "no first to compare with"
+    )
 
 
 def test_one_picked_twice_is_shown_once(folder):
     app = compare(NAMES[0], NAMES[1], NAMES[0])
     assert "picked twice" in said(app)
-    assert list(app.dataframe[0].value) == ["figure", "first", "second", "second - first"]
+    assert list(app.dataframe[0].value) == ["figure", "first", "first ±", "second", "second ±", "second - first"]
     app = compare(NAMES[0], NAMES[0])
     assert "Both are the same checkpoint" in said(app)
     assert not compare(NAMES[0], NAMES[0], show="Features").get("page_link")

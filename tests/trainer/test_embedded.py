@@ -106,7 +106,7 @@ def test_the_tour_shows_what_it_says(lm):
 
 def test_the_example_of_the_start_page_is_what_the_prompt_shows(lm):
     """Its head, token and feature, which come from the analysis and not from the prompt (pages/sections/start.py)."""
-    links = [link.proto for link in open_page("pages/home.py", sae=SHIPPED.name).get("page_link")]
+    links = [link.proto for link in open_page("pages/start.py", sae=SHIPPED.name).get("page_link")]
     addresses = [dict(parse_qsl(link.query_string)) for link in links]
     (prompt,) = [address for address in addresses if "prompt" in address]
     (feature,) = [int(address["feature"]) for address in addresses if "feature" in address]

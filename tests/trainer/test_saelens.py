@@ -271,7 +271,7 @@ def test_an_imported_dense_sae_is_a_checkpoint_like_any_other(
         for show in SECTIONS.get(page, ["Figures"]):
             app = open_page(page, checkpoint="gated", sae="gated", run="gated", a="gated", b="ours", show=show)
             assert not app.exception and not app.error, (page, show)
-            assert page == PAGES[0] or "gated" in [box.value for box in app.selectbox]
+            assert page in PAGES[:2] or "gated" in [box.value for box in app.selectbox]
 
 
 @pytest.mark.parametrize("architecture", ["standard", "gated", "topk"])

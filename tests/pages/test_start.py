@@ -10,7 +10,7 @@ from pages.shared.pick import EXAMPLES
 from tests.helpers import ANALYSED, open_page, said
 from trainer.checkpoint import Checkpoint
 
-PAGE = "pages/home.py"
+PAGE = "pages/start.py"
 
 
 @pytest.fixture

@@ -17,7 +17,8 @@ glossary.show()  # also where there is nothing else to show
 with top:
     checkpoints = readable()
     left, right = st.columns([2, 3], vertical_alignment="bottom")
-    with left:  # no other page calls it so: what two pages call alike, Streamlit takes out of a link
+    with left, st.container(horizontal=True):
+        # no other page calls it so: what two pages call alike, Streamlit takes out of a link
         checkpoint = pick_checkpoint(checkpoints, "Checkpoint", "sae")
     with right:
         start.describe(checkpoint)
