@@ -187,7 +187,26 @@ def test_a_pulled_set_opens_in_every_page(hub, analysed, away, run, monkeypatch,
     st.cache_resource.clear()
 
 
-def test_a_prompt_runs_once_the_model_is_named(hub, trained, away, run, gpt2_folder, text_file):
+def test_a_set_of_two_layers(hub, trained, away, run, tmp_path):
+    from sae_lens import SAE
+
+    shutil.copytree(trained / "block-l1_1", tmp_path / "layer-2")
+    model = json.loads((tmp_path / "layer-2" / "config.json").read_text())["model"]
+    other = {"hook_layer": 2, "hook_name": "blocks.2.attn.hook_z"}
+    edit_json(tmp_path / "layer-2" / "config.json", model=model | other)
+    assert run("push", trained / "block-l1_1", tmp_path / "layer-2", "me/heads")[0] == 0
+    card = hub.repos["me/heads"].files["README.md"].decode()
+    for name, layer in (("block-l1_1", 1), ("layer-2", 2)):
+        assert cells(card, f"`{name}`")[0] == str(layer)
+        assert cells(card, f"`{name}`", "## What they read")[2] == f"`blocks.{layer}.attn.hook_z`"
+        theirs = SAE.from_pretrained(release="me/heads", sae_id=name)
+        assert theirs.cfg.metadata.hook_name == f"blocks.{layer}.attn.hook_z"
+    assert run("pull", "me/heads")[0] == 0
+    readable, errors = list_checkpoints(away / "checkpoints")
+    assert [(each.name, each.layer) for each in readable] == [("block-l1_1", 1), ("layer-2", 2)] and not errors
+
+
+def test_an_evaluation_of_an_address_is_written_beside_the_weights(hub, trained, away, run, gpt2_folder, text_file):
     assert run("push", trained / "batchtopk", "me/heads")[0] == 0
     hf = "hf://me/heads/batchtopk"
     status, _, said = run(hf, "--device=cpu", f"--model={gpt2_folder}", f"--text={text_file}", command=evaluate)
@@ -525,9 +544,9 @@ def test_what_is_too_large_is_not_fetched(hub, of_others, away, refused):
 def test_what_the_hub_does_not_allow_is_one_sentence(hub, trained, away, of_others, refused, monkeypatch):
     path = trained / "dense"
     of_others()
-    assert "could not be pushed: the token may not write to other/new" in refused("push", path, "other/new")
+    assert "could not be pushed: other/new does not permit it to this token" in refused("push", path, "other/new")
     monkeypatch.setenv("HF_TOKEN", READ_ONLY)
-    assert "the token may not write to me/heads" in refused("push", path, "me/heads")
+    assert "me/heads does not permit it to this token" in refused("push", path, "me/heads")
     monkeypatch.setenv("HF_TOKEN", "hf_unknown")
     assert "the hub does not accept the token: log in with `hf auth login`" in refused("push", path, "me/heads")
     monkeypatch.delenv("HF_TOKEN")

@@ -72,7 +72,7 @@ def asking(repo: str, what: str, done: str) -> Iterator[None]:
         status = error.response.status_code if error.response is not None else None
         reasons = {
             401: "the hub does not accept the token: log in with `hf auth login`",
-            403: f"the token may not write to {repo}: take one that may, with `hf auth login`",
+            403: f"{repo} does not permit it to this token: take one that may, with `hf auth login`",
             412: f"{repo} was changed meanwhile: try again",
         }
         raise ValueError(f"{what} could not be {done}: {reasons.get(status or 0, first_line(error))}") from error

@@ -56,7 +56,7 @@ def write_card(repo: str, checkpoints: Sequence[Checkpoint], licence: str | None
         "## By head",
         *(f"{_code(each.name)}\n\n{_by_head(each)}" for each in checkpoints),
         "## Load",
-        "Into the program that trained them, which shows what every head and feature does:",
+        "Into attn-saes, which shows what every head and feature does:",
         f"```bash\npython -m trainer.hub pull {repo}\npython -m analysis hf://{repo}/{checkpoints[0].name}\n```",
         *_saelens(repo, checkpoints, for_saelens),
         _END,
