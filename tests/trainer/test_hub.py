@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ import yaml
 
 from analysis.__main__ import main as analyse
 from analysis.export_csv import main as export_csv
-from tests.helpers import PAGES, edit_json, open_page
+from tests.helpers import PAGES, ROOT, edit_json, open_page
 from tests.hub import READ_ONLY, Hub, serve_hub
 from trainer.checkpoint import Checkpoint, list_checkpoints
 from trainer.evaluate import main as evaluate
@@ -120,7 +122,7 @@ def test_what_is_pulled_is_what_was_pushed(hub, trained, away, run):
 
 def test_a_shipped_checkpoint_comes_back_to_the_byte(hub, away, run):
     """It names no places, so nothing of it is changed but where it was trained to."""
-    shipped = Path(__file__).parents[2] / "checkpoints" / "smollm2-135m-L17-topk-x8-k4"
+    shipped = ROOT / "checkpoints" / "smollm2-135m-L17-topk-x8-k4"
     assert run("push", shipped, "me/heads")[0] == 0
     found = files_of(hub, shipped.name)
     for name in FILES:
@@ -129,7 +131,8 @@ def test_a_shipped_checkpoint_comes_back_to_the_byte(hub, away, run):
 
 def test_no_file_names_a_place_of_this_machine(hub, analysed, run, gpt2_folder, text_file):
     for each in ("block-l1_1", "dense"):
-        assert (str(gpt2_folder) in (analysed / each / "config.json").read_text()) and str(text_file)
+        config = (analysed / each / "config.json").read_text()
+        assert str(gpt2_folder) in config and str(text_file) in config
     status, said, _ = run("push", analysed / "block-l1_1", analysed / "dense", "me/heads", "--with_analysis")
     assert status == 0
     assert f"its model lies here only, so others read {gpt2_folder.name} and name its place with --model" in said
@@ -401,6 +404,13 @@ def test_an_address_stands_for_a_checkpoint_in_every_command(hub, analysed, away
     assert "no address of a checkpoint" in refused("hf://me/heads", away / "csv", command=export_csv)
 
 
+def test_nobody_waits_for_what_only_some_need():
+    heavy = "{'transformer_lens', 'sae_lens', 'transformers', 'huggingface_hub'}"
+    code = f"import sys, trainer.hub, trainer.sharing.push; print(*({heavy} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout.split()) == (0, []), done.stderr
+
+
 def test_several_processes_do_not_pull_one_thing(hub, of_others, monkeypatch):
     of_others()
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -501,9 +511,8 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_what_is_no_checkpoint_is_refused_and_leaves_nothing(case, hub, of_others, trained, away, refused, tmp_path):
+def test_what_is_no_checkpoint_is_refused_and_leaves_nothing(case, hub, of_others, away, refused, tmp_path):
     files = of_others()
-    files.update({f"good/{each}": (trained / "dense" / each).read_bytes() for each in FILES} if "sae" in case else {})
     spoil, sentence = HOSTILE[case]
     spoil(files)
     assert sentence in refused("pull", "other/heads")

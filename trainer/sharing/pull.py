@@ -10,10 +10,10 @@ from pathlib import Path
 from trainer import ranks
 from trainer.checkpoint import Checkpoint, CheckpointError
 from trainer.config import require
-from trainer.cost import require_disk
 from trainer.errors import one_line
 from trainer.files import new_folder
 from trainer.imports.hub import asking
+from trainer.room import require_disk
 from trainer.sharing.layout import checkpoint_files
 
 OUT = Path("checkpoints")

@@ -14,9 +14,9 @@ import yaml
 
 from trainer.checkpoint import Checkpoint, CheckpointError
 from trainer.config import require
-from trainer.cost import gb
 from trainer.files import flaw, read_description
 from trainer.imports.hub import asking
+from trainer.room import gb
 from trainer.saelens import why_not, write_saelens
 from trainer.sharing.card import write_card
 from trainer.sharing.layout import CARD, FILES, checkpoint_files, is_name
