@@ -411,7 +411,7 @@ def test_nobody_waits_for_what_only_some_need():
     assert (done.returncode, done.stdout.split()) == (0, []), done.stderr
 
 
-def test_several_processes_do_not_pull_one_thing(hub, of_others, monkeypatch):
+def test_several_processes_do_not_pull_one_thing(hub, of_others, away, monkeypatch):
     of_others()
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
