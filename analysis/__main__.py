@@ -2,12 +2,12 @@
 
 import sys
 from dataclasses import fields
-from pathlib import Path
 
 import jsonargparse
 
 from analysis.corpus.run import AnalysisConfig, analyse
 from trainer import cli
+from trainer.sharing.pull import located
 
 
 def build_parser() -> jsonargparse.ArgumentParser:
@@ -18,7 +18,7 @@ def build_parser() -> jsonargparse.ArgumentParser:
         description="Write what every feature and every head of checkpoints does to <checkpoint>/analysis/. "
         "Checkpoints of one layer that are named together share the language model's work.",
     )
-    parser.add_argument("checkpoints", nargs="+", help="Checkpoint directories.")
+    parser.add_argument("checkpoints", nargs="+", help=f"{cli.CHECKPOINT[0].upper()}{cli.CHECKPOINT[1:]}.")
     parser.add_class_arguments(AnalysisConfig)
     parser.add_argument("--resume", action="store_true", help="Go on with an interrupted analysis.")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto.")
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def run() -> None:
         cfg = AnalysisConfig(**{option.name: options[option.name] for option in fields(AnalysisConfig)})
-        paths = [Path(path) for path in options.checkpoints]
+        paths = [located(path) for path in options.checkpoints]
         analyse(paths, cfg, options.resume, options.device, options.wandb, options.model, options.text)
 
     return cli.status(run, "Stopped.", many_processes=True)

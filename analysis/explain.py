@@ -37,6 +37,7 @@ from trainer.checkpoint import Checkpoint, CheckpointError
 from trainer.config import require
 from trainer.errors import one_line
 from trainer.files import flaw, parse_json, read_json, write_json
+from trainer.sharing.pull import located
 
 _LENGTH = msgspec.Meta(max_length=2**16)
 _SHOWN = 10  # examples of a feature from which it is explained, the strongest first
@@ -220,7 +221,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m analysis.explain", description=what, epilog=more, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("checkpoint", help=cli.CHECKPOINT)
     parser.add_argument("--program", help="what explains and detects, with its arguments")
     parser.add_argument("--file", type=Path, help="explanations that are there already, as JSON lines")
     parser.add_argument("--features", help="ids with commas between; default all that can be scored")
@@ -234,7 +235,7 @@ def main(argv: list[str] | None = None) -> int:
         given = [answer for answer in given if features is None or answer.feature in features]
         ask = ask_program(options.program) if options.program else None
         by = options.by or (options.file.name if options.file else options.program)
-        made = explain(Checkpoint(options.checkpoint), by, features, given, ask)
+        made = explain(Checkpoint(located(options.checkpoint)), by, features, given, ask)
         scored = made[made["auroc"].notna()]
         print(f"{len(made)} explanations by {by}, {len(scored)} of them scored", end="")
         print(f": AUROC {scored['auroc'].mean():.2f} in the mean" if len(scored) else "")

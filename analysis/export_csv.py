@@ -22,6 +22,7 @@ from analysis.store import Analysis
 from trainer import cli
 from trainer.checkpoint import Checkpoint
 from trainer.files import make_writable, write_atomically
+from trainer.sharing.pull import located
 
 
 def write_csv(path: Path, out: Path) -> list[Path]:
@@ -59,10 +60,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m analysis.export_csv", description="Write a checkpoint's tables as CSV."
     )
-    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("checkpoint", help=cli.CHECKPOINT)
     parser.add_argument("out", type=Path, help="folder for the files")
     options = parser.parse_args(argv)
-    return cli.status(lambda: print(*write_csv(options.checkpoint, options.out), sep="\n"))
+    return cli.status(lambda: print(*write_csv(located(options.checkpoint), options.out), sep="\n"))
 
 
 if __name__ == "__main__":

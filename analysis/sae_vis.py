@@ -42,6 +42,7 @@ from trainer.checkpoint import Checkpoint
 from trainer.config import require
 from trainer.files import make_writable, write_atomically
 from trainer.model.lm import LanguageModel, Layer, pick_device
+from trainer.sharing.pull import located
 
 _BATCH_TOKENS = 2048  # of one forward pass
 _SCRIPTS = (("mpld3", "mpld3/js/d3.v5.min.js"), ("plotly", "plotly/package_data/plotly.min.js"))
@@ -346,7 +347,7 @@ def main(argv: list[str] | None = None) -> int:
         "embedded model 18 features on 4,000 tokens take a minute and 2.7 GB. Attention patterns are kept: 4 bytes * "
         "tokens * heads * context.",
     )
-    parser.add_argument("checkpoint", type=Path, help="checkpoint directory")
+    parser.add_argument("checkpoint", help=cli.CHECKPOINT)
     parser.add_argument("out", type=Path, metavar="OUT.html", help="file to write")
     parser.add_argument("--features_per_head", type=int, default=10, help="the first so many of each head; default 10")
     parser.add_argument("--tokens", type=int, default=20_000, help="held-out tokens to choose examples from")
@@ -354,7 +355,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     places = {"model": options.model, "text": options.text}
     return cli.status(
-        lambda: export(options.checkpoint, options.out, options.features_per_head, options.tokens, **places)
+        lambda: export(located(options.checkpoint), options.out, options.features_per_head, options.tokens, **places)
     )
 
 

@@ -19,13 +19,14 @@ from tqdm import tqdm
 
 from trainer import cli, ranks
 from trainer.config import ActivationsConfig, layers_of, require
-from trainer.cost import duration, gb, require_disk, seconds_per_token
+from trainer.cost import duration, seconds_per_token
 from trainer.data.buffer import CachedActivations, bytes_per_row, open_source
 from trainer.data.text import Corpus, open_text
 from trainer.files import cache_dir, load_tensors, read_json, write_json
 from trainer.model.lm import LanguageModel, pick_device
 from trainer.model.loading import n_layers
 from trainer.precision import tf32 as matmuls_in_tf32
+from trainer.room import gb, require_disk
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from trainer import ranks
 from trainer.config import ActivationsConfig, SAEConfig, SAEOptions, TrainingConfig, require
 from trainer.interrupts import Interrupted
 
+CHECKPOINT = "checkpoint directory, or hf://OWNER/REPO/NAME of the Hugging Face hub"  # `sharing.pull.located`
 GROUPS = (ActivationsConfig, SAEOptions, TrainingConfig)
 
 

@@ -4,7 +4,6 @@ Times are measured: a forward of some contexts, and one step of every kind of st
 """
 
 import os
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,6 +23,7 @@ from trainer.files import cache_dir
 from trainer.model.lm import LanguageModel
 from trainer.optimise.initialise import initial_params
 from trainer.optimise.stack import Stack
+from trainer.room import gb, require_disk, require_room
 
 _TRIAL_TOKENS, _OF_A_GPU = 512, 16_384  # of a forward
 _PER_PARAMETER = 4 * 4  # bytes: itself, its gradient and Adam's two moments
@@ -66,9 +66,9 @@ class Cost(NamedTuple):
         """
         fewer = "lower --buffer_gb, or train fewer SAEs at a time"
         here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        _require(self.memory * here, psutil.virtual_memory().available, "of memory", fewer)
+        require_room(self.memory * here, psutil.virtual_memory().available, "of memory", fewer)
         if torch.device(device).type == "cuda":
-            _require(self.gpu, torch.cuda.mem_get_info(device)[0], f"on {device}", fewer)
+            require_room(self.gpu, torch.cuda.mem_get_info(device)[0], f"on {device}", fewer)
         if self.cache:
             require_disk(cache_dir(), self.cache, "lower --cache_gb, and activations stream through memory")
         require_disk(out, self.checkpoints, "choose another --out")
@@ -172,24 +172,6 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     return time.perf_counter() - started
-
-
-def require_disk(folder: Path, needed: float, way_out: str) -> None:
-    """Raise ValueError unless so many bytes are free where a folder is or will be."""
-    _require(needed, _free(folder), f"of disk in {folder}", way_out)
-
-
-def _require(needed: float, free: float, of_what: str, way_out: str) -> None:
-    if needed > free:
-        raise ValueError(f"this takes about {gb(needed)} {of_what} and {gb(free)} are free: {way_out}")
-
-
-def _free(folder: Path) -> int:
-    return shutil.disk_usage(next(each for each in (folder, *folder.absolute().parents) if each.exists())).free
-
-
-def gb(size: float) -> str:
-    return f"{size / 1e9:.{0 if size > 1e10 else 1}f} GB" if size >= 5e7 else f"{size / 1e6:.0f} MB"
 
 
 def duration(seconds: float) -> str:

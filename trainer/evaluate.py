@@ -23,6 +23,7 @@ from trainer.effects import effects, split
 from trainer.figures import SCHEMA_VERSION
 from trainer.files import cache_dir, make_writable, write_json
 from trainer.model.lm import LanguageModel, Layer, pick_device
+from trainer.sharing.pull import located
 
 
 def evaluate(
@@ -150,13 +151,17 @@ def evaluate_tokens(
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m trainer.evaluate", description="Write eval.json anew.")
-    parser.add_argument("checkpoints", nargs="+", type=Path, help="checkpoint directories")
+    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help=cli.CHECKPOINT)
     parser.add_argument("--tokens", type=int, help="held-out tokens; default as many as eval.json has")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto")
     cli.add_places(parser)
     options = parser.parse_args(argv)
-    what = (options.checkpoints, options.tokens, options.device, options.model, options.text)
-    return cli.status(lambda: evaluate_checkpoints(*what), "Stopped.", many_processes=True)
+    how = (options.tokens, options.device, options.model, options.text)
+
+    def run() -> None:
+        evaluate_checkpoints([located(path) for path in options.checkpoints], *how)
+
+    return cli.status(run, "Stopped.", many_processes=True)
 
 
 if __name__ == "__main__":

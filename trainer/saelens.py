@@ -17,9 +17,10 @@ import torch
 from safetensors import SafetensorError
 
 from trainer import cli
-from trainer.checkpoint import Checkpoint
+from trainer.checkpoint import Checkpoint, Sizes
 from trainer.files import new_folder
 from trainer.imports.run import import_checkpoint
+from trainer.sharing.pull import located
 
 if TYPE_CHECKING:
     from sae_lens import SAE
@@ -27,6 +28,13 @@ if TYPE_CHECKING:
 # Kept in the metadata for the way back.
 _OF_TRAINING = ("recipe", "k", "l1_coefficient")
 _OF_TEXT = ("context_size", "held_out_fraction", "text_column", "dataset_config", "dataset_split")
+
+
+def why_not(sizes: Sizes) -> str | None:
+    """Why SAELens cannot express an SAE, or None where it can."""
+    if sizes.activation == "topk" and sizes.k_scope == "head" and sizes.n_blocks > 1:
+        return "SAELens has no topk with k features of each head, only over all features"
+    return None
 
 
 @torch.no_grad()
@@ -40,11 +48,8 @@ def to_saelens(saved: Checkpoint) -> "SAE":
         ValueError: it cannot be read, or is topk with k features of each head, which SAELens cannot express.
     """
     sae = saved.sae
-    if sae.activation == "topk" and sae.k_scope == "head" and sae.n_blocks > 1:
-        raise ValueError(
-            f"SAELens has no topk with k features of each head, only over all features, so this SAE with k {sae.k} of "
-            "each head cannot be exported"
-        )
+    if reason := why_not(saved.config.sae):
+        raise ValueError(f"{reason}, so this SAE with k {sae.k} of each head cannot be exported")
     import sae_lens
     from sae_lens.saes.sae import SAEMetadata
 
@@ -75,19 +80,32 @@ def to_saelens(saved: Checkpoint) -> "SAE":
     return theirs.eval().requires_grad_(False)
 
 
-def export_checkpoint(path: Path, folder: Path) -> None:
+def write_saelens(saved: Checkpoint, folder: Path, named: Path | str) -> None:
+    """Write cfg.json and sae_weights.safetensors into a folder, which errors name otherwise.
+
+    Raises:
+        ValueError: as `to_saelens`.
+        OSError: they cannot be written, which safetensors says by an error of its own.
+    """
+    try:
+        to_saelens(saved).save_model(folder)
+    except (SafetensorError, OSError) as error:
+        raise OSError(f"{named} could not be written: {error}") from error
+
+
+def export_checkpoint(path: Path | str, folder: Path) -> None:
     """Write a checkpoint as a folder for `sae_lens.SAE.load_from_disk`.
+
+    Args:
+        path: as `located` takes it.
+        folder: the new folder.
 
     Raises:
         ValueError: the checkpoint cannot be read or expressed, or the folder exists or cannot be made.
         OSError: there is no room; the folder is named.
     """
     with new_folder(folder) as partial:
-        theirs = to_saelens(Checkpoint(path))
-        try:
-            theirs.save_model(partial)
-        except (SafetensorError, OSError) as error:
-            raise OSError(f"{folder} could not be written: {error}") from error
+        write_saelens(Checkpoint(located(path)), partial, folder)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -96,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True)
     each = commands.add_parser("export", help="write a checkpoint for SAELens")
     each.set_defaults(run=export_checkpoint)
-    each.add_argument("path", type=Path, help="checkpoint directory")
+    each.add_argument("path", help=cli.CHECKPOINT)
     each.add_argument("folder", type=Path, help="new folder, for sae_lens.SAE.load_from_disk")
     each = commands.add_parser(
         "import",

@@ -7,7 +7,6 @@ import pytest
 
 from tests.helpers import tiny_run
 from tests.processes import commands
-from trainer import cost
 from trainer.__main__ import main as train
 from trainer.cache import main
 from trainer.checkpoint import Checkpoint
@@ -105,7 +104,7 @@ def test_another_content_than_the_manifest_says_is_found(command, tmp_path, caps
 
 
 def test_what_cannot_be_is_refused_first(command, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cost, "_free", lambda folder: 100)
+    monkeypatch.setattr("trainer.room.free_disk", lambda folder: 100)
     assert main(command) == 2 and "and 0 MB are free: harvest fewer" in capsys.readouterr().err
     assert main([*command, "--hook_layer=9"]) == 2 and "out of range" in capsys.readouterr().err
     assert main([*command, "--hook_layer=[]"]) == 2 and "name at least one" in capsys.readouterr().err

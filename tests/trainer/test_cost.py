@@ -99,7 +99,9 @@ def test_what_does_not_fit_is_refused_before_the_harvest(
     monkeypatch.setenv("ATTN_SAES_CACHE", str(tmp_path / "cache"))
     memory = SimpleNamespace(available=free.get("memory", FREE))
     monkeypatch.setattr(cost.psutil, "virtual_memory", lambda: memory)
-    monkeypatch.setattr(cost, "_free", lambda folder: free.get("cache" if folder.name == "cache" else "out", FREE))
+    monkeypatch.setattr(
+        "trainer.room.free_disk", lambda folder: free.get("cache" if folder.name == "cache" else "out", FREE)
+    )
     command = tiny_run(gpt2_folder, text_file, tmp_path / "out", "--total_training_steps=4", "--batch_size=64")
     status = main(command)
     said = capsys.readouterr()
