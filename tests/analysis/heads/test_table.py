@@ -48,6 +48,8 @@ def test_the_table_of_a_model(which, out, request):
         assert shares.sum(1) == pytest.approx(np.ones(len(table)), abs=1e-5)
         roles = [SLOTS[row.argmax()] for row in shares]
         assert table[f"{prefix}role_attention"].tolist() == roles
+        busy = [SLOTS[1 + row[1:].argmax()] for row in shares]
+        assert table[f"{prefix}role_attention_besides_bos"].tolist() == busy
         first, second = np.sort(shares)[:, :-3:-1].T
         assert table[f"{prefix}near_tie"].tolist() == (first - second < 0.1).tolist()
     errors = [name for name in table if name.endswith("_se")]
