@@ -51,7 +51,7 @@ def against_the_forward(layer: Layer, saes: dict[str, BlockDiagSAE], contexts: t
 
         def full(sae: BlockDiagSAE = sae) -> None:
             statistics = FeatureStatistics(Reader(sae, layer), layer.lm.d_vocab, 20)
-            for _ in feed(layer, contexts, torch.arange(len(contexts)), [statistics]):
+            for _ in feed(layer.lm, contexts, torch.arange(len(contexts)), {layer.index: [statistics]}):
                 pass
 
         seconds = rounds({"truncated forward and encode": bare, "first pass": full}, ROUNDS)

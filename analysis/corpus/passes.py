@@ -1,9 +1,9 @@
 """The two passes over the text: statistics of all features at once, then what belongs to their examples.
 
-The language model runs up to the layer's attention and no further, once for all SAEs of the layer.
+The language model runs up to the last layer's attention and no further, once for all SAEs of all layers.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -18,7 +18,7 @@ from analysis.corpus.running_statistics import FeatureStatistics, Sources, colle
 from trainer import ranks
 from trainer.evaluate import repeated_tokens
 from trainer.kernels import workers
-from trainer.model.lm import Layer
+from trainer.model.lm import LanguageModel, Layer
 
 _LM_TOKENS = 4096  # of one forward
 _CHUNK_TOKENS = 1024  # encoded at a time: 100 MB of activations with 24,576 features
@@ -35,22 +35,31 @@ def chunks(
     """
     kinds = TokenKinds(layer.lm, contexts, fuzzy_from)
     for batch in _forwards(contexts, index):
-        yield _chunks(layer, contexts, batch, kinds)
+        for _, of_layer in _chunks(layer.lm, [layer.index], contexts, batch, kinds):
+            yield of_layer
 
 
 def rounds(
-    layer: Layer, contexts: Int[Tensor, "context pos"], index: Int[Tensor, " chosen"], fuzzy_from: float = 2.0
-) -> Iterator[tuple[Int[Tensor, " read"], list[Chunk]]]:
-    """As `chunks`, the forwards dealt to the processes in turns: the contexts of a turn, and the own chunks of it.
+    lm: LanguageModel,
+    layers: Collection[int],
+    contexts: Int[Tensor, "context pos"],
+    index: Int[Tensor, " chosen"],
+    fuzzy_from: float = 2.0,
+) -> Iterator[tuple[Int[Tensor, " read"], Iterator[tuple[int, list[Chunk]]]]]:
+    """As `chunks`, of several layers, and the forwards dealt to the processes in turns.
 
     A forward is the one of a single process, so that nothing in it rounds otherwise. In the last turn some have none.
+
+    Returns:
+        The contexts of a turn, and the own chunks of it, layer by layer: to be used up before the next turn.
     """
-    kinds = TokenKinds(layer.lm, contexts, fuzzy_from)
+    kinds = TokenKinds(lm, contexts, fuzzy_from)
     forwards = _forwards(contexts, index)
     for first in range(0, len(forwards), ranks.size()):
         turn = forwards[first : first + ranks.size()]
         own = turn[ranks.index()] if ranks.index() < len(turn) else None
-        yield torch.cat(turn), [] if own is None else _chunks(layer, contexts, own, kinds)
+        nothing: Iterator[tuple[int, list[Chunk]]] = ((layer, []) for layer in sorted(layers))
+        yield torch.cat(turn), nothing if own is None else _chunks(lm, layers, contexts, own, kinds)
 
 
 def _forwards(contexts: Int[Tensor, "context pos"], index: Int[Tensor, " chosen"]) -> tuple[Int[Tensor, " batch"], ...]:
@@ -58,63 +67,85 @@ def _forwards(contexts: Int[Tensor, "context pos"], index: Int[Tensor, " chosen"
 
 
 def _chunks(
-    layer: Layer, contexts: Int[Tensor, "context pos"], batch: Int[Tensor, " batch"], kinds: TokenKinds
-) -> list[Chunk]:
-    """Of one forward."""
-    tokens = contexts[batch].to(layer.device)
-    z, v, pattern = layer.attention(tokens)
-    slots = torch.stack([dfa.source_slots(context, kinds) for context in tokens]).to(layer.device)
-    parts = (batch, tokens, z, v, pattern.float(), slots)
-    pieces = (part.split(max(1, _CHUNK_TOKENS // contexts.shape[1])) for part in parts)
-    return [Chunk(*piece) for piece in zip(*pieces, strict=True)]
+    lm: LanguageModel,
+    layers: Collection[int],
+    contexts: Int[Tensor, "context pos"],
+    batch: Int[Tensor, " batch"],
+    kinds: TokenKinds,
+) -> Iterator[tuple[int, list[Chunk]]]:
+    """Of one forward, layer by layer."""
+    tokens = contexts[batch].to(lm.device)
+    slots = torch.stack([dfa.source_slots(context, kinds) for context in tokens]).to(lm.device)
+    for layer, (z, v, pattern) in lm.attentions(tokens, layers):
+        parts = (batch, tokens, z, v, pattern.float(), slots)
+        pieces = (part.split(max(1, _CHUNK_TOKENS // contexts.shape[1])) for part in parts)
+        yield layer.index, [Chunk(*piece) for piece in zip(*pieces, strict=True)]
 
 
 def feed(
-    layer: Layer,
+    lm: LanguageModel,
     contexts: Int[Tensor, "context pos"],
     index: Int[Tensor, " chosen"],
-    filled: Sequence[Any],
+    filled: Mapping[int, Sequence[Any]],
     fuzzy_from: float = 2.0,
 ) -> Iterator[Int[Tensor, " read"]]:
     """One pass: the contexts named by `index` go to everything in `filled`; yields those read by all in each turn.
 
     Args:
-        filled: `FeatureStatistics`, `MeanPattern`, `Strips` or others with `update(batch)`.
+        filled: by layer, `FeatureStatistics`, `MeanPattern`, `Strips` or others with `update(batch)`.
     """
-    for read, batch in rounds(layer, contexts, index, fuzzy_from):
-        for kept in filled:
-            kept.update(batch)
+    for read, of_layers in rounds(lm, filled, contexts, index, fuzzy_from):
+        for layer, batch in of_layers:
+            for kept in filled[layer]:
+                kept.update(batch)
         yield read
 
 
 def sources_on_repeats(
-    layer: Layer, readers: list[Reader], n_contexts: int, length: int, seed: int, fuzzy_from: float = 2.0
-) -> tuple[list[Sources], MeanPattern]:
+    lm: LanguageModel,
+    readers: dict[int, list[Reader]],
+    n_contexts: int,
+    length: int,
+    seed: int,
+    fuzzy_from: float = 2.0,
+) -> dict[int, tuple[list[Sources], MeanPattern]]:
     """Where features and heads read from on random tokens repeated once, scored on the second half; what heads see.
 
-    The first process has what all saw. The pattern is of whole contexts: where a head attends by induction is seen in
-    the second half alone.
+    By layer, as the readers. The first process has what all saw. The pattern is of whole contexts: where a head attends
+    by induction is seen in the second half alone.
     """
     first = 1 + (length - 1) // 2  # position of the second half
-    tokens = repeated_tokens(layer.lm, n_contexts, first - 1, seed)
+    tokens = repeated_tokens(lm, n_contexts, first - 1, seed)
 
-    def empty() -> list[Any]:
-        sources = [Sources(reader.sae.d_sae, layer.n_heads, None) for reader in readers]
-        return [*sources, MeanPattern(layer.n_heads, tokens.shape[1])]
+    def empty() -> dict[int, list[Any]]:
+        return {
+            layer: [
+                *(Sources(reader.sae.d_sae, lm.n_heads, None) for reader in of_layer),
+                MeanPattern(lm.n_heads, tokens.shape[1]),
+            ]
+            for layer, of_layer in readers.items()
+        }
 
-    *sources, seen = filled = empty()
-    for _, batch in rounds(layer, tokens, torch.arange(n_contexts), fuzzy_from):
-        seen.update(batch)
-        for reader, of_sae in zip(readers, sources, strict=True):
-            encoded = [reader.encode(chunk, first) for chunk in batch]
-            fired = [Firings.of(f) for f in encoded]
-            earlier = firings_before(of_sae.firings, fired)
-            for chunk, f, firings, before in zip(batch, encoded, fired, earlier, strict=True):
-                reads = reader.reads(chunk)
-                of_sae.add_features(reader, chunk, reads, firings, before)
-                of_sae.add_heads(chunk, reads, f, first)
-    collect(filled, empty())
-    return sources, seen
+    filled = empty()
+    for _, of_layers in rounds(lm, readers, tokens, torch.arange(n_contexts), fuzzy_from):
+        for layer, batch in of_layers:
+            *sources, seen = filled[layer]
+            seen.update(batch)
+            for reader, of_sae in zip(readers[layer], sources, strict=True):
+                _add_sources(reader, of_sae, batch, first)
+    for layer, nothing in empty().items():
+        collect(filled[layer], nothing)
+    return {layer: (sources, seen) for layer, (*sources, seen) in filled.items()}
+
+
+def _add_sources(reader: Reader, sources: Sources, batch: list[Chunk], first: int) -> None:
+    encoded = [reader.encode(chunk, first) for chunk in batch]
+    fired = [Firings.of(f) for f in encoded]
+    earlier = firings_before(sources.firings, fired)
+    for chunk, f, firings, before in zip(batch, encoded, fired, earlier, strict=True):
+        reads = reader.reads(chunk)
+        sources.add_features(reader, chunk, reads, firings, before)
+        sources.add_heads(chunk, reads, f, first)
 
 
 def choose_examples(statistics: FeatureStatistics, n_quantiles: int, length: int) -> pd.DataFrame:

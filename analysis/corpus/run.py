@@ -192,7 +192,7 @@ def analyse(
     model: str | None = None,
     text: str | None = None,
 ) -> None:
-    """Write `analysis/` of checkpoints; those of one layer, model and text share every forward.
+    """Write `analysis/` of checkpoints; those of one model and text share every forward, also of several layers.
 
     Under torchrun the processes deal the forwards out, and the first one writes.
 
@@ -224,13 +224,12 @@ def _analyse(
             make_writable(path)
     for group in by_origin(checkpoints, model):
         lm = group[0].open_model(ranks.own_device(pick_device(device)), model)
-        layer = lm.layer(group[0].layer)
         corpus = _another(cfg, group[0], lm) if cfg.dataset else group[0].open_text(lm.tokenizer, text)
         every = corpus.held_out_tokens(cfg.tokens + cfg.score_tokens)
         contexts = every[: corpus.n_contexts(cfg.tokens)]  # what follows was not used to write descriptions
         fuzzy_from = dfa.similarity_threshold(lm, contexts)
         key = {**asdict(cfg), "text": corpus.fingerprint, "n_contexts": len(contexts)}
-        jobs = [Job(trained, layer, key, cfg, corpus.context_size) for trained in group]
+        jobs = [Job(trained, lm.layer(trained.layer), key, cfg, corpus.context_size) for trained in group]
         for job in jobs:
             if resume:
                 job.load()
@@ -245,9 +244,11 @@ def _analyse(
             needed = torch.cat([further, *(job.strips.contexts for job in same)]).unique()
             _run_pass("Second pass", same, every, needed)
         n_repeated, length = max(1, _REPEATED_TOKENS // (corpus.context_size - 1)), corpus.context_size
-        readers = [job.reader for job in jobs]
-        repeats, on_repeats = sources_on_repeats(layer, readers, n_repeated, length, cfg.seed, fuzzy_from)
-        _write(jobs, repeats, on_repeats, corpus, every, fuzzy_from, cfg, wandb)
+        layers = _by_layer(jobs)
+        readers = {layer: [job.reader for job in same] for layer, same in layers.items()}
+        repeated = sources_on_repeats(lm, readers, n_repeated, length, cfg.seed, fuzzy_from)
+        for layer, same in layers.items():
+            _write(same, *repeated[layer], corpus, every, fuzzy_from, cfg, wandb)
 
 
 def _another(cfg: AnalysisConfig, trained: Checkpoint, lm: LanguageModel) -> Corpus:
@@ -264,6 +265,10 @@ def _equally_far(jobs: list[Job], stage: int) -> list[list[Job]]:
     return [list(same) for _, same in groupby(left, key=lambda job: job.done)]
 
 
+def _by_layer(jobs: list[Job]) -> dict[int, list[Job]]:
+    return {layer: [job for job in jobs if job.layer.index == layer] for layer in sorted({j.layer.index for j in jobs})}
+
+
 def _run_pass(
     what: str,
     jobs: list[Job],
@@ -277,7 +282,8 @@ def _run_pass(
         needed: contexts that the whole pass reads.
         fuzzy_from: of `dfa.TokenKinds`.
     """
-    layer, stage, n_tokens = jobs[0].layer, jobs[0].stage, contexts.shape[1] - 1
+    lm, stage, n_tokens = jobs[0].layer.lm, jobs[0].stage, contexts.shape[1] - 1
+    filled = {layer: [each for job in same for each in job.filled] for layer, same in _by_layer(jobs).items()}
     index = needed[needed >= jobs[0].done]
     n_read = len(needed) - len(index)
     before, started = jobs[0].seconds[stage - 1], time.monotonic()
@@ -287,7 +293,7 @@ def _run_pass(
         deferred_interrupts() as asked_to_stop,
     ):
         bar.update(n_read * n_tokens)
-        for read in feed(layer, contexts, index, [each for job in jobs for each in job.filled], fuzzy_from):
+        for read in feed(lm, contexts, index, filled, fuzzy_from):
             now = time.monotonic()
             n_read += len(read)
             bar.update(len(read) * n_tokens)

@@ -123,7 +123,8 @@ def test_heads_with_a_known_job(lm):
     known = {17: dict.fromkeys(INDUCTION_HEADS, "induction"), 11: {1: "previous"}, 16: {0: "previous"}}
     for layer, heads in known.items():
         sae = Checkpoint(SHIPPED).sae if layer == LAYER else _random_sae(lm, layer)
-        (sources,), _ = sources_on_repeats(lm.layer(layer), [dfa.Reader(sae, lm.layer(layer))], 8, 81, seed=0)
+        readers = {layer: [dfa.Reader(sae, lm.layer(layer))]}
+        ((sources,), _) = sources_on_repeats(lm, readers, 8, 81, seed=0)[layer]
         for head, role in heads.items():
             for mass in (sources.head_attention, sources.head_dfa):
                 assert dfa.SLOTS[int(mass[head].argmax())] == role, (layer, head)

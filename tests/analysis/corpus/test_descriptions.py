@@ -52,7 +52,7 @@ def test_further_firings_are_those_of_the_contexts_behind(gpt2):
     contexts = torch.randint(1, 257, (40, 24))
     contexts[:, 0] = 0
     further = FurtherFirings(Reader(sae, gpt2.layer(1)), first=25)
-    list(feed(gpt2.layer(1), contexts, torch.arange(40), [further]))
+    list(feed(gpt2, contexts, torch.arange(40), {1: [further]}))
     f = sae.encode(gpt2.layer(1).z(contexts)).flatten(2)
     f[:25], f[:, 0] = 0, 0
     names = ("context", "position", "feature", "value")

@@ -57,7 +57,7 @@ def token_features(lm) -> BlockDiagSAE:
 def seen(lm):
     sae, contexts = token_features(lm), repeats()
     statistics = FeatureStatistics(Reader(sae, lm.layer(1)), VOCABULARY, n_top=5)
-    list(feed(lm.layer(1), contexts, torch.arange(len(contexts)), [statistics]))
+    list(feed(lm, contexts, torch.arange(len(contexts)), {1: [statistics]}))
     return sae, contexts, statistics
 
 
@@ -99,9 +99,8 @@ def test_copying_and_copy_suppression(lm, seen):
 
 def test_repeats_judge_the_second_half_only(lm):
     sae = token_features(lm)
-    (sources,), _ = sources_on_repeats(
-        lm.layer(1), [Reader(sae, lm.layer(1))], 16, 11, seed=0
-    )  # five random tokens, twice
+    readers = {1: [Reader(sae, lm.layer(1))]}
+    (sources,), _ = sources_on_repeats(lm, readers, 16, 11, seed=0)[1]  # five random tokens, twice
     attention = dfa.shares(sources.head_attention)[0]
     assert attention[dfa.SLOTS.index("induction")] > 0.95
     assert int(sources.head_tokens) == 16 * 5

@@ -51,7 +51,7 @@ def test_the_mean_is_that_of_hook_pattern(model, positions, request):
     contexts = torch.randint(1, 257, (45, 64), generator=torch.Generator().manual_seed(0))
     contexts[:, 0] = 0
     mean = MeanPattern(lm.n_heads, positions)
-    list(feed(lm.layer(1), contexts, torch.arange(45), [mean]))
+    list(feed(lm, contexts, torch.arange(45), {1: [mean]}))
     expected = hooked(lm, 1, contexts)[:, :, :positions, :positions].mean(0)
     torch.testing.assert_close(mean.mean(), expected, atol=1e-6, rtol=0)
     assert mean.described() == {"contexts": 45, "cells": positions, "step": 1}
@@ -62,7 +62,7 @@ def test_longer_contexts_are_pooled(gpt2, length):
     half = (length - 1) // 2
     sae = BlockDiagSAE(gpt2.n_heads, gpt2.d_head, 2).requires_grad_(False)
     layer = gpt2.layer(1)
-    _, seen = sources_on_repeats(layer, [Reader(sae, layer)], 9, length, seed=3)
+    _, seen = sources_on_repeats(layer.lm, {layer.index: [Reader(sae, layer)]}, 9, length, seed=3)[layer.index]
     expected = hooked(gpt2, 1, repeated_tokens(gpt2, 9, half, 3)).mean(0).numpy()
     step = math.ceil(2 * half / 63)
     assert seen.described()["step"] == step and seen.described()["cells"] <= schema.PATTERN_CELLS
@@ -76,7 +76,7 @@ def test_the_stripe_of_an_induction_head_is_in_it(length):
     """Half a context and a token back, from the second half on; the head beside it attends everywhere alike."""
     lm = previous_token_and_induction_model(200, length)
     sae = BlockDiagSAE(2, lm.d_head, 2).requires_grad_(False)
-    _, seen = sources_on_repeats(lm.layer(1), [Reader(sae, lm.layer(1))], 8, length, seed=0)
+    _, seen = sources_on_repeats(lm, {1: [Reader(sae, lm.layer(1))]}, 8, length, seed=0)[1]
     half, step = (length - 1) // 2, seen.described()["step"]
     stripe = [seen.mean()[head].diagonal(-(half - 1) // step)[-half // step :] for head in range(2)]
     assert stripe[0].mean() > 0.4 > 0.1 > stripe[1].mean()

@@ -60,7 +60,7 @@ def seen(lm, dense):
 
     statistics, pattern = filled = empty()
     for part in torch.arange(CONTEXTS).split(17):  # collected in between, as to save
-        list(feed(layer, contexts, part, filled))
+        list(feed(layer.lm, contexts, part, {layer.index: filled}))
         collect(filled, empty())
     ranks.copied([*state(statistics.top).values(), *state(statistics.sample).values()])
     examples = choose_examples(statistics, 4, LENGTH)
@@ -70,9 +70,9 @@ def seen(lm, dense):
 
     strips, further = second = nothing()
     for part in torch.arange(CONTEXTS).split(17):
-        list(feed(layer, contexts, part, second))
+        list(feed(layer.lm, contexts, part, {layer.index: second}))
         collect(second, nothing())
-    (repeats,), on_repeats = sources_on_repeats(layer, [reader], 17, LENGTH, seed=1)
+    (repeats,), on_repeats = sources_on_repeats(layer.lm, {layer.index: [reader]}, 17, LENGTH, seed=1)[layer.index]
     if not ranks.is_first():
         return None
     statistics.fires_on.pairs(), statistics.sources.reads.pairs()  # count what is pending
@@ -110,7 +110,7 @@ def test_a_limit_is_reached_at_the_end_of_a_chunk(gpt2):
     """Of the features that fire 40 times, and of co-firing pairs: chunks after that are left out, none before."""
     (reader, contexts), layer = given(gpt2, False), gpt2.layer(1)
     statistics = FeatureStatistics(reader, gpt2.d_vocab, n_top=7)
-    list(feed(layer, contexts, torch.arange(CONTEXTS), [statistics]))
+    list(feed(layer.lm, contexts, torch.arange(CONTEXTS), {layer.index: [statistics]}))
     before = torch.zeros_like(statistics.firings)
     attributed, pairs = before.clone(), 0
     for chunk in chain(*chunks(layer, contexts, torch.arange(CONTEXTS))):

@@ -19,8 +19,11 @@ from analysis.detection import Detected, detected
 from analysis.labels import Labels
 from analysis.search import Tokens
 from analysis.store import Analysis
+from tests.helpers import tiny_run
+from trainer.__main__ import main as train
 from trainer.checkpoint import Checkpoint, CheckpointError, save
 from trainer.data.documents import hash_fraction
+from trainer.model.lm import LanguageModel
 
 TABLES = [
     "features",
@@ -113,6 +116,51 @@ def test_artefacts_agree_with_the_model(analysed):
             assert set(analysis.strings) >= set(row.token_ids)
         documents = corpus.documents(contexts)
         assert shown["document"].tolist() == documents[shown["context"].tolist(), shown["position"].tolist()].tolist()
+
+
+def test_several_layers_share_every_forward_and_say_what_each_says_alone(gpt2_folder, text_file, tmp_path, monkeypatch):
+    more = ("--hook_layer=[0,1,3]", "--k=5", "--total_training_steps=8", "--batch_size=64", "--cache_gb=0")
+    assert train(tiny_run(gpt2_folder, text_file, tmp_path / "one", *more)) == 0
+    shutil.copytree(tmp_path / "one", tmp_path / "all")
+    names = sorted(path.name for path in (tmp_path / "one").iterdir() if not path.name.startswith("."))
+    alone = [str(tmp_path / "one" / name) for name in names]
+    ran = []
+    entered = LanguageModel.attentions
+
+    def attentions(lm, tokens, layers):
+        ran.append((len(tokens), sorted(layers)))
+        return entered(lm, tokens, layers)
+
+    monkeypatch.setattr(LanguageModel, "attentions", attentions)
+    assert main([str(tmp_path / "all" / name) for name in reversed(names)] + OPTIONS) == 0
+    shared = [layers for _, layers in ran if len(layers) > 1]
+    assert shared and all(layers == [0, 1, 3] for layers in shared)
+    for path in alone:
+        assert main([path, *OPTIONS]) == 0
+    for name in names:
+        one, other = tables(tmp_path / "one" / name), tables(tmp_path / "all" / name)
+        for table, frame in one.items():
+            assert_close(frame, other[table], (name, table))
+
+
+def assert_close(one, other, where) -> None:
+    """Forwards that end at another layer run in other parts: floats agree to rounding, everything else exactly."""
+    assert list(one) == list(other) and len(one) == len(other), where
+    for column in one:
+        a, b = one[column], other[column]
+        if len(a) and isinstance(a.iloc[0], np.ndarray):
+            a, b = (np.concatenate(list(each)) if len(each) else np.empty(0) for each in (a, b))
+        if pd.api.types.is_float_dtype(np.asarray(a).dtype):
+            assert np.allclose(a, b, rtol=1e-3, atol=1e-4, equal_nan=True), (where, column)
+        elif table_text(a):
+            continue
+        else:
+            assert (np.asarray(a) == np.asarray(b)).all(), (where, column)
+
+
+def table_text(values) -> bool:
+    """Sentences and strips hold figures: rounding may write them otherwise."""
+    return np.asarray(values).dtype == object
 
 
 def test_heads_and_features_add_up(analysed):

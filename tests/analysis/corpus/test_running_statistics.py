@@ -28,7 +28,7 @@ def seen(request, gpt2):
     contexts = torch.randint(1, 40, (CONTEXTS, LENGTH))
     contexts[:, 0] = 0
     statistics = FeatureStatistics(Reader(sae, gpt2.layer(LAYER)), gpt2.d_vocab, n_top=7)
-    list(feed(gpt2.layer(LAYER), contexts, torch.arange(CONTEXTS), [statistics]))
+    list(feed(gpt2, contexts, torch.arange(CONTEXTS), {LAYER: [statistics]}))
     z = gpt2.layer(LAYER).z(contexts)
     f = sae.encode(z)
     f[:, 0] = 0
@@ -146,7 +146,7 @@ def test_the_strips_of_examples(seen):
     assert set(table["kind"]) == {"top", "quantile"}
     assert table["feature"].is_monotonic_increasing
     strips = Strips(Reader(sae, lm.layer(LAYER)), table)
-    list(feed(lm.layer(LAYER), contexts, strips.contexts, [strips]))
+    list(feed(lm, contexts, strips.contexts, {LAYER: [strips]}))
     parts = state(strips)
     _, v, pattern = lm.layer(LAYER).attention(contexts)
     W_enc, b_V = sae.W_enc.view(lm.n_heads, lm.d_head, -1), lm.layer(LAYER).b_V
@@ -197,9 +197,9 @@ def test_an_interrupted_stream_goes_on_exactly(seen):
     lm, sae, contexts, statistics, _, _ = seen
     reader = Reader(sae, lm.layer(LAYER))
     first, second = (FeatureStatistics(reader, lm.d_vocab, n_top=7) for _ in range(2))
-    list(feed(lm.layer(LAYER), contexts, torch.arange(21), [first]))
+    list(feed(lm, contexts, torch.arange(21), {LAYER: [first]}))
     load_state(second, {name: value.clone() for name, value in state(first).items()})
-    list(feed(lm.layer(LAYER), contexts, torch.arange(21, CONTEXTS), [second]))
+    list(feed(lm, contexts, torch.arange(21, CONTEXTS), {LAYER: [second]}))
     for each in (second, statistics):
         each.fires_on.top(sae.d_sae, 1)  # counts what is pending
         each.sources.reads.top(sae.d_sae, 1)
