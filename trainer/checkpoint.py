@@ -445,7 +445,7 @@ def _report(what: str, place: str | None) -> None:
 
 
 def by_origin(checkpoints: list[Checkpoint], place: str | None = None) -> list[list[Checkpoint]]:
-    """Checkpoints of one layer, model and text together: they can share every forward.
+    """Checkpoints of one model and text together, by layer: they can share every forward.
 
     Args:
         place: where the model of all of them lies.
@@ -458,8 +458,8 @@ def by_origin(checkpoints: list[Checkpoint], place: str | None = None) -> list[l
     groups: dict[tuple[Any, ...], list[Checkpoint]] = {}
     for checkpoint in checkpoints:
         model, text = checkpoint.config.model, checkpoint.config.text
-        groups.setdefault((model.name, model.fingerprint, model.hook_layer, text), []).append(checkpoint)
-    return list(groups.values())
+        groups.setdefault((model.name, model.fingerprint, text), []).append(checkpoint)
+    return [sorted(group, key=lambda each: each.layer) for group in groups.values()]
 
 
 def save(path: Path, sae: BlockDiagSAE, config: Config) -> None:

@@ -9,6 +9,7 @@ depend on them, so they are evaluated on the same tokens by construction.
 
 import argparse
 import sys
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -83,19 +84,20 @@ def _evaluate_checkpoints(
         for path in paths:
             make_writable(path)
     for group in by_origin(checkpoints, model):
-        saes = [each.sae for each in group]
         lm = group[0].open_model(ranks.own_device(pick_device(device)), model)
         corpus = group[0].open_text(lm.tokenizer, text)
-        before = [each.eval["n_tokens"] for each in group if each.eval]
-        n_tokens = tokens or min(before, default=default_tokens(str(lm.device)))
-        held_out = corpus.held_out(corpus.n_contexts(n_tokens))
-        options = group[0].config.options
-        seed = options.training.seed if options else 0
-        n_documents = corpus.n_documents(held_out)
-        results = evaluate(lm.layer(group[0].layer), saes, held_out, n_documents, seed, kept_effects(), progress=True)
-        for each, result in zip(group, results, strict=True):
-            if ranks.is_first():
-                write_json(each.path / "eval.json", result)
+        for layer, of_layer in groupby(group, key=lambda each: each.layer):
+            same = list(of_layer)
+            before = [each.eval["n_tokens"] for each in same if each.eval]
+            n_tokens = tokens or min(before, default=default_tokens(str(lm.device)))
+            held_out = corpus.held_out(corpus.n_contexts(n_tokens))
+            options = same[0].config.options
+            seed, saes = options.training.seed if options else 0, [each.sae for each in same]
+            n_documents = corpus.n_documents(held_out)
+            results = evaluate(lm.layer(layer), saes, held_out, n_documents, seed, kept_effects(), progress=True)
+            for each, result in zip(same, results, strict=True):
+                if ranks.is_first():
+                    write_json(each.path / "eval.json", result)
 
 
 def default_tokens(device: str) -> int:

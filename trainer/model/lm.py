@@ -7,7 +7,7 @@ Grouped-query attention ends here: values come out once per query head.
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from math import isclose
 from typing import Any, NamedTuple
@@ -225,6 +225,22 @@ class LanguageModel:
         names = [f"blocks.{layer}.attn.hook_z" for layer in layers]
         got = self.capture(tokens, sorted(names, key=lambda name: layers[names.index(name)]))
         return [got[name] for name in names]
+
+    def attentions(
+        self, tokens: Int[Tensor, "batch pos"], layers: Iterable[int]
+    ) -> Iterator[tuple["Layer", "Attention"]]:
+        """What some attention layers do, one after the other from one forward; only one is held at a time."""
+        wanted = sorted(set(layers))
+        inputs: Tensor = tokens
+        start = None
+        for layer, after in zip(wanted, [*wanted[1:], None], strict=True):
+            goes_on = [] if after is None else [f"blocks.{after}.hook_resid_pre"]
+            here = self.layer(layer)
+            attention, got = here._attention(inputs, [], goes_on, start)
+            if after is not None:
+                inputs, start = got[goes_on[0]], after
+            del got
+            yield here, attention
 
     def unembed(self, resid: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_vocab"]:
         """What an addition to the final residual stream adds to the logits, times the scale of the final norm.
