@@ -12,7 +12,8 @@ SIZES = {"tablet": (820, 1180), "laptop": (1280, 800), "desk": (1920, 1080)}
 K32, K64 = (f"smollm2-135m-L17-batchtopk-x8-k{k}" for k in (32, 64))
 DENSE = "smollm2-135m-L17-batchtopk-dense-x4-k32"
 PAGES = {
-    "start": "",
+    "model": "?at=17.4",
+    "start": "start",
     "tradeoffs": "tradeoffs",
     "heads": f"heads?checkpoint={K32}",
     "heads-figures": f"heads?checkpoint={K32}&show=Figures",

@@ -42,7 +42,7 @@ def show(
                 st.badge(verdict, color=_VERDICTS[verdict])
             if verdict and head[f"{judged}mono_near_tie"]:
                 st.badge("near-tie", color="gray", help="its largest slot leads by less than 10 points")
-        with st.container(horizontal=True, gap="medium"):
+        with st.container(horizontal=True, gap="small"):
             for name, score in _scores(head).items():
                 st.markdown(f":small[:gray[{name}]]  \n**{score}**", width="content")
         if pictures:

@@ -16,7 +16,7 @@ from pages.sections import head_card
 from pages.shared import live
 from pages.shared.exports import downloads
 from pages.shared.page import ARROW, LINKED, folder, plain, typed
-from pages.shared.pick import number, put, select
+from pages.shared.pick import best, number, put, select
 from trainer.checkpoint import Checkpoint, CheckpointError
 
 _NO_SAES = "none"
@@ -48,6 +48,7 @@ def pick(checkpoints: list[Checkpoint]) -> Shown | None:
     model = select(left, "Model", list(words), "model")
     of_model = words[model]
     of_all = layer_sets([each for each in checkpoints if each.config.model.fingerprint == of_model])
+    of_all.sort(key=lambda each: (-len(each.members), best(checkpoints) not in each.members.values()))
     sets = {each.name: each for each in of_all}
     options = [*(f"{each.name}: {_layers(each)}" for each in of_all), _NO_SAES]
     chosen = select(right, "SAEs", options, "saes")
@@ -191,7 +192,8 @@ def _every_figure(row: pd.Series, figures: dict[str, str]) -> None:
         if pd.notna(row[name])
     ]
     frame = pd.DataFrame(rows, columns=["figure", "value", "±", "what it is"]).astype({"value": float, "±": float})
-    st.dataframe(frame, hide_index=True, height=300)
+    digits = {name: st.column_config.NumberColumn(format="%.4g") for name in ("value", "±")}
+    st.dataframe(frame, hide_index=True, height=300, column_config=digits)
 
 
 def _pictures(shown: Shown, index: int) -> dict:
@@ -206,7 +208,9 @@ def _pictures(shown: Shown, index: int) -> dict:
 
 
 def _chosen(table: pd.DataFrame) -> str | None:
-    return st.session_state.get("at") or (table["name"].iloc[0] if len(table) else None)
+    """The head that is chosen below: its box is not drawn yet, and an address may say which."""
+    name = st.session_state.get("at") or st.query_params.get("at")
+    return name if name in set(table["name"]) else table["name"].iloc[0] if len(table) else None
 
 
 def _clicked(key: str) -> None:

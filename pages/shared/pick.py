@@ -77,7 +77,7 @@ def pick_checkpoint(checkpoints: list[Checkpoint], label: str, key: str, index: 
     by_name = {checkpoint.name: checkpoint for checkpoint in checkpoints}
     names = list(by_name)
     last = st.session_state.get(_LAST) if index == 0 else None
-    default = last if last in by_name else names[(names.index(_default(checkpoints).name) + index) % len(names)]
+    default = last if last in by_name else names[(names.index(best(checkpoints).name) + index) % len(names)]
     wanted, missing = st.query_params.get(key), f"{key} that is not there"
     name = wanted if came_back() else st.session_state.get(key, wanted)
     if (linked := st.query_params.pop(LINKED, None)) is not None:
@@ -113,7 +113,7 @@ def _pick_site(checkpoints: list[Checkpoint], chosen: Checkpoint, key: str) -> N
 
     def another() -> None:
         there = [each for each in checkpoints if each.site == st.session_state[box]]
-        put(key, (counterpart(chosen, there) or _default(there)).name)
+        put(key, (counterpart(chosen, there) or best(there)).name)
 
     one_model = len({each.config.model.fingerprint for each in checkpoints}) == 1
     box = f"{key}-layer"
@@ -123,7 +123,7 @@ def _pick_site(checkpoints: list[Checkpoint], chosen: Checkpoint, key: str) -> N
     st.selectbox("Layer", list(sites), key=box, format_func=words.__getitem__, on_change=another, width=width)
 
 
-def _default(checkpoints: list[Checkpoint]) -> Checkpoint:
+def best(checkpoints: list[Checkpoint]) -> Checkpoint:
     """The plain block-diagonal checkpoint with L0 up to 40 (which one can read) that keeps most; else the sparsest.
 
     Plain: neither a baseline nor labelled as a variant.

@@ -1,5 +1,6 @@
 """The Model page: every head of a model found, opened and exported, with SAEs and without."""
 
+import json
 import shutil
 
 import numpy as np
@@ -37,6 +38,12 @@ def folder(model, show_copy):
     return show_copy(model)
 
 
+def chosen(app) -> int:
+    """The place of the row that is marked in the finder."""
+    (proto,) = [of.proto for of in app.get("bidi_component") if of.proto.id.endswith("-heads")]
+    return json.loads(proto.json)["chosen"]
+
+
 def whole(folder):
     heads = ModelHeads(next(folder.glob("*.heads")))
     return head_table(heads, layer_sets(list_checkpoints(folder).readable)[0])[0]
@@ -62,8 +69,8 @@ def test_every_head_of_every_layer_is_there(folder):
 def test_the_finder_finds_what_is_asked_for(folder):
     table = whole(folder)
     bound = float(table["zero_KL"].median())
-    app = open_page(PAGE, find="zero KL")
-    app = open_page(PAGE, find="zero_KL", bound=str(bound)) if app.exception else app
+    app = open_page(PAGE, find="previous")
+    assert listed(app, "heads")["previous"].tolist() == sorted(table["previous"], reverse=True)
     app.selectbox(key="find").set_value("zero_KL").run()
     app.number_input(key="bound").set_value(bound).run()
     names = set(listed(app, "heads")["name"])
@@ -76,6 +83,7 @@ def test_the_finder_finds_what_is_asked_for(folder):
 def test_a_head_has_its_link_and_its_card(folder):
     app = open_page(PAGE, at="1.2")
     assert not app.exception and app.selectbox(key="at").value == "1.2"
+    assert listed(app, "heads")["name"][chosen(app)] == "1.2"
     assert "Head 1.2" in said(app) and "Its SAE: `tiny-L1-batchtopk-x4-k5`" in said(app)
     queries = [link.proto.query_string for link in app.get("page_link") if "of=" in link.proto.query_string]
     assert any("of=tiny-L1-batchtopk-x4-k5" in query and "head=2" in query for query in queries)
