@@ -33,10 +33,11 @@ def on_text(rows: dict[str, Figures], shared: str, heads: list[int]) -> list[str
     found = [
         [
             name.removeprefix(f"{shared}-"),
-            f"{f['L0']:.1f}",
-            f"{f['FVU']:.3f}",
+            score(f, "L0", 1),
+            score(f, "FVU"),
             score(f, "KL_score"),
             score(f, "CE_score"),
+            score(f, "norm_ratio"),
             "{:.3f} ({})".format(*max((fvu, head) for head, fvu in enumerate(f["FVU_per_head"]) if fvu is not None)),
             ", ".join(number(f["FVU_per_head"][head], 2) for head in heads),
             f"{f['silent_fraction']:.1%}",
@@ -44,7 +45,16 @@ def on_text(rows: dict[str, Figures], shared: str, heads: list[int]) -> list[str
         for name, f in rows.items()
     ]
     tokens = counts(rows.values())
-    columns = ["SAE", "L0", "FVU", "KL score", "CE score", "worst head's FVU (head)", f"FVU of heads {said(heads)}"]
+    columns = [
+        "SAE",
+        "L0",
+        "FVU",
+        "KL score",
+        "CE score",
+        "norm ratio",
+        "worst head's FVU (head)",
+        f"FVU of heads {said(heads)}",
+    ]
     return [f"Held-out text, {tokens} tokens:", "", *table([*columns, f"silent on {tokens} tokens"], found)]
 
 
@@ -54,7 +64,7 @@ def on_repeats(rows: dict[str, Figures], shared: str, heads: list[int]) -> list[
     found = [
         [
             name.removeprefix(f"{shared}-"),
-            f"{f['L0']:.1f}",
+            score(f, "L0", 1),
             score(f, "CE_score"),
             score(f, "KL_score"),
             ", ".join(number(f["CE_score_per_head"][head]) for head in heads),
@@ -72,13 +82,14 @@ def table(columns: list[str], rows: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows)]
 
 
-def score(figures: Figures, key: str) -> str:
-    """A score with its standard error."""
-    return number(figures[key]) + ("" if figures[key] is None else f" ± {figures[f'{key}_se']:.3f}")
+def score(figures: Figures, key: str, digits: int = 3) -> str:
+    """A figure with its standard error, clustered by context."""
+    error = "" if figures[key] is None else f" ± {number(figures[f'{key}_se'], digits)}"
+    return number(figures[key], digits) + error
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A figure, or that it has none: its denominator is within 3 standard errors of 0, or the head is constant."""
+    """A figure, or that it has none: its denominator is not 3 standard errors above 0, or the head is constant."""
     return "n/m" if value is None else f"{value:.{digits}f}"
 
 

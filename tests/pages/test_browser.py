@@ -293,3 +293,29 @@ def test_the_prompt_is_text_that_one_hovers_and_clicks(visitor):
     cells.click(position={"x": cells.bounding_box()["width"] / 2, "y": 110})  # the row of head 4
     visitor.addressed(head="4", token="11")
     page.get_by_role("button", name="Pattern of head 4", pressed=True).wait_for()
+
+
+def test_from_the_map_of_a_model_to_a_feature_of_another_layer(visitor):
+    """The shipped table of the embedded model: click a cell, then the row that the finder has for an induction head."""
+    page = visitor.page
+    visitor.open("")
+    page.get_by_role("heading", name="Find heads").wait_for()
+    visitor.idle()
+    chart = page.get_by_test_id("stVegaLiteChart").first
+    box = chart.bounding_box()
+    chart.click(position={"x": box["width"] * 0.4, "y": 200})
+    page.wait_for_function("new URL(location).searchParams.get('at')?.match(/^\\d+\\.\\d$/)")
+    visitor.idle()
+    page.locator(".rows tbody tr[aria-selected]", has_text="17.4").click()
+    visitor.addressed(at="17.4")
+    page.get_by_text("Head 17.4", exact=True).wait_for()
+    visitor.idle()
+    link = page.url
+    page.reload()
+    page.get_by_text("Head 17.4", exact=True).wait_for()
+    assert page.url == link
+    page.get_by_role("link", name="Its features").click()
+    visitor.addressed(checkpoint="smollm2-135m-L17", head="4")
+    page.get_by_text("Nearest features").wait_for()
+    page.get_by_test_id("stTopNav").get_by_role("link", name="Heads", exact=True).click()
+    visitor.addressed(checkpoint="smollm2-135m-L17")
