@@ -3,7 +3,8 @@
 from benchmarks import quality, results_table
 
 FIGURES = {
-    "L0": 3.0, "L0_se": 0.1, "FVU": 0.2, "FVU_se": None, "norm_ratio": 0.5, "norm_ratio_se": 0.01, "KL_score": None, "CE_score": None, "silent_fraction": 0.0, "n_tokens": 9,
+    "L0": 3.0, "L0_se": 0.1, "FVU": 0.2, "FVU_se": None, "norm_ratio": 0.5, "norm_ratio_se": 0.01,
+    "KL_score": None, "CE_score": None, "silent_fraction": 0.0, "n_tokens": 9,
     "FVU_per_head": [0.125, None, 0.5, 0.25],
 }  # fmt: skip
 
