@@ -84,9 +84,9 @@ def pick_checkpoint(checkpoints: list[Checkpoint], label: str, key: str, index: 
         name = wanted = linked
         if name in by_name:
             st.session_state[key] = name
-    if name not in by_name:
-        name = st.session_state[key] = default
-        assume(key, name)  # an address without a name would leave the box empty after Back
+    if name not in by_name or wanted is None:  # after Back, or from another page that has such a box too
+        name = st.session_state[key] = name if name in by_name else default
+        assume(key, name)  # an address without a name would leave the box empty
     if wanted is not None and wanted not in by_name:
         st.session_state[missing] = wanted, name
     # Said as long as it is so: the address has the other name once the page, or a part of it, is run again.

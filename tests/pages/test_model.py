@@ -150,3 +150,13 @@ def test_a_large_model_is_one_small_chart(n_layers, n_heads):
 def test_a_click_beside_all_heads_chooses_none():
     assert charts.clicked({"head": [{"name": "3.1"}]}) == "3.1"
     assert charts.clicked({"head": []}) is charts.clicked({}) is None
+
+
+def test_from_page_to_page_the_box_keeps_its_checkpoint(folder):
+    """A box that two pages have: on the second one it stood empty, although its checkpoint was shown."""
+    app = open_page("pages/heads.py", checkpoint="tiny-L2-batchtopk-x4-k5")
+    app.query_params.clear()
+    app = app.switch_page("pages/prompt.py").run()
+    assert not app.exception
+    assert app.selectbox(key="checkpoint").value == "tiny-L2-batchtopk-x4-k5"
+    assert app.query_params["checkpoint"] == "tiny-L2-batchtopk-x4-k5"
