@@ -16,7 +16,7 @@ def build_parser() -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(
         prog="python -m analysis",
         description="Write what every feature and every head of checkpoints does to <checkpoint>/analysis/. "
-        "Checkpoints of one layer that are named together share the language model's work.",
+        "Checkpoints of one model that are named together share its work.",
     )
     parser.add_argument("checkpoints", nargs="+", help=f"{cli.CHECKPOINT[0].upper()}{cli.CHECKPOINT[1:]}.")
     parser.add_class_arguments(AnalysisConfig)

@@ -8,7 +8,7 @@ import pandas as pd
 import streamlit as st
 
 from analysis.heads.table import ModelHeads, list_models
-from analysis.runs.model import ROLES, columns_of, head_table, roles_of
+from analysis.runs.model import ROLES, columns_of, roles_of
 from analysis.runs.sets import LayerSet, layer_sets
 from pages.charts import model as charts
 from pages.components.listing import listing
@@ -37,7 +37,7 @@ class Shown(NamedTuple):
 def pick(checkpoints: list[Checkpoint]) -> Shown | None:
     """The model, and the SAEs whose figures stand beside its own; None where there is neither."""
     described = list_models(folder())
-    heads = {of_model.meta["model"]["fingerprint"]: of_model for of_model in described.readable}
+    heads = {each.meta["model"]["fingerprint"]: live.same_heads(each) for each in described.readable}
     names = {of: each.name for of, each in heads.items()}
     names |= {each.config.model.fingerprint: each.config.model.name.rpartition("/")[2] for each in checkpoints}
     if not names:
@@ -54,10 +54,10 @@ def pick(checkpoints: list[Checkpoint]) -> Shown | None:
     chosen = select(right, "SAEs", options, "saes")
     of_set = None if chosen == _NO_SAES else sets[chosen.rpartition(": ")[0]]
     try:
-        table, errors = head_table(heads.get(of_model), of_set)
+        table, errors = live.model_table(heads.get(of_model), of_set)
     except CheckpointError as error:
-        table, errors = head_table(None, of_set)
-        errors.append(error)
+        table, errors = live.model_table(None, of_set)
+        errors = [error, *errors]
     _refused([*described.errors, *errors])
     if of_model not in heads:
         st.text(f"Only layers with SAEs are shown. This command looks at every head of {model}, without SAEs:")

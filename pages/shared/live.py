@@ -13,12 +13,15 @@ from typing import Any, TypeVar
 import pandas as pd
 import streamlit as st
 
+from analysis.heads.table import ModelHeads
 from analysis.match.read import Match
 from analysis.prompt import run as prompts
 from analysis.prompt.continuation import Continuation, continue_prompt
 from analysis.prompt.effect import Effect
 from analysis.prompt.intervene import Intervention, intervene
 from analysis.prompt.patch import Patch, patch, patch_every_head
+from analysis.runs.model import head_table
+from analysis.runs.sets import LayerSet
 from analysis.store import Analysis
 from analysis.tokens import visible
 from pages.shared.page import hint, plain, sentences
@@ -67,6 +70,36 @@ def read_analysis(checkpoint: Checkpoint) -> Analysis:
         CheckpointError: there is none, or it cannot be used.
     """
     return Analysis(checkpoint)
+
+
+def _version_of_set(of_set: LayerSet) -> tuple[Any, ...]:
+    files = [(each, each.path / "eval.json") for each in of_set.members.values()]
+    return tuple((version(each), os.path.getmtime(file) if os.path.exists(file) else None) for each, file in files)
+
+
+def _version_of_heads(heads: ModelHeads) -> tuple[Any, ...]:
+    return str(heads.folder), os.path.getmtime(heads.folder / "meta.json")
+
+
+_PER_MODEL: dict[str, Any] = {
+    "show_spinner": False, "hash_funcs": {LayerSet: _version_of_set, ModelHeads: _version_of_heads},
+}  # fmt: skip
+
+
+@st.cache_resource(max_entries=4, **_PER_MODEL)
+def same_heads(heads: ModelHeads) -> ModelHeads:
+    """The object of a folder that has been read already, as long as the folder is the same."""
+    return heads
+
+
+@st.cache_resource(max_entries=8, **_PER_MODEL)
+def model_table(heads: ModelHeads | None, of_set: LayerSet | None) -> tuple[pd.DataFrame, list[CheckpointError]]:
+    """`model.head_table`, made once.
+
+    Raises:
+        CheckpointError: the table of the heads cannot be used.
+    """
+    return head_table(heads, of_set)
 
 
 @st.cache_resource(max_entries=12, **_PER_CHECKPOINT)
