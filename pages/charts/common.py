@@ -18,10 +18,11 @@ _SLOT_COLOURS = {
     "newline": "#8C564B", "digit": "#B8A800", "capitalised": "#00695C", "function": "#8FD3C1", "content": "#009E73",
     "local": "#56B4E9", "other": "#6E7781",
 }  # fmt: skip
+SLOT_SCALE = alt.Scale(domain=list(SLOTS), range=[_SLOT_COLOURS[slot] for slot in SLOTS])
 SLOT = alt.Color(
     "slot:N",
     title="Source slot",
-    scale=alt.Scale(domain=list(SLOTS), range=[_SLOT_COLOURS[slot] for slot in SLOTS]),
+    scale=SLOT_SCALE,
     legend=alt.Legend(orient="top", columns=4, symbolLimit=len(SLOTS)),  # one line is cut in half a page
 )
 HEADS = alt.X("head:O", title="Head", axis=alt.Axis(labelAngle=0))

@@ -3,7 +3,8 @@
 import altair as alt
 import pandas as pd
 
-from pages.charts.common import GREY, PALETTE, SLOT, tips
+from analysis.attribution import SLOTS
+from pages.charts.common import GREY, PALETTE, SLOT_SCALE, tips
 
 _WIDEST = 30  # pixels of a cell
 _FORMAT = ".3g"
@@ -29,7 +30,7 @@ def head_map(frame: pd.DataFrame, column: str, chosen: str | None) -> alt.LayerC
     is_role = not pd.api.types.is_numeric_dtype(frame[column])
     shown = tips("name:N", f"{column}:N") if is_role else tips("name:N", **_with_error(frame, column))
     cells = base.mark_rect(stroke=GREY, strokeWidth=0.3, cursor="pointer").encode(
-        color=_slots(column) if is_role else _shades(frame, column), tooltip=shown
+        color=_slots(frame, column) if is_role else _shades(frame, column), tooltip=shown
     )
     ground = base.mark_rect(fill="transparent", stroke=GREY, strokeWidth=0.3)  # of what has no value
     mark = base.transform_filter(alt.FieldEqualPredicate(chosen or "", "name")).mark_rect(
@@ -73,8 +74,10 @@ def _click() -> alt.Parameter:
     return alt.selection_point(name="head", fields=["name"])
 
 
-def _slots(column: str) -> alt.Color:
-    return alt.Color(f"{column}:N", title=None, scale=SLOT.scale, legend=alt.Legend(orient="right", symbolLimit=20))
+def _slots(frame: pd.DataFrame, column: str) -> alt.Color:
+    present = set(frame[column].dropna())
+    legend = alt.Legend(orient="right", symbolLimit=20, values=[slot for slot in SLOTS if slot in present])
+    return alt.Color(f"{column}:N", title=None, scale=SLOT_SCALE, legend=legend)
 
 
 def _shades(frame: pd.DataFrame, column: str) -> alt.Color:

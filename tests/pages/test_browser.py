@@ -96,6 +96,7 @@ def test_a_deviant_feature_is_one_click_away_and_back_one_step(visitor):
         assert visitor.shown() == shown
 
 
+@pytest.mark.slow
 def test_the_address_says_what_is_shown(visitor):
     """Streamlit leaves in the address what is no option any more, and leaves defaults out of it."""
     page = visitor.page
@@ -147,6 +148,7 @@ def test_what_is_chosen_by_hand_after_a_prompt_by_hand_is_in_the_address(visitor
     assert page.get_by_role("combobox", name="Token", exact=True).first.input_value() == "7: \u00b7two"
 
 
+@pytest.mark.slow
 def test_what_fits_the_filters_is_a_file(visitor):
     page = visitor.page
     visitor.open("features?fires=any+digit")
@@ -160,6 +162,7 @@ def test_what_fits_the_filters_is_a_file(visitor):
         assert len(table) == n > 10 and table["precision"].between(0, 1).all()
 
 
+@pytest.mark.slow
 def test_a_list_is_walked_by_mouse_and_by_keys(visitor):
     page = visitor.page
     rows = page.locator(".rows").first.locator("tbody tr[aria-selected]")
@@ -253,6 +256,7 @@ def test_thumbnails_are_drawn_and_induction_is_seen(visitor):
     assert opacity[heads[-3]] > 150 > 100 > opacity[heads[-4]], opacity
 
 
+@pytest.mark.slow
 def test_the_prompt_is_text_that_one_hovers_and_clicks(visitor):
     """By mouse and by keyboard: a token, a span, a head, each as the boxes below choose it, and after a reload too."""
     page = visitor.page

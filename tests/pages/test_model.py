@@ -90,9 +90,13 @@ def test_a_head_has_its_link_and_its_card(folder):
     app.selectbox(key="at").set_value("4.0").run()
     assert "There is no SAE of layer 4 here" in said(app) and app.query_params["at"] == "4.0"
     assert "Zeroed, on text" in str([each.proto.body for each in app.get("html")])
-    for colour in columns_of(whole(folder)):
+    known = list(columns_of(whole(folder)))
+    assert {"induction", "zero_CE", "FVU"} <= set(known)
+    for colour in ("zero_CE", "FVU", known[-1]):  # signed, not of all heads, of one layer
         app.selectbox(key="colour").set_value(colour).run()
         assert not app.exception, colour
+    app.selectbox(key="colour").set_value("repeated_role_attention_besides_bos").run()
+    assert not app.exception and len(app.get("vega_lite_chart")) == 2
 
 
 def test_a_model_without_its_table_shows_the_layers_of_its_saes(folder):

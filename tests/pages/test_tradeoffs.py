@@ -160,6 +160,7 @@ def test_targets_are_drawn_where_the_axes_show_them(folder):
     assert says("KL_score", 1) == says("CE_score", 1) == []
 
 
+@pytest.mark.slow
 def test_every_figure_on_every_text_and_head_draws(folder):
     app, charts = open_page(), 0
     for metric in tables.METRICS:

@@ -17,8 +17,9 @@ from tests.helpers import ROOT, open_page
 from trainer import embedded
 from trainer.block_diag import BlockDiagSAE
 from trainer.checkpoint import Checkpoint
-from trainer.evaluate import _reconstruction, repeated_tokens
+from trainer.evaluate import repeated_tokens
 from trainer.model.lm import LanguageModel
+from trainer.scores import reconstruction
 
 SHIPPED = ROOT / "checkpoints" / "smollm2-135m-L17-batchtopk-x8-k32"
 LAYER = 17
@@ -145,10 +146,9 @@ def test_the_shipped_checkpoint_is_what_its_eval_json_says(lm):
     stored, corpus = saved.eval, saved.open_text(lm.tokenizer)
     assert corpus.fingerprint == saved.config.text.fingerprint
     held_out = corpus.held_out(stored["n_tokens"] // (corpus.context_size - 1))
-    z = torch.cat([lm.layer(LAYER).z(chunk)[:, 1:].flatten(0, 1) for chunk in held_out.split(8)])
-    found = _reconstruction(saved.sae, z, z.double().mean(0).float())
-    assert found["n_tokens"] == stored["n_tokens"]
-    for key in ("L0", "FVU", "FVU_per_head"):
+    z = torch.cat([lm.layer(LAYER).z(chunk)[:, 1:] for chunk in held_out.split(8)])
+    found = reconstruction(saved.sae, z, z.double().mean((0, 1)).float())
+    for key in ("L0", "FVU", "FVU_per_head", "FVU_se", "norm_ratio"):
         assert found[key] == pytest.approx(stored[key], rel=1e-3), key
 
 

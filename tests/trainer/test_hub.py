@@ -275,17 +275,21 @@ def test_the_card_has_the_figures_of_every_head(hub, trained, run):
         assert row[9:] == [score(figures["induction"], "L0", ".1f"), score(figures["induction"], "KL_score")]
         heads = f"\n`{name}`\n"
         assert cells(card, "head", heads) == ["0", "1", "2", "3"]
-        assert cells(card, "FVU", heads) == [f"{value:.3f}" for value in figures["FVU_per_head"]]
+        assert cells(card, "FVU", heads) == with_errors(figures, "FVU_per_head", ".3f")
         for key, title in (("CE_score", "CE score"), ("KL_score", "KL score")):
             pairs = zip(figures[f"{key}_per_head"], figures[f"{key}_per_head_se"], strict=True)
             expected = ["not measurable" if value is None else f"{value:.3f} ± {se:.3f}" for value, se in pairs]
             assert cells(card, title, heads) == expected
         if not saved.is_dense:
-            assert cells(card, "L0", heads) == [f"{value:.1f}" for value in figures["L0_per_head"]]
+            assert cells(card, "L0", heads) == with_errors(figures, "L0_per_head", ".1f")
     below = card[card.index("\n`dense`\n") :]
     assert "| L0 |" not in below  # features of a dense SAE belong to no head
     assert 'SAE.from_pretrained(release="me/heads", sae_id="batchtopk")' in card
     assert "python -m trainer.hub pull me/heads" in card and "hf://me/heads/batchtopk" in card
+
+
+def with_errors(figures, key: str, how: str) -> list[str]:
+    return [f"{value:{how}} ± {se:{how}}" for value, se in zip(figures[key], figures[f"{key}_se"], strict=True)]
 
 
 def test_what_is_not_measurable_or_not_evaluated_is_said(hub, trained, run, tmp_path):
@@ -332,7 +336,7 @@ def test_a_second_push_adds_to_the_set_and_keeps_what_people_wrote(hub, trained,
     assert card.count("My own words.") == 1 and card.rstrip().endswith("My own words.")
     assert "license: mit" in card
     figures = Checkpoint(trained / "block-l1_1").eval
-    assert cells(card, "FVU", "\n`block-l1_1`\n") == [f"{value:.3f}" for value in figures["FVU_per_head"]]
+    assert cells(card, "FVU", "\n`block-l1_1`\n") == with_errors(figures, "FVU_per_head", ".3f")
     assert cells(card, "`dense`")
     assert set(files_of(hub, "dense")) == set(files_of(hub, "block-l1_1")) == FILES | FOR_SAELENS
     assert repo.files["notes.txt"] == b"mine"
