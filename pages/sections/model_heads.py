@@ -153,7 +153,7 @@ def one_head(shown: Shown) -> None:
     table = shown.table
     names = table["name"].tolist()
     st.subheader("One head", anchor=False)
-    name = select(st.columns([1, 5])[0], "Layer and head", names, "at")
+    name = select(st.columns([1, 5])[0], "Layer and head", names, "at", index=_shown_first(table))
     row = table[table["name"] == name].iloc[0]
     index = int(row.name)
     checkpoint = shown.saes.members.get(int(row["layer"])) if shown.saes else None
@@ -207,10 +207,16 @@ def _pictures(shown: Shown, index: int) -> dict:
     return {"text": of_all["text"][index], "repeated tokens": of_all["repeated"][index]}
 
 
-def _chosen(table: pd.DataFrame) -> str | None:
+def _chosen(table: pd.DataFrame) -> str:
     """The head that is chosen below: its box is not drawn yet, and an address may say which."""
     name = st.session_state.get("at") or st.query_params.get("at")
-    return name if name in set(table["name"]) else table["name"].iloc[0] if len(table) else None
+    return str(name if name in set(table["name"]) else table["name"].iloc[_shown_first(table)])
+
+
+def _shown_first(table: pd.DataFrame) -> int:
+    """The place of the head that one sees before choosing: the strongest induction head, where that is known."""
+    scores = table.get(_MAP, pd.Series(dtype=float))
+    return int(scores.to_numpy().argmax()) if len(scores) and scores.notna().all() else 0
 
 
 def _clicked(key: str) -> None:

@@ -64,6 +64,8 @@ def test_every_head_of_every_layer_is_there(folder):
     assert found["induction"].tolist() == sorted(table["induction"], reverse=True)
     assert app.selectbox(key="saes").value == "tiny-batchtopk-x4-k5: 3 layers"
     assert len(app.get("vega_lite_chart")) == 2
+    assert app.selectbox(key="at").value == table.loc[table["induction"].idxmax(), "name"] == found["name"][0]
+    assert chosen(app) == 0 and "at" not in app.query_params
 
 
 def test_the_finder_finds_what_is_asked_for(folder):
