@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from analysis.runs.tables import with_error
 from analysis.store import Analysis
 from trainer.checkpoint import Checkpoint, list_checkpoints
 
@@ -22,9 +23,10 @@ def main(folder: Path) -> None:
     for each in rows:
         name, f = each.name, each.eval
         worst = int(np.nanargmax(per_head(f)))
+        kl, ce = with_error(f, "KL_score"), with_error(f["induction"], "CE_score")
         induction = ", ".join(f"{per_head(f)[head]:.2f}" for head in (3, 4, 5))
         print(
-            f"| {name} | {f['L0']:.1f} | {f['FVU']:.3f} | {score(f, 'KL_score')} | {score(f['induction'], 'CE_score')} "
+            f"| {name} | {f['L0']:.1f} | {f['FVU']:.3f} | {kl} | {ce} "
             f"| {f['silent_fraction']:.1%} | {per_head(f)[worst]:.3f} (head {worst}) | {induction} |"
         )
     print()
@@ -58,11 +60,6 @@ def merging(checkpoints: list[Checkpoint]) -> None:
 def per_head(figures: dict[str, Any]) -> Any:
     """FVU of each head; NaN of one that is constant, which has none."""
     return np.array(figures["FVU_per_head"], dtype=float)
-
-
-def score(figures: dict[str, Any], key: str) -> str:
-    """A score with its standard error."""
-    return "not measurable" if figures[key] is None else f"{figures[key]:.3f} ± {figures[f'{key}_se']:.3f}"
 
 
 def needed(frontier: list[dict[str, Any]], figures: dict[str, Any], metric: str) -> str:

@@ -28,3 +28,8 @@ def ratio(
     left = (n - value[..., None] * d).pow(2).sum(-1)
     se = (left * clusters / max(clusters - 1, 1)).sqrt() / total.abs()
     return value, se if clusters > 1 else torch.full_like(se, torch.nan)
+
+
+def mean(values: Float[Tensor, "*kind context token"]) -> tuple[Float[Tensor, "*kind"], Float[Tensor, "*kind"]]:
+    """A mean over tokens, and its standard error clustered by context, in float64."""
+    return ratio(values.double().sum(-1), torch.tensor([float(values.shape[-1])], device=values.device))

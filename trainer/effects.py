@@ -13,9 +13,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from trainer import ranks
+from trainer import clustered, ranks
 from trainer.block_diag import BlockDiagSAE
-from trainer.clustered import ratio
 from trainer.files import load_tensors, save_tensors
 from trainer.model.lm import Layer
 
@@ -124,8 +123,8 @@ def effects(
 
 def measurable(ablation: Float[Tensor, "*head context token"]) -> Bool[Tensor, "*head"]:
     """Whether zeroing has an effect that a score can be a share of: not where removing helps, or one cannot tell."""
-    mean, se = ratio(ablation.double().sum(-1), torch.tensor([float(ablation.shape[-1])], device=ablation.device))
-    return mean > _MEASURABLE * se
+    effect, se = clustered.mean(ablation)
+    return effect > _MEASURABLE * se
 
 
 def runs_per_token(n_heads: int, n_saes: int, n_contexts: int) -> float:

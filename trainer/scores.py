@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from trainer import clustered
 from trainer.block_diag import BlockDiagSAE
 from trainer.clustered import ratio
 from trainer.effects import Effects, measurable
@@ -54,13 +55,13 @@ def reconstruction(
     silent = (fired == 0).double().mean(-1)
     longest = int(histogram.sum(0).nonzero().max()) + 1
     return {
-        **_figure("L0", l0.sum(0), n), **_figure("L0_per_head", l0, n),
+        **_named("L0", *ratio(l0.sum(0), n)), **_named("L0_per_head", *ratio(l0, n)),
         "L0_histogram_per_head": histogram[:, :longest].tolist(),
-        **_figure("MSE", error.sum(0), n), **_figure("MSE_per_head", error, n),
-        **_figure("FVU", error.sum(0), deviation.sum(0)),
-        **_figure("FVU_per_head", error, deviation.where(varies, 0)),  # of a constant head: none
-        **_figure("norm_ratio", ratio_of_all[0], n), **_figure("norm_ratio_per_head", ratio_of_head, n),
-        **_figure("bias", written.sum(0), product.sum(0)), **_figure("bias_per_head", written, product),
+        **_named("MSE", *ratio(error.sum(0), n)), **_named("MSE_per_head", *ratio(error, n)),
+        **_named("FVU", *ratio(error.sum(0), deviation.sum(0))),
+        **_named("FVU_per_head", *ratio(error, deviation.where(varies, 0))),  # of a constant head: none
+        **_named("norm_ratio", *ratio(ratio_of_all[0], n)), **_named("norm_ratio_per_head", *ratio(ratio_of_head, n)),
+        **_named("bias", *ratio(written.sum(0), product.sum(0))), **_named("bias_per_head", *ratio(written, product)),
         "silent_fraction": silent.mean().item(),
         "silent_fraction_per_head": silent.tolist(),
     }  # fmt: skip
@@ -75,20 +76,20 @@ def prediction(of_text: Effects, index: int) -> dict[str, Any]:
     """CE and KL figures of the `index`-th SAE; errors of CE are of differences to clean, context by context."""
     clean, zero, mean = of_text.clean, of_text.zero, of_text.mean
     ce, kl = (each[index] for each in of_text.saes)
-    figures = _figure("CE_clean", *_mean(clean))
+    figures = _named("CE_clean", *clustered.mean(clean))
     for name, loss in (("sae", ce), ("zero", zero.ce), ("mean", mean.ce)):
         figures |= _paired(f"CE_{name}", loss, clean)
     for name, divergence in (("sae", kl), ("zero", zero.kl)):
-        figures |= _figure(f"KL_{name}", *_mean(divergence))
+        figures |= _named(f"KL_{name}", *clustered.mean(divergence))
     figures |= _score("CE_score", ce - clean, zero.ce - clean) | _score("KL_score", kl, zero.kl)
     if not of_text.zero_heads.ce.numel():
         return figures
     (ce, kl), zero = (each[index] for each in of_text.sae_heads), of_text.zero_heads
     clean = clean[: ce.shape[1]].expand_as(ce)
     figures |= {"n_tokens_per_head": clean[0].numel(), "n_contexts_per_head": clean.shape[1]}
-    figures |= {"CE_clean_per_head": _figure("CE", *_mean(clean))["CE"]}
+    figures["CE_clean_per_head"] = _plain(clustered.mean(clean)[0])
     figures |= _paired("CE_sae_per_head", ce, clean) | _paired("CE_zero_per_head", zero.ce, clean)
-    figures |= _figure("KL_sae_per_head", *_mean(kl)) | _figure("KL_zero_per_head", *_mean(zero.kl))
+    figures |= _named("KL_sae_per_head", *clustered.mean(kl)) | _named("KL_zero_per_head", *clustered.mean(zero.kl))
     figures |= _score("CE_score_per_head", ce - clean, zero.ce - clean)
     return figures | _score("KL_score_per_head", kl, zero.kl)
 
@@ -99,23 +100,15 @@ def _score(
     """1 - mean(damage) / mean(ablation), where ablation is `measurable`."""
     share, se = ratio(damage.double().sum(-1), ablation.double().sum(-1))
     known = measurable(ablation)
-    return {name: _plain((1 - share).where(known, torch.nan)), f"{name}_se": _plain(se.where(known, torch.nan))}
+    return _named(name, (1 - share).where(known, torch.nan), se.where(known, torch.nan))
 
 
 def _paired(name: str, loss: Float[Tensor, "*head context token"], clean: Tensor) -> dict[str, Any]:
     """A mean loss with the error of its difference to clean: texts differ more than models."""
-    return _figure(name, *_mean(loss)) | {f"{name}_se": _figure("of", *_mean(loss.double() - clean))["of_se"]}
+    return _named(name, clustered.mean(loss)[0], clustered.mean(loss.double() - clean)[1])
 
 
-def _mean(values: Float[Tensor, "*head context token"]) -> tuple[Float[Tensor, "*head context"], Tensor]:
-    """Numerators and denominators of a mean over tokens."""
-    return values.double().sum(-1), torch.tensor([float(values.shape[-1])], device=values.device)
-
-
-def _figure(
-    name: str, numerator: Float[Tensor, "*head context"], denominator: Float[Tensor, "... #context"]
-) -> dict[str, Any]:
-    value, se = ratio(numerator, denominator)
+def _named(name: str, value: Float[Tensor, "*head"], se: Float[Tensor, "*head"]) -> dict[str, Any]:
     return {name: _plain(value), f"{name}_se": _plain(se)}
 
 

@@ -7,14 +7,14 @@ from tqdm import tqdm
 
 from analysis import attribution as dfa
 from analysis.attention import row_sums
-from analysis.attribution import Chunk, TokenKinds
+from analysis.attribution import Chunk
 from analysis.corpus.heads import Copying, Reads, copying_of, most_attended, spread
 from analysis.corpus.mean_pattern import MeanPattern
+from analysis.corpus.passes import rounds
 from trainer.kernels import workers
 from trainer.model.lm import LanguageModel
 
 CELLS = 32  # rows of a mean pattern: of 270 heads, patterns of 64 take 2 MB
-_LM_TOKENS = 4096  # of one forward
 _PAIRS = 256  # per head, of which the copying rank is taken: an unembedding each, for every head of the model
 
 
@@ -67,11 +67,6 @@ class Attention:
             self.chance += dfa.mass_per_slot(uniform, of_context.cpu(), self.first_query)[0].double()
 
 
-def forwards(contexts: Int[Tensor, "context pos"]) -> tuple[Int[Tensor, " batch"], ...]:
-    """The places of the contexts that run together."""
-    return torch.arange(len(contexts)).split(max(1, _LM_TOKENS // contexts.shape[1]))
-
-
 @torch.no_grad()
 def attend(
     lm: LanguageModel,
@@ -88,25 +83,21 @@ def attend(
         fuzzy_from: of `TokenKinds`.
         what: beside the progress bar.
     """
-    found, kinds = Attention(lm, contexts, first_query, positions), TokenKinds(lm, contexts, fuzzy_from)
+    found = Attention(lm, contexts, first_query, positions)
     n_contexts, length = contexts.shape
     reads: list[list[Reads]] = [[] for _ in range(lm.n_layers)]
     context, query = spread(n_contexts, length, _PAIRS)
     total = n_contexts * (length - 1) * lm.n_layers
     with tqdm(desc=what, total=total, unit="tok·layer", unit_scale=True, dynamic_ncols=True) as bar:
-        for batch in forwards(contexts):
-            tokens = contexts[batch].to(lm.device)
-            slots = torch.stack([dfa.source_slots(each, kinds) for each in tokens])
-            found.add_chance(slots)
-            slots, inside = slots.to(lm.device), (context >= batch[0]) & (context <= batch[-1])
-            resid = lm.enter(tokens)
-            for layer in range(lm.n_layers):
-                (z, v, pattern), resid = lm.layer(layer).step(resid)
-                chunk = Chunk(batch, tokens, z, v, pattern.float(), slots)
+        for _, of_layers in rounds(lm, range(lm.n_layers), contexts, torch.arange(n_contexts), fuzzy_from):
+            for layer, chunk in ((layer, chunk) for layer, chunks in of_layers for chunk in chunks):
                 found.add(layer, chunk)
+                if layer == 0:
+                    found.add_chance(chunk.slots)
                 if with_copying:
-                    reads[layer].append(most_attended(chunk, context[inside] - batch[0], query[inside]))
-                bar.update(tokens[:, 1:].numel())
+                    inside = (context >= chunk.ids[0]) & (context <= chunk.ids[-1])
+                    reads[layer].append(most_attended(chunk, context[inside] - chunk.ids[0], query[inside]))
+                bar.update(chunk.tokens[:, 1:].numel())
     if not with_copying:
         return found, []
     of_layers = tqdm(enumerate(reads), "Copying", lm.n_layers, unit="layer", dynamic_ncols=True)

@@ -114,7 +114,7 @@ def describe_heads(model: str, cfg: HeadsConfig, device: str = "auto", out: Path
     }
     meta = _meta(lm, corpus, cfg, text, on_repeats) | {"fuzzy_from": fuzzy_from, "removal": None}
     if removal and repeated_removal:
-        n_documents = _documents(corpus, removed)
+        n_documents = corpus.n_documents(removed)
         meta["removal"] = _of_removal(removal, repeated_removal) | {"documents": n_documents}
     meta["seconds"] = time.monotonic() - started
     store.write(folder, VERSION, meta, tables)
@@ -158,7 +158,7 @@ def _meta(lm: LanguageModel, corpus: Corpus, cfg: HeadsConfig, text: Attention, 
         "text": {"name": corpus.name, "fingerprint": corpus.fingerprint, "context_size": corpus.context_size},
         "n_tokens": len(text.contexts) * text.n_queries,
         "n_contexts": len(text.contexts),
-        "n_documents": _documents(corpus, text.contexts),
+        "n_documents": corpus.n_documents(text.contexts),
         "repeated_tokens": len(repeated.contexts) * repeated.n_queries,
         "repeated_contexts": len(repeated.contexts),
         "slots_by_chance": by_chance[0],
@@ -176,7 +176,3 @@ def _of_removal(removal: Removal, repeated: Removal) -> dict[str, Any]:
         figures |= {f"CE_clean{suffix}": ce.item(), f"CE_clean{suffix}_se": se.item()}
     tokens, of_repeated = (len(of.clean_ce) * of.n_scored for of in (removal, repeated))
     return figures | {"tokens": tokens, "contexts": len(removal.clean_ce), "repeated_tokens": of_repeated}
-
-
-def _documents(corpus: Corpus, contexts: torch.Tensor) -> int:
-    return len(corpus.documents(contexts)[:, 1:].unique())  # BOS is of none of its own

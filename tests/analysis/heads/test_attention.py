@@ -1,5 +1,7 @@
 """Heads planted in known layers are found, and every figure is what a whole forward of the model gives."""
 
+from itertools import chain
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from analysis import attribution as dfa
 from analysis.attribution import TokenKinds, source_slots
+from analysis.corpus import passes
 from analysis.corpus.heads import copying
 from analysis.corpus.passes import chunks
 from analysis.heads import attention
@@ -86,7 +89,7 @@ def test_a_planted_head_has_its_role_in_the_table():
 @pytest.mark.parametrize("together", [40, 4096], ids=["a context at a time", "all together"])
 def test_sums_against_a_whole_forward(model, together, request, monkeypatch):
     """Every layer, each context by itself; also of grouped queries, and of norms after the attention."""
-    monkeypatch.setattr(attention, "_LM_TOKENS", together)
+    monkeypatch.setattr(passes, "_LM_TOKENS", together)
     lm = request.getfixturevalue(model)
     contexts = torch.randint(1, 257, (5, 24), generator=torch.Generator().manual_seed(0)) // 8
     contexts[:, 0] = 0
@@ -119,14 +122,14 @@ def test_sums_against_a_whole_forward(model, together, request, monkeypatch):
 @pytest.mark.parametrize("model", ["gpt2", "llama"])
 def test_copying_is_that_of_each_layer(model, request, monkeypatch):
     monkeypatch.setattr(attention, "_PAIRS", 512)
-    monkeypatch.setattr(attention, "_LM_TOKENS", 50)
+    monkeypatch.setattr(passes, "_LM_TOKENS", 50)
     lm = request.getfixturevalue(model)
     contexts = torch.randint(1, 257, (6, 20), generator=torch.Generator().manual_seed(0))
     contexts[:, 0] = 0
     _, copied = attend(lm, contexts, 1, 20, 2.0, True, "")
     assert len(copied) == lm.n_layers
     for layer, of_layer in enumerate(copied):
-        alone = copying(lm.layer(layer), next(chunks(lm.layer(layer), contexts, torch.arange(6))))
+        alone = copying(lm.layer(layer), list(chain(*chunks(lm.layer(layer), contexts, torch.arange(6)))))
         for ours, expected in zip(of_layer, alone, strict=True):
             assert ours[:-1] == pytest.approx(expected[:-1], abs=1e-3)
 
