@@ -91,7 +91,7 @@ def overview(shown: Shown) -> None:
         colour = select(st, "Colour", _first(_MAP, [*figures, *roles], table), "colour", format_func=spoken.get)
         chart = charts.head_map(table, colour, _chosen(table))
         st.altair_chart(chart, key="map", on_select=partial(_clicked, "map"))
-        st.caption(f"{spoken[colour].capitalize()}: {(figures | roles)[colour]}. A click opens a head.")
+        st.caption(f"Colour: {(figures | roles)[colour]}. A click opens a head.")
     with right:
         a, b = st.columns(2)
         x = select(a, "Across", _first(_X, figures, table), "x", format_func=spoken.get)
