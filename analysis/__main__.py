@@ -19,7 +19,10 @@ def build_parser() -> jsonargparse.ArgumentParser:
         "Checkpoints of one model that are named together share its work.",
     )
     parser.add_argument("checkpoints", nargs="+", help=f"{cli.CHECKPOINT[0].upper()}{cli.CHECKPOINT[1:]}.")
-    parser.add_class_arguments(AnalysisConfig)
+    parser.add_class_arguments(AnalysisConfig, skip={"summary"})
+    light = "Keep what the Model page and circuits need, in a twentieth of the room: roles, densities, descriptions, "
+    light += "logits promoted and the strongest example of each feature. No search by token, histograms or redundancy."
+    parser.add_argument("--summary", action="store_true", help=light)
     parser.add_argument("--resume", action="store_true", help="Go on with an interrupted analysis.")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto.")
     parser.add_argument("--wandb", choices=["online", "offline", "disabled"], default="disabled")

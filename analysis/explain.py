@@ -93,6 +93,10 @@ def explain(
         ValueError: an answer is of no such feature, or does not fit its request.
     """
     analysis = Analysis(checkpoint)
+    require(
+        not analysis.is_summary,
+        f"{analysis.folder} is a summary, which has no examples to score explanations on: run python -m analysis",
+    )
     given = {answer.feature: answer for answer in answers}
     chosen = _scored(analysis) if features is None else features
     for feature in (*given, *chosen):

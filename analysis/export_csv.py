@@ -38,7 +38,7 @@ def write_csv(path: Path, out: Path) -> list[Path]:
     if checkpoint.eval is not None:
         frames["evaluation"] = tables.per_head(checkpoint.eval, checkpoint.n_heads)
     artefacts = Analysis(checkpoint)
-    for name in ("features", "heads", "copying", "pairs", "merging"):
+    for name in filter(artefacts.has, ("features", "heads", "copying", "pairs", "merging")):
         frames[name] = artefacts.table(name)
     texts = artefacts.strings
     for table in frames.values():

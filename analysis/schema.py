@@ -1,6 +1,6 @@
 """What the files of an analysis and of a match must hold to be drawn: columns, their types, and where their ids lie."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -79,12 +79,19 @@ class AnalysisMeta:
     weights: str
     n_tokens: Positive
     head_tokens: Count
-    redundancy: Redundancy
+    redundancy: Redundancy | None
+    """None in summaries"""
     fuzzy_from: float
     slots_by_chance: dict[str, NotNegative]
-    descriptions: Descriptions
+    descriptions: Descriptions | None
+    """None in summaries"""
     patterns: Patterns | None = None
-    """None in analyses that were made before there were any"""
+    """None in summaries, and in analyses that were made before there were any"""
+    summary: bool = False
+    """whether it holds only what `summarised` says"""
+
+    def __post_init__(self) -> None:
+        require(self.summary or None not in (self.redundancy, self.descriptions), "no redundancy or descriptions")
 
 
 @dataclass(frozen=True)
@@ -174,6 +181,13 @@ _ANALYSIS = {
     "counts": columns(int="token feature firings reads"),
     "tokens": columns(int="id count", str="text"),
 }
+# What a summary leaves out.
+_DETAILS = {"patterns", "copying", "pairs", "merging", "detection", "counts"}
+_DETAILS_OF_FEATURES = {
+    *("histogram", "histogram_end", "logit_histogram", "bottom_logit_ids", "bottom_logits"),
+    *each(_DFA).split(),
+    *(name for name in _ANALYSIS["features"] if name.startswith("description_")),
+}
 _ONE_TO_ONE = {
     "pairs": columns(int="a b head", float="cosine jaccard score"),
     "features": columns(str="side", int="feature head firings nearest partner", float="nearest_score"),
@@ -192,6 +206,13 @@ def of_analysis(checkpoint: Checkpoint) -> Expected:
     below = {"head": n_heads, **dict.fromkeys(("feature", "other", *each("mono_deviants").split()), n_features)}
     rows = {"features": n_features, "heads": n_heads, "patterns": n_heads}
     return Expected(AnalysisMeta, ANALYSIS_VERSION, _ANALYSIS, below, rows, n_features)
+
+
+def summarised(whole: Expected) -> Expected:
+    """Of the folder of an analysis that `python -m analysis --summary` wrote."""
+    tables = {name: kinds for name, kinds in whole.tables.items() if name not in _DETAILS}
+    kept = {name: kind for name, kind in tables["features"].items() if name not in _DETAILS_OF_FEATURES}
+    return replace(whole, tables={**tables, "features": kept})
 
 
 def of_match(a: Checkpoint, b: Checkpoint) -> Expected:

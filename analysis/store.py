@@ -12,6 +12,8 @@ merging.parquet    L0 after merging
 detection.parquet  examples of further text, on which explanations of a feature are scored
 counts.parquet     how often each feature fires on each token and reads it most, by token
 tokens.parquet     the text of every token id that the other files mention or the text has, and how often it has it
+
+A summary has five of them, with fewer columns of features (`schema.summarised`), few examples and short lists.
 """
 
 import shlex
@@ -64,6 +66,7 @@ def write(folder: Path, schema_version: int, meta: dict[str, Any], tables: dict[
         for name, table in tables.items():
             if isinstance(table, pd.DataFrame):
                 table = pa.Table.from_pandas(table, preserve_index=False)
+            table = table.replace_schema_metadata()  # of pandas: half of a table of heads
             size = _ROW_GROUP.get(name, 2**16)
             file = new / f"{name}.parquet"
             pq.write_table(table, file, compression="zstd", row_group_size=size, write_page_checksum=True)
@@ -116,7 +119,7 @@ class Artefacts:
     def __init__(
         self, folder: Path, checkpoints: list[Checkpoint], expected: Expected, command: str, absent: str
     ) -> None:
-        self.folder, self._expected, self._command = folder, expected, command
+        self.folder, self.expected, self._command = folder, expected, command
         self._checked: set[str] = set()
         self.meta = read_meta(folder, expected.meta, expected.version, command, absent)
         if checkpoints and self.meta["weights"] not in (
@@ -145,19 +148,21 @@ class Artefacts:
 
     def columns(self, name: str) -> list[str]:
         """Those that a table must have; what it has besides is not read."""
-        return list(self._expected.tables[name])
+        return list(self.expected.tables[name])
 
     def checked(self, name: str, table: pa.Table) -> pa.Table:
         """A part of a table, within `reading`, if its values can be."""
-        return schema.check_values(table.replace_schema_metadata(), name, self._expected)
+        return schema.check_values(table.replace_schema_metadata(), name, self.expected)
 
     @contextmanager
     def reading(self, name: str) -> Iterator[Path]:
         """The file of a table, once what it says of itself was checked; faults become sentences."""
+        if name not in self.expected.tables:
+            raise CheckpointError(f"{self.folder} is a summary, which has no {name}", self._command)
         file = self.folder / f"{name}.parquet"
         try:
             if name not in self._checked:
-                schema.check_file(file, name, self._expected)
+                schema.check_file(file, name, self.expected)
                 self._checked.add(name)
             yield file
         except CheckpointError:
@@ -208,11 +213,18 @@ class Analysis:
         command = f"python -m analysis {shlex.quote(str(checkpoint.path))}"
         absent = f"{checkpoint.path} has no analysis yet"
         expected = schema.of_analysis(checkpoint)
-        self._command, self._columns = command, expected.tables["features"]
         self._files = Artefacts(checkpoint.path / "analysis", [checkpoint], expected, command, absent)
         self.folder, self.meta, self.table = self._files.folder, self._files.meta, self._files.table
-        if len(self.meta["redundancy"]["heads"]) != checkpoint.n_heads:
+        self.is_summary: bool = self.meta.get("summary", False)
+        if self.is_summary:
+            self._files.expected = schema.summarised(expected)
+        self._command, self._columns = command, self._files.expected.tables["features"]
+        if not self.is_summary and len(self.meta["redundancy"]["heads"]) != checkpoint.n_heads:
             raise CheckpointError(f"{self.folder}/meta.json is damaged (redundancy is of another model)", command)
+
+    def has(self, name: str) -> bool:
+        """Whether it should hold a table: a summary has some of them."""
+        return name in self._files.expected.tables
 
     @cached_property
     def features(self) -> pd.DataFrame:
@@ -233,7 +245,7 @@ class Analysis:
 
     @cached_property
     def patterns(self) -> dict[str, list[Picture]]:
-        """Mean attention of every head on `text` and on `repeated` tokens; empty where it was analysed before these.
+        """Mean attention of every head on `text` and on `repeated` tokens; empty where an analysis was made without.
 
         Attention is (value / 127)**2; what rows and columns are is in `meta["patterns"]`, see `schema.MeanPatternMeta`.
         """
@@ -279,6 +291,8 @@ class Analysis:
         with self._files.reading("features"):
             require(len(row) == 1, f"feature {feature} is there {len(row)} times")
             for ids, values in (("fires_on_ids", "fires_on_counts"), ("reads_ids", "reads_counts"), *_LOGITS):
+                if ids not in row:
+                    continue
                 require(0 < len(row[ids].iloc[0]) == len(row[values].iloc[0]), f"{ids} and {values} differ in length")
         return row.iloc[0]
 
@@ -447,7 +461,7 @@ class Analysis:
     def _row_groups(self) -> dict[str, tuple[pq.ParquetFile, np.ndarray, np.ndarray]]:
         """The files sorted by feature, with the first and last feature of each row group."""
         by_name = {}
-        for name in ("features", "examples", "pairs", "detection"):
+        for name in filter(self.has, ("features", "examples", "pairs", "detection")):
             with self._files.reading(name) as path:
                 file = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
                 groups = [

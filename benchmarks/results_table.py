@@ -1,6 +1,6 @@
 """The tables of docs/results.md, from eval.json of every checkpoint.
 
-    python -m benchmarks.results_table [FOLDER] [--heads 3 4 5]
+    python -m benchmarks.results_table [FOLDER ...] [--names GLOB] [--heads 3 4 5]
 
 It reads JSON and nothing else, so that a reader can check every figure against its file.
 """
@@ -16,15 +16,18 @@ Figures = dict[str, Any]
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.results_table", description=__doc__)
-    parser.add_argument("folder", nargs="?", type=Path, default=Path("checkpoints"))
+    parser.add_argument("folders", nargs="*", type=Path, default=[Path("checkpoints")], help="of checkpoints, in which")
+    parser.add_argument("--names", default="*", help="those that match, as '*-L17-*' (all)")
     parser.add_argument("--heads", nargs="+", type=int, default=[3, 4, 5], help="printed one by one (3 4 5)")
     options = parser.parse_args()
-    rows = {file.parent.name: json.loads(file.read_text()) for file in sorted(options.folder.glob("*/eval.json"))}
+    files = [file for folder in options.folders for file in folder.glob(f"{options.names}/eval.json")]
+    rows = {file.parent.name: json.loads(file.read_text()) for file in sorted(files, key=lambda file: file.parent.name)}
+    folders = ", ".join(map(str, options.folders))
     if not rows:
-        parser.error(f"{options.folder} holds no eval.json")
+        parser.error(f"{folders}: no {options.names}/eval.json")
     parts = zip(*(name.split("-") for name in rows), strict=False)
     shared = "-".join(same[0] for same in takewhile(lambda part: len(set(part)) == 1, parts))  # model and layer
-    print(f"Checkpoints: `{options.folder}/{shared}-...`; n/m: not measurable on this text.\n")
+    print(f"Checkpoints of {folders}: `{shared}-...`; n/m: not measurable on this text.\n")
     print("\n".join([*on_text(rows, shared, options.heads), "", *on_repeats(rows, shared, options.heads)]))
 
 

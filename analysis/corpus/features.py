@@ -1,5 +1,6 @@
 """The table of all features: what each fires on, reads, writes, and a short description made of that."""
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from analysis.logits import LogitEffects
 from analysis.tokens import visible
 
 N_TOKENS = 10  # tokens kept of those that a feature fires on, and reads
+_SHORT = 5  # of them, and of logits, in a summary
 
 
 def feature_table(
@@ -75,6 +77,18 @@ def feature_table(
         array = values.numpy()
         table[name] = list(array.astype(np.float32 if array.dtype.kind == "f" else np.int32))
     return table
+
+
+def shortened(table: pd.DataFrame, columns: Collection[str]) -> pd.DataFrame:
+    """Of `feature_table`: some columns, lists of five, at the precision at which they are shown."""
+    short = table[[name for name in table if name in columns]].copy()
+    for name in short:
+        if isinstance(short[name].iloc[0], np.ndarray):
+            kind = np.float16 if short[name].iloc[0].dtype.kind == "f" else np.int32
+            short[name] = [values[:_SHORT].astype(kind) for values in short[name]]
+        elif short[name].dtype == np.float64:
+            short[name] = short[name].astype(np.float32)
+    return short
 
 
 def count_table(statistics: FeatureStatistics) -> pd.DataFrame:

@@ -22,7 +22,7 @@ from trainer.model.lm import LanguageModel, Layer
 
 _LM_TOKENS = 4096  # of one forward
 _CHUNK_TOKENS = 1024  # encoded at a time: 100 MB of activations with 24,576 features
-_SMALL = 0.01  # sources with less than this share of the largest |DFA|, and less attention, are left out of examples
+SMALL = 0.01  # sources with less than this share of the largest |DFA|, and less attention, are left out of examples
 
 
 def chunks(
@@ -190,10 +190,11 @@ class Strips:
 
     Args:
         examples: of `choose_examples`.
+        small: share of the largest |DFA|, and attention, below which a source is left out.
     """
 
-    def __init__(self, reader: Reader, examples: pd.DataFrame) -> None:
-        self._reader = reader
+    def __init__(self, reader: Reader, examples: pd.DataFrame, small: float = SMALL) -> None:
+        self._reader, self._small = reader, small
         columns = (torch.from_numpy(examples[name].to_numpy()).long() for name in ("context", "position", "feature"))
         self._context, self._position, self._feature = columns
         self._by_context = self._context.argsort(stable=True)
@@ -265,7 +266,7 @@ class Strips:
         self.active_position.append(position.short())
         self.active_value.append(along.cpu()[row, position].half())
         size = by_source.abs()
-        kept = (size >= _SMALL * size.amax(1, keepdim=True)) & (size > 0) | (attention >= _SMALL)
+        kept = (size >= self._small * size.amax(1, keepdim=True)) & (size > 0) | (attention >= self._small)
         row, position = kept.nonzero().cpu().unbind(1)
         self.source_example.append(example[row].int())
         self.source_position.append(position.short())

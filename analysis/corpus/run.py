@@ -3,7 +3,7 @@
 import json
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
@@ -23,15 +23,16 @@ from analysis import attribution as dfa
 from analysis import schema, store
 from analysis.attribution import Reader
 from analysis.corpus.descriptions import QUANTILE, FurtherFirings, choose_detection, score_descriptions
-from analysis.corpus.features import count_table, describe, feature_table
+from analysis.corpus.features import count_table, describe, feature_table, shortened
 from analysis.corpus.heads import Copying, copying, head_table
 from analysis.corpus.mean_pattern import MeanPattern, pattern_table
 from analysis.corpus.pairs import Redundancy, compare_features
-from analysis.corpus.passes import Strips, choose_examples, chunks, feed, sources_on_repeats
-from analysis.corpus.running_statistics import FeatureStatistics, Sources, collect, load_state, state
+from analysis.corpus.passes import SMALL, Strips, choose_examples, chunks, feed, sources_on_repeats
+from analysis.corpus.running_statistics import COFIRING_PAIRS, FeatureStatistics, Sources, collect, load_state, state
 from analysis.logits import head_of_features, inverse_scale, logit_effects, written
+from analysis.store import Analysis
 from trainer import checkpoint, ranks
-from trainer.checkpoint import Checkpoint, by_origin
+from trainer.checkpoint import Checkpoint, CheckpointError, by_origin
 from trainer.config import require
 from trainer.data.text import Corpus
 from trainer.errors import one_line
@@ -44,6 +45,7 @@ from trainer.tracking import Mode, Tracked, reachable
 _SAVE_SECONDS = 120  # between two saves of the state
 _REPEATED_TOKENS = 4096  # random ones, repeated once, on which roles are scored
 _SCALE_TOKENS = 2048  # that run through the whole model, for the scales of its norms
+_SMALL_IN_SUMMARY = 0.1  # as `passes.SMALL`
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ class AnalysisConfig:
     """Tokens of further text on which the descriptions of features are scored; fewer where the text has fewer."""
     seed: int = 0
     """Of the repeated random tokens, and of the examples on which descriptions are scored."""
+    summary: bool = False
+    """Write only what `schema.summarised` says, with one example of each feature."""
 
     def __post_init__(self) -> None:
         require(self.score_tokens >= 0, f"score_tokens must be 0 or more, got {self.score_tokens}")
@@ -108,7 +112,7 @@ class Job:
         self.checkpoint, self.layer = trained, layer
         self.reader = Reader(trained.sae, layer)
         self.stage, self.done, self.seconds = 1, 0, [0.0, 0.0]
-        self.seed = cfg.seed
+        self.seed, self.is_summary = cfg.seed, cfg.summary
         self._key, self._cfg, self._length = {**key, "weights": trained.weights_hash}, cfg, length
         self._folder = trained.path / ".analysis.state"
         self.statistics, self.pattern = self._empty()
@@ -128,9 +132,11 @@ class Job:
     def _empty(self) -> list[Any]:
         """The same before it."""
         if self.stage == 1:
-            statistics = FeatureStatistics(self.reader, self.layer.lm.d_vocab, self._cfg.examples)
+            n_cofiring = 0 if self.is_summary else COFIRING_PAIRS
+            statistics = FeatureStatistics(self.reader, self.layer.lm.d_vocab, self._cfg.examples, n_cofiring)
             return [statistics, MeanPattern(self.layer.n_heads, min(self._length, schema.PATTERN_CELLS))]
-        return [Strips(self.reader, self.examples), FurtherFirings(self.reader, self._key["n_contexts"])]
+        small = _SMALL_IN_SUMMARY if self.is_summary else SMALL
+        return [Strips(self.reader, self.examples, small), FurtherFirings(self.reader, self._key["n_contexts"])]
 
     def collect(self) -> None:
         """Give the first process what all have seen in this pass."""
@@ -218,6 +224,10 @@ def _analyse(
 ) -> None:
     require(text is None or cfg.dataset is None, "--text is where the text trained on lies, --dataset another text")
     checkpoints = [Checkpoint(path) for path in paths]
+    if cfg.summary:
+        cfg = replace(cfg, examples=1, quantile_examples=0, score_tokens=0)
+        for checkpoint in checkpoints:
+            require(not _is_whole(checkpoint), f"{checkpoint.path}/analysis holds more than a summary: delete it first")
     if ranks.is_first():
         wandb = reachable(wandb)
         for path in paths:
@@ -249,6 +259,13 @@ def _analyse(
         repeated = sources_on_repeats(lm, readers, n_repeated, length, cfg.seed, fuzzy_from)
         for layer, same in layers.items():
             _write(same, *repeated[layer], corpus, every, fuzzy_from, cfg, wandb)
+
+
+def _is_whole(trained: Checkpoint) -> bool:
+    try:
+        return not Analysis(trained).is_summary
+    except CheckpointError:  # there is none, or it is of no use
+        return False
 
 
 def _another(cfg: AnalysisConfig, trained: Checkpoint, lm: LanguageModel) -> Corpus:
@@ -332,9 +349,11 @@ def _write(
         path = job.checkpoint.path
         print(f"Writing {path}/analysis", flush=True)
         tables, redundancy = _tables(job, sources, copied, every, documents, scale, fuzzy_from)
-        tables["patterns"] = pattern_table(job.pattern, on_repeats)
-        meta = _meta(job, corpus, cfg, tables, redundancy) | {"inverse_scale": scale, "fuzzy_from": fuzzy_from}
-        meta["patterns"] = {"text": job.pattern.described(), "repeated": on_repeats.described()}
+        meta = _meta(job, corpus, cfg) | {"inverse_scale": scale, "fuzzy_from": fuzzy_from}
+        if redundancy is not None:
+            tables["patterns"] = pattern_table(job.pattern, on_repeats)
+            meta |= _details(tables["features"], redundancy)
+            meta["patterns"] = {"text": job.pattern.described(), "repeated": on_repeats.described()}
         store.write(path / "analysis", schema.ANALYSIS_VERSION, meta, tables)
         job.forget()
         _track(path, meta, tables, wandb)
@@ -348,26 +367,40 @@ def _tables(
     documents: Int[Tensor, "analysed pos"],
     scale: float,
     fuzzy_from: float,
-) -> tuple[dict[str, pd.DataFrame | pa.Table], Redundancy]:
-    """Everything that is written, and the redundancy of which the tables hold parts."""
+) -> tuple[dict[str, pd.DataFrame | pa.Table], Redundancy | None]:
+    """Everything that is written, and the redundancy of which the tables hold parts; None in a summary."""
     layer, lm, sae, contexts = job.layer, job.layer.lm, job.reader.sae, every[: len(documents)]
     head, head_share = (column.numpy() for column in head_of_features(sae, layer.n_heads))
     directions = written(sae, layer.W_O)
-    redundancy = compare_features(job.statistics.cofiring, directions, head, lm.n_heads)
     effects = logit_effects(lm, directions, scale)
     constants, head_share = job.reader.constants().cpu(), head_share.astype(np.float32)
     features = feature_table(job.statistics, repeats, effects, constants, head, head_share)
-    pairs = pd.concat([of_head.examples for of_head in copied], ignore_index=True)
-    n_further, length = len(every) - len(contexts), every.shape[1]
-    detection = choose_detection(job.further, job.statistics.sample, n_further, length, job.seed)
-    detection, scores = score_descriptions(features, detection, every, dfa.TokenKinds(lm, every, fuzzy_from))
-    features = pd.concat([features, scores], axis=1)
-    shown = np.unique(np.concatenate([job.examples["context"], pairs["context"], detection["context"]]))
-    tokens = every[shown]
     heads = head_table(job.statistics, repeats, copied, job.checkpoint.eval, head)
-    listed = [np.concatenate(table[c]) for table in (features, heads) for c in table if str(c).endswith("_ids")]
     counts = np.bincount(contexts[:, 1:].flatten(), minlength=lm.d_vocab)  # BOS is not counted where it stands first
-    ids = np.unique(np.concatenate([tokens.flatten(), np.flatnonzero(counts), *listed]))
+    redundancy, details = None, {}
+    within, named = [job.examples["context"]], []  # contexts and token ids that the tables mention
+    if job.is_summary:
+        features = shortened(features, schema.summarised(schema.of_analysis(job.checkpoint)).tables["features"])
+    else:
+        redundancy = compare_features(job.statistics.cofiring, directions, head, lm.n_heads)
+        pairs = pd.concat([of_head.examples for of_head in copied], ignore_index=True)
+        n_further, length = len(every) - len(contexts), every.shape[1]
+        detection = choose_detection(job.further, job.statistics.sample, n_further, length, job.seed)
+        detection, scores = score_descriptions(features, detection, every, dfa.TokenKinds(lm, every, fuzzy_from))
+        features = pd.concat([features, scores], axis=1)
+        within += [pairs["context"], detection["context"]]
+        named.append(np.flatnonzero(counts))
+        details = {
+            "copying": pairs,
+            "detection": detection,
+            "pairs": redundancy.neighbours,
+            "merging": redundancy.merging,
+            "counts": count_table(job.statistics),
+        }
+    shown = np.unique(np.concatenate(within))
+    tokens = every[shown]
+    named += [np.concatenate(table[c]) for table in (features, heads) for c in table if str(c).endswith("_ids")]
+    ids = np.unique(np.concatenate([tokens.flatten(), *named]))
     ids = ids[ids >= 0]
     strings = dict(zip(ids.tolist(), lm.token_strings(ids.tolist()), strict=True))
     features["description"] = describe(features, strings)
@@ -377,12 +410,8 @@ def _tables(
         "examples": _examples(job.examples.assign(document=of_example.int().numpy()), job.strips),
         "contexts": pd.DataFrame({"context": shown.astype(np.int32), "token_ids": list(tokens.int().numpy())}),
         "heads": heads,
-        "copying": pairs,
-        "detection": detection,
-        "pairs": redundancy.neighbours,
-        "merging": redundancy.merging,
-        "counts": count_table(job.statistics),
         "tokens": pd.DataFrame({"id": list(strings), "text": list(strings.values()), "count": counts[ids]}),
+        **details,
     }, redundancy
 
 
@@ -407,12 +436,10 @@ def _examples(table: pd.DataFrame, strips: Strips) -> pa.Table:
     return examples
 
 
-def _meta(
-    job: Job, corpus: Corpus, cfg: AnalysisConfig, tables: dict[str, Any], redundancy: Redundancy
-) -> dict[str, Any]:
-    statistics, figures = job.statistics, tables["features"].filter(like="description_")
-    described = {name.removeprefix("description_"): value for name, value in figures.mean().items()}
+def _meta(job: Job, corpus: Corpus, cfg: AnalysisConfig) -> dict[str, Any]:
+    statistics = job.statistics
     return {
+        "summary": cfg.summary,
         "checkpoint": job.checkpoint.name,
         "weights": job.checkpoint.weights_hash,
         "model": asdict(job.checkpoint.config.model),
@@ -429,26 +456,37 @@ def _meta(
         "token_counts_too_low_by": [int(statistics.fires_on.floor), int(statistics.sources.reads.floor)],
         "head_tokens": int(statistics.sources.head_tokens),
         "slots_by_chance": dict(zip(dfa.SLOTS, dfa.shares(statistics.sources.chance).tolist(), strict=True)),
+        "descriptions": None,
+        "redundancy": None,
+        "seconds": {"first pass": job.seconds[0], "second pass": job.seconds[1]},
+        "versions": checkpoint.versions(),
+    }
+
+
+def _details(features: pd.DataFrame, redundancy: Redundancy) -> dict[str, Any]:
+    """What meta.json says beside the tables that a summary leaves out."""
+    figures = features.filter(like="description_")
+    described = {name.removeprefix("description_"): value for name, value in figures.mean().items()}
+    return {
         "descriptions": {
             "features": int(figures["description_auroc"].notna().sum()),
             "quantile": QUANTILE,
             **{name: None if np.isnan(value) else value for name, value in described.items() if "_se" not in name},
         },
         "redundancy": {"l0": redundancy.l0, "heads": redundancy.heads, "n_tokens": redundancy.n_tokens},
-        "seconds": {"first pass": job.seconds[0], "second pass": job.seconds[1]},
-        "versions": checkpoint.versions(),
     }
 
 
 def _track(path: Path, meta: dict[str, Any], tables: dict[str, Any], mode: Mode) -> None:
-    """The tables of heads and of merging as a W&B run."""
+    """The tables of heads, and of merging where there is one, as a W&B run."""
     heads = tables["heads"].drop(columns=[c for c in tables["heads"] if c.endswith(("deviants", "_ids", "_shares"))])
     tracked = Tracked(path, mode, project="attn-saes", job_type="analysis", config=meta)
 
     def log(run: Any) -> None:
         import wandb
 
-        run.log({"heads": wandb.Table(dataframe=heads), "merging": wandb.Table(dataframe=tables["merging"])})
+        logged = {"heads": heads} | {name: tables[name] for name in ("merging",) if name in tables}
+        run.log({name: wandb.Table(dataframe=table) for name, table in logged.items()})
         run.finish()
 
     tracked.send(log)

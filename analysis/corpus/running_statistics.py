@@ -44,10 +44,11 @@ class FeatureStatistics:
     Args:
         d_vocab: of the language model.
         n_top: contexts kept of each feature in which it fires most.
+        n_cofiring: (token, feature) pairs kept for co-firing, of the first tokens.
     """
 
-    def __init__(self, reader: Reader, d_vocab: int, n_top: int) -> None:
-        self._reader = reader
+    def __init__(self, reader: Reader, d_vocab: int, n_top: int, n_cofiring: int = COFIRING_PAIRS) -> None:
+        self._reader, self._n_cofiring = reader, n_cofiring
         n_heads, d_sae = len(reader.b_V), reader.sae.d_sae
         self.n_tokens = torch.tensor(0)
         self.firings = torch.zeros(d_sae, dtype=torch.int64)
@@ -115,7 +116,7 @@ class FeatureStatistics:
         self.error += (z - self._reader.sae.decode(f[:, 1:]).view_as(z)).pow(2).sum(-1).double().sum((0, 1)).cpu()
         self.z_sum += z.double().sum((0, 1)).cpu()
         self.z_squared += z.pow(2).sum(-1).double().sum((0, 1)).cpu()
-        if before.sum() < COFIRING_PAIRS:
+        if before.sum() < self._n_cofiring:
             self.cofiring.add(firings, chunk)
         self.fires_on.add(firings.feature, chunk.tokens[firings.context, firings.position])
         feature, value = firings.feature.cpu(), firings.value.cpu()

@@ -2,6 +2,7 @@
 
 import shlex
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -52,22 +53,27 @@ def show(checkpoint: Checkpoint, analysis: Analysis, feature: int) -> None:
 
     left, right = st.columns(2)
     with left:
-        st.markdown("**Activations**")
-        st.altair_chart(charts.histogram(row["histogram"], 0, row["histogram_end"], "Activation", "Tokens"))
-        st.markdown("**Where it reads from**")
-        st.altair_chart(charts.slots(row))
+        if not analysis.is_summary:
+            st.markdown("**Activations**")
+            st.altair_chart(charts.histogram(row["histogram"], 0, row["histogram_end"], "Activation", "Tokens"))
+            st.markdown("**Where it reads from**")
+            st.altair_chart(charts.slots(row))
         notes.show(checkpoint, feature)
     with right:
         st.markdown("**Tokens**")
         reads = {"help": "the source with the largest DFA"}
         draw_table(_tokens(row, analysis.strings), {"reads": reads}, height=175)
         st.markdown("**Direct effect on logits**, per unit of activation")
-        low, high = row["bottom_logits"][0], row["top_logits"][0]
-        st.altair_chart(charts.histogram(row["logit_histogram"], low, high, "Logit effect", "Vocabulary"))
+        if not analysis.is_summary:
+            low, high = row["bottom_logits"][0], row["top_logits"][0]
+            st.altair_chart(charts.histogram(row["logit_histogram"], low, high, "Logit effect", "Vocabulary"))
         draw_table(_logits(row, analysis.strings), {"effect": "effect"}, height=175)
 
     _examples(analysis, row)
-    _neighbours(checkpoint, analysis, feature)
+    if analysis.is_summary:
+        live.tell_summary(checkpoint, "histograms, shares by source slot, more examples and the nearest features")
+    else:
+        _neighbours(checkpoint, analysis, feature)
 
 
 def export(fitting: pd.DataFrame, name: str) -> None:
@@ -89,14 +95,11 @@ def sae_vis_page(checkpoint: Checkpoint, features: list[int]) -> None:
 
 
 def _logits(row: pd.Series, strings: dict[int, str]) -> pd.DataFrame:
-    return pd.DataFrame(
-        {
-            "promotes": [visible(strings[int(i)]) for i in row["top_logit_ids"]],
-            "effect": row["top_logits"],
-            "suppresses": [visible(strings[int(i)]) for i in row["bottom_logit_ids"]],
-            "effect ": row["bottom_logits"],
-        }
-    )
+    columns: dict[str, Any] = {}
+    for what, of, effect in (("promotes", "top", "effect"), ("suppresses", "bottom", "effect ")):
+        if f"{of}_logits" in row:  # a summary has the top ones
+            columns |= {what: [visible(strings[int(i)]) for i in row[f"{of}_logit_ids"]], effect: row[f"{of}_logits"]}
+    return pd.DataFrame(columns)
 
 
 def _tokens(row: pd.Series, strings: dict[int, str]) -> pd.DataFrame:
@@ -116,7 +119,7 @@ def _examples(analysis: Analysis, row: pd.Series) -> None:
         "is the largest of a strip; underlined: where the feature fires."
     )
     left, middle, right = st.columns([3, 2, 2], vertical_alignment="bottom")
-    kinds = {"Strongest": "top", "Over quantiles": "quantile"}
+    kinds = {"Strongest": "top"} | ({} if analysis.is_summary else {"Over quantiles": "quantile"})
     kind = kinds[choose("Which", kinds, "kind", column=left)]
     attention = middle.toggle("Attention row", key="attention", bind="query-params", help="where the head looks")
     whole = right.toggle("Whole contexts", key="whole", bind="query-params")

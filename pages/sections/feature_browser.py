@@ -54,9 +54,10 @@ def pick_fitting(checkpoint: Checkpoint, analysis: Analysis) -> pd.DataFrame:
     """
     bound: dict[str, Any] = {"bind": "query-params", "on_change": put, "args": ("page", 1)}  # begin on the first page
     token: dict[str, Any] = {"accept_new_options": True, "placeholder": "a token or a class", "help": _HOW, **bound}
+    counted = token if analysis.has("counts") else {**token, "disabled": True, "placeholder": "not in a summary"}
     first, second, third = st.columns([3, 3, 2])
-    fires = first.selectbox(_FIRES, _CLASSES, None, key="fires", **token)
-    reads = second.selectbox(_READS, _CLASSES, None, key="reads", **token)
+    fires = first.selectbox(_FIRES, _CLASSES, None, key="fires", **counted)
+    reads = second.selectbox(_READS, _CLASSES, None, key="reads", **counted)
     head = pick_head(checkpoint.n_heads, column=third, on_change=put, args=("page", 1))
     left, right = st.columns([2, 3], vertical_alignment="bottom")
     with left.popover("More filters", width="stretch"):
@@ -71,7 +72,7 @@ def pick_fitting(checkpoint: Checkpoint, analysis: Analysis) -> pd.DataFrame:
         density = st.select_slider("Density: share of tokens on which it fires", steps, (0, 1), key="density", **bound)
     given = {_FIRES: fires, _READS: reads}
     ranked = {name: order for name, (needs, order) in _RANKED.items() if given[needs]}
-    options = [*_ORDERS, *ranked]
+    options = [*(name for name, by in _ORDERS.items() if by is None or by[0] in analysis.features), *ranked]
     if st.session_state.get("order", _USUAL) not in options:
         put("order", _USUAL)
     by = right.selectbox("Order", options, key="order", **bound)

@@ -39,8 +39,9 @@ def show(checkpoint: Checkpoint, analysis: Analysis) -> None:
             head_card.show(f"Head {head['head']}", head, pictures, judged, checkpoint, of_head)
     with st.expander("Every number as a table"):
         _table(analysis)
-    with st.expander("The pairs behind a copying score"):
-        _copying(analysis)
+    if analysis.has("copying"):
+        with st.expander("The pairs behind a copying score"):
+            _copying(analysis)
 
 
 def _patterns(analysis: Analysis) -> dict[str, list[Picture]]:
@@ -49,6 +50,9 @@ def _patterns(analysis: Analysis) -> dict[str, list[Picture]]:
         pictures = analysis.patterns
     except CheckpointError as error:
         refuse(error)
+        return {}
+    if analysis.is_summary:
+        st.caption("A summary has no thumbnails of mean attention: Model has those of all layers.")
         return {}
     if not pictures:
         st.caption("This analysis is older than thumbnails of patterns: `python -m analysis` makes it anew, with them.")

@@ -8,6 +8,7 @@ import streamlit as st
 from analysis.store import Analysis
 from pages.charts import heads as charts
 from pages.components.listing import listing
+from pages.shared import live
 from pages.shared.page import LINKED
 from pages.shared.pick import pick_head, pick_one_head, pick_text, put
 from pages.shared.words import in_words
@@ -49,6 +50,9 @@ def monosemanticity(checkpoint: Checkpoint, analysis: Analysis) -> None:
 
 def redundancy(checkpoint: Checkpoint, analysis: Analysis) -> None:
     """Whether features of different heads say the same."""
+    if analysis.is_summary:
+        live.tell_summary(checkpoint, "neighbours of features and L0 after merging")
+        return
     redundant = analysis.meta["redundancy"]
     st.caption(
         "Two features of different heads are redundant where they fire on the same tokens (Jaccard) and write the same "

@@ -5,6 +5,7 @@ and ablations wait their turn before, so that a page can say for how many.
 """
 
 import os
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,7 +25,7 @@ from analysis.runs.model import head_table
 from analysis.runs.sets import LayerSet
 from analysis.store import Analysis
 from analysis.tokens import visible
-from pages.shared.page import hint, plain, sentences
+from pages.shared.page import hint, plain, sentences, typed
 from pages.shared.turns import Turns
 from trainer import embedded
 from trainer.block_diag import BlockDiagSAE
@@ -121,6 +122,12 @@ def analysis_or_hint(checkpoint: Checkpoint) -> Analysis | None:
     except CheckpointError as error:
         hint(error, "This command writes one; --tokens=20000 is quicker")
         return None
+
+
+def tell_summary(checkpoint: Checkpoint, missing: str) -> None:
+    """That there is only a summary, what a whole analysis has besides, and the command that makes one."""
+    st.caption(f"This is the summary of an analysis. A whole one has {missing}, too:")
+    st.code(f"python -m analysis {shlex.quote(typed(checkpoint.path))} --tokens=20000", language="bash")
 
 
 def figures_or_hint(checkpoint: Checkpoint) -> dict[str, Any] | None:
