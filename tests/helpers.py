@@ -20,6 +20,8 @@ from transformers import (
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -95,6 +97,28 @@ def save_tiny_llama(folder: Path) -> None:
         eos_token_id=0,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
+    save_tokenizer(folder)
+
+
+def save_tiny_neox(folder: Path) -> None:
+    """A randomly initialised GPT-NeoX (Pythia): attention and MLP side by side, half of each head rotated."""
+    torch.manual_seed(2)
+    config = GPTNeoXConfig(
+        vocab_size=257,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        rotary_pct=0.5,
+        initializer_range=0.2,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    model = GPTNeoXForCausalLM(config)
+    for block in model.gpt_neox.layers:
+        block.attention.query_key_value.bias.data.normal_(std=0.3)
+    model.save_pretrained(folder)
     save_tokenizer(folder)
 
 

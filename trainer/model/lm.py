@@ -334,6 +334,46 @@ class LanguageModel:
             got = workers.each(run, self._parts(inputs) if past is None else [slice(0, len(inputs))])
         return got[0] if len(got) == 1 else {name: torch.cat([part[name] for part in got]) for name in names}
 
+    def gradients(
+        self,
+        inputs: Tensor,
+        names: Sequence[str],
+        of: tuple[str, Callable[[Tensor], Tensor]],
+        start_at_layer: int | None = None,
+        edits: Sequence[tuple[str, Edit]] = (),
+    ) -> tuple[Tensor, list[Tensor]]:
+        """A number for each row of a batch, made of one hook's value, and its gradient by the values of other hooks.
+
+        Args:
+            of: the name of a hook that fires after `names`, and what makes `[batch]` numbers of its value.
+        """
+        leaves: dict[str, Tensor] = {}
+        numbers: list[Tensor] = []
+
+        def add(value: Tensor, hook: Any) -> Tensor:
+            leaves[hook.name] = torch.zeros_like(value, requires_grad=True)
+            return value + leaves[hook.name]
+
+        def end(value: Tensor, hook: Any) -> None:
+            numbers.append(of[1](value))
+            raise _StopForward
+
+        everything = slice(0, len(inputs))
+        hooks = [(name, _of(edit, lambda: everything)) for name, edit in edits]
+        with self._hooked([*hooks, *((name, add) for name in names), (of[0], end)]), torch.enable_grad():
+            positions.reach(self.model, inputs.shape[1])
+            with suppress(_StopForward):
+                self.model(inputs.to(self.device), return_type=None, start_at_layer=start_at_layer)
+            found = torch.autograd.grad(numbers[0].sum(), [leaves[name] for name in names])
+        return numbers[0].detach(), [gradient.detach() for gradient in found]
+
+    def next_logits(self, final: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_vocab"]:
+        """The final norm, the unembedding and the soft cap, of some positions; it can be differentiated."""
+        norm: Any = getattr(self.model, "ln_final", None)
+        logits = self.model.unembed(final if norm is None else norm(final))
+        cap = self.model.cfg.output_logits_soft_cap
+        return cap * (logits / cap).tanh() if cap > 0 else logits
+
     def _parts(self, inputs: Tensor) -> list[slice]:
         """Rows of a batch that run at a time, as many as there are threads or more; all where there are too few."""
         batch, length = inputs.shape[:2]

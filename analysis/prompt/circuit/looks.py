@@ -1,0 +1,121 @@
+"""Why a head looks where it looks: its attention scores, split over who wrote what key and query were made of.
+
+score[q, s] = q . k / scale before the softmax (and before a soft cap, where a model has one). Key and query are each
+linear in their residual stream, with its norm's scale as it is and rotation applied, so a score is a sum over nodes at
+the key with the query as it is, over nodes at the query with the key as it is, and over pairs of both. What a softmax
+sees of a row is its differences: every value has the mean of its node over the row's sources taken away, BOS left out,
+on which heads rest.
+"""
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from analysis.prompt.circuit.nodes import KINDS, Nodes, Parts
+from trainer.config import require
+
+_CLASS = ["kind", "layer", "head", "feature"]  # what is one node at all positions
+
+
+@torch.no_grad()
+def scores(nodes: Nodes, layer: int, head: int, query: int) -> Float[Tensor, " source"]:
+    """Scores of one row, as the model has them before its softmax; in full, without the mean taken away."""
+    parts, constant = _keys(nodes, layer, head, query)
+    return parts.sums(query + 1) + constant
+
+
+@torch.no_grad()
+def at_key(nodes: Nodes, layer: int, head: int, query: int, source: int) -> pd.DataFrame:
+    """What every node at the source adds to the score, above its mean over the row; with all of them, score - mean.
+
+    kind, layer, head, feature, position, activation, value. A node that is only elsewhere in the row has a value, too:
+    what it adds there is in the mean.
+
+    Raises:
+        ValueError: there is no such head or position.
+    """
+    _check(nodes, layer, head, query, source)
+    parts, constant = _keys(nodes, layer, head, query)
+    table = parts.table()
+    counted = table[table["row"] > 0] if query else table
+    mean = counted.groupby(_CLASS)["value"].sum() / max(query, 1)
+    here = table[table["row"] == source].set_index(_CLASS)
+    value = here["value"].reindex(mean.index.union(here.index), fill_value=0.0)
+    found = value.sub(mean, fill_value=0.0).rename("value").to_frame()
+    found["activation"] = here["activation"].reindex(found.index)
+    found["position"] = source
+    rest = constant[source] - constant[1 : query + 1].mean() if query else constant[source]
+    found = found.reset_index()
+    if abs(float(rest)) > 0:
+        bias = {"kind": "key bias", "layer": layer, "head": head, "feature": -1, "position": source}
+        found = pd.concat([found, pd.DataFrame([{**bias, "value": float(rest)}])], ignore_index=True)
+    return found[[*_CLASS, "position", "activation", "value"]]
+
+
+@torch.no_grad()
+def at_query(nodes: Nodes, layer: int, head: int, query: int, source: int) -> pd.DataFrame:
+    """What every node at the query adds to score - mean of the row, with the keys as they are; columns as `at_key`.
+
+    Raises:
+        ValueError: there is no such head or position.
+    """
+    _check(nodes, layer, head, query, source)
+    frozen = nodes.frozen
+    key = _key(nodes, layer, head, query)
+    difference = key[source] - key[1 : query + 1].mean(0) if query else key[source]
+    at = torch.tensor([query], device=difference.device)
+    along = frozen.unrotated(layer, difference[None] / frozen.score_scale(layer), at)
+    reading = frozen.read(layer, "Q", torch.full_like(at, head), along, at)
+    found = nodes.split(reading, at, layer).table().drop(columns="row")
+    if abs(constant := float(reading.constant)) > 0:
+        bias = {"kind": "query bias", "layer": layer, "head": head, "feature": -1, "position": query}
+        found = pd.concat([found, pd.DataFrame([{**bias, "value": constant}])], ignore_index=True)
+    return found[[*_CLASS, "position", "activation", "value"]]
+
+
+@torch.no_grad()
+def pairs(
+    nodes: Nodes, layer: int, head: int, query: int, source: int, at_query: pd.DataFrame, at_key: pd.DataFrame
+) -> pd.DataFrame:
+    """What pairs of nodes add to the score itself: rows are nodes at the query, columns nodes at the key.
+
+    The last row and column are all others, so that the sum is the score.
+
+    Args:
+        at_query, at_key: nodes with kind, layer, head, feature: some of those functions' rows.
+    """
+    _check(nodes, layer, head, query, source)
+    frozen = nodes.frozen
+    made = []
+    for side, table, at in (("Q", at_query, query), ("K", at_key, source)):
+        table = table[table["kind"].isin(KINDS)]
+        chosen = [nodes.vector(row.kind, row.layer, row.head, row.feature, at) for row in table.itertuples()]
+        vectors = torch.stack(chosen) if chosen else frozen.final.new_empty(0, frozen.final.shape[1])
+        parts = frozen.projected(layer, "Q" if side == "Q" else "K", head, vectors, at)
+        whole = frozen.layers[layer].q[at, head] if side == "Q" else _key(nodes, layer, head, query)[source]
+        names = [f"{row.kind} {row.layer}.{row.head} {row.feature}" for row in table.itertuples()]
+        made.append(([*names, "all others"], torch.cat([parts, (whole - parts.sum(0))[None]])))
+    (rows, q), (columns, k) = made
+    return pd.DataFrame((q @ k.T / frozen.score_scale(layer)).cpu().numpy(), rows, columns)
+
+
+def _keys(nodes: Nodes, layer: int, head: int, query: int) -> tuple[Parts, Float[Tensor, " source"]]:
+    """Nodes at the key of every source of a row, and what the key's bias adds."""
+    frozen = nodes.frozen
+    at = torch.arange(query + 1, device=frozen.final.device)
+    vector = frozen.layers[layer].q[query, head] / frozen.score_scale(layer)
+    along = frozen.unrotated(layer, vector.expand(len(at), -1), at)
+    reading = frozen.read(layer, "K", torch.full_like(at, head), along, at)
+    return nodes.split(reading, at, layer), reading.constant
+
+
+def _key(nodes: Nodes, layer: int, head: int, query: int) -> Float[Tensor, "source d_head"]:
+    """Keys of a head up to a position, as queries meet them."""
+    return nodes.frozen.layers[layer].k[: query + 1, head]
+
+
+def _check(nodes: Nodes, layer: int, head: int, query: int, source: int) -> None:
+    require(0 <= layer < nodes.n_layers, f"there is no layer {layer}")
+    require(0 <= head < nodes.n_heads, f"there is no head {head}")
+    require(0 <= source <= query < len(nodes.frozen.tokens), f"position {query} does not see {source}")

@@ -1,0 +1,166 @@
+"""What a circuit is to explain: one number of a prompt, and what every node adds to it, at first order and in truth."""
+
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from analysis.prompt.circuit.nodes import Nodes
+from trainer.config import require
+
+_BATCH_TOKENS = 2048  # of a forward that runs several nodes' removals
+
+
+@dataclass(frozen=True)
+class Target:
+    """A number that the model computes on a prompt at one position.
+
+    With `token` a logit of the next token: less that of `against`, if one is named; its log probability if
+    `log_probability`. With `feature` the pre-activation of a feature of the SAE of `layer`.
+    """
+
+    position: int
+    token: int | None = None
+    against: int | None = None
+    log_probability: bool = False
+    layer: int | None = None
+    feature: int | None = None
+
+    def __post_init__(self) -> None:
+        require((self.token is None) != (self.feature is None), "a target is a token or a feature")
+        require((self.layer is None) == (self.feature is None), "a feature has a layer")
+        plain = self.against is None or not self.log_probability
+        require(plain, "a log probability is of one token: it is not compared with another")
+
+
+class Number:
+    """A target on a prompt: where the model computes it, and from what.
+
+    Raises:
+        ValueError: the prompt has no such position, the model no such token, or its layer no such feature.
+    """
+
+    def __init__(self, nodes: Nodes, target: Target) -> None:
+        lm, length = nodes.frozen.lm, len(nodes.frozen.tokens)
+        require(0 < target.position < length, f"position {target.position} is none of 1 to {length - 1}")
+        for token in (target.token, target.against):
+            require(token is None or 0 <= token < lm.d_vocab, f"there is no token {token}")
+        if target.layer is not None and target.feature is not None:
+            sae = nodes.saes.get(target.layer)
+            require(sae is not None, f"layer {target.layer} has no SAE here")
+            assert sae is not None
+            require(0 <= target.feature < sae.d_sae, f"there is no feature {target.feature} of layer {target.layer}")
+        self.nodes, self.target, self._lm = nodes, target, lm
+        self.n_layers = lm.n_layers if target.layer is None else target.layer  # that can matter to it
+        self.hook = f"blocks.{lm.n_layers - 1}.hook_resid_post" if target.layer is None else _z(target.layer)
+
+    def of(self, value: Float[Tensor, "batch pos ..."]) -> Float[Tensor, " batch"]:
+        """The number, from the final residual stream or from z of the feature's layer."""
+        target, here = self.target, value[:, self.target.position]
+        if target.layer is None or target.feature is None:
+            logits = self._lm.next_logits(here).to(self.nodes.frozen.dtype)
+            if target.log_probability:
+                return logits.log_softmax(-1)[:, target.token]
+            return logits[:, target.token] - (0 if target.against is None else logits[:, target.against])
+        sae = self.nodes.saes[target.layer]
+        block, index = divmod(target.feature, sae.features_per_block)
+        z = sae.blocks(here.to(self.nodes.frozen.dtype))[:, block]
+        return z @ sae.W_enc.detach()[block, :, index] + sae.b_enc.detach()[block, index]
+
+    def value(self) -> float:
+        """On the prompt as it is."""
+        frozen = self.nodes.frozen
+        value = frozen.final if self.target.layer is None else frozen.layers[self.target.layer].z
+        with torch.no_grad():
+            return self.of(value[None].to(self._lm.model.cfg.dtype))[0].item()
+
+    def gradient(self, steps: int = 0) -> list[Float[Tensor, "pos head d_head"]]:
+        """By z of each layer that can matter, at every position.
+
+        Args:
+            steps: 0 is the gradient on the prompt as it is. Else integrated gradients (Sundararajan et al. 2017,
+                arXiv:1703.01365), layer by layer: the mean gradient while one layer's z grows from 0 to what it is,
+                at the middle of as many steps, with what comes after running on; z . g is then the difference that
+                zeroing the layer makes, up to the steps; not where a norm follows the attention (Gemma 2), after
+                which a layer's output is the same however small z is.
+        """
+        names = [_z(layer) for layer in range(self.n_layers)]
+        frozen, dtype = self.nodes.frozen, self._lm.model.cfg.dtype
+        if not names:
+            return []
+        if not steps:
+            _, found = self._lm.gradients(frozen.tokens[None], names, (self.hook, self.of))
+            return [each[0].to(frozen.dtype) for each in found]
+        shares = (torch.arange(steps, device=frozen.final.device, dtype=frozen.dtype) + 0.5) / steps
+        mean = []
+        for layer, name in enumerate(names):
+            resid = frozen.entering(layer)[None].expand(steps, -1, -1).to(dtype)
+            z = frozen.layers[layer].z * shares[:, None, None, None]
+            z[:, 0] = frozen.layers[layer].z[0]  # BOS is left alone
+
+            def grown(value: Tensor, rows: slice, z: Tensor = z) -> Tensor:
+                return z[rows].to(value.dtype)
+
+            _, [found] = self._lm.gradients(resid, [name], (self.hook, self.of), layer, [(name, grown)])
+            mean.append(found.to(frozen.dtype).mean(0))
+        return mean
+
+    def attribution(self, steps: int = 0) -> pd.DataFrame:
+        """What every feature, error and bias adds, at first order: node . gradient; columns of `nodes.Parts`.
+
+        f (W_dec . g) of a feature; of a layer, head and position they sum to z . g.
+        """
+        gradient = self.gradient(steps)
+        require(bool(gradient), "nothing comes before layer 0")
+        found = self.nodes.of_z(gradient).table()
+        return found.drop(columns="row").rename(columns={"value": "attribution"})
+
+    @torch.no_grad()
+    def removed(self, table: pd.DataFrame) -> pd.DataFrame:
+        """Rows of `attribution` with what taking each node away takes from the number, and what of it is direct.
+
+        `effect`: the number as it is, less that of a run without the node, with all that comes after running on.
+        `direct`: with everything after frozen but the target's own readout: the final norm and unembedding, or nothing
+        for a feature, which reads through attention and no other way. BOS is left alone.
+        """
+        frozen, dtype = self.nodes.frozen, self._lm.model.cfg.dtype
+        whole, n = self.value(), max(1, _BATCH_TOKENS // len(frozen.tokens))
+        rows = [
+            (
+                int(row.layer),
+                int(row.position),
+                i,
+                self.nodes.written(row.kind, row.layer, row.head, row.feature, row.position),
+            )
+            for i, row in enumerate(table.itertuples())
+        ]
+        effect, direct = torch.full((2, len(rows)), torch.nan, dtype=frozen.dtype)
+        for layer in sorted({layer for layer, *_ in rows}):
+            of_layer = [row for row in rows if row[0] == layer]
+            resid = frozen.entering(layer).to(dtype)
+            heads = frozen.layers[layer]
+            for start in range(0, len(of_layer), n):
+                some = of_layer[start : start + n]
+                z = heads.z.expand(len(some), *heads.z.shape).clone()
+                final = frozen.final.expand(len(some), *frozen.final.shape).clone()
+                for j, (_, position, _, part) in enumerate(some):
+                    z[j, position] -= part
+                    written = torch.einsum("hd,hdm->m", part, frozen.W_O(layer)) / heads.write_scale[position]
+                    final[j, position] -= written
+
+                def without(value: Tensor, rows: slice, z: Tensor = z) -> Tensor:
+                    return z[rows].to(value.dtype)
+
+                inputs = resid.expand(len(some), *resid.shape)
+                got = self._lm.capture(inputs, [self.hook], layer, [(_z(layer), without)])[self.hook]
+                places = torch.tensor([i for *_, i, _ in some])
+                effect[places] = whole - self.of(got).cpu()
+                if self.target.layer is None:
+                    direct[places] = whole - self.of(final.to(dtype)).cpu()
+        return table.assign(effect=effect.numpy(), direct=direct.numpy())
+
+
+def _z(layer: int) -> str:
+    return f"blocks.{layer}.attn.hook_z"
