@@ -8,6 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -168,6 +169,48 @@ class ToyTokenizer:
 
     def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
         return [self.texts[i] for i in ids]
+
+
+def planted(vocabulary: int = 60, n_ctx: int = 41) -> Any:
+    """Three attention-only layers with one head of each kind; the other head of each layer attends everywhere alike.
+
+    The residual stream has one-hot parts: token, position, previous token (written by the previous-token head).
+    """
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+    from trainer.model.lm import LanguageModel
+
+    token, position, previous = 0, vocabulary, vocabulary + n_ctx
+    d_head, gain = max(vocabulary, n_ctx) + 1, 40.0
+    cfg = HookedTransformerConfig(
+        n_layers=3, d_model=2 * vocabulary + n_ctx, n_ctx=n_ctx, d_head=d_head, n_heads=2, d_vocab=vocabulary,
+        attn_only=True, normalization_type=None, init_weights=False,
+    )  # fmt: skip
+    model = HookedTransformer(cfg)
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    model.W_E.data[:, token : token + vocabulary] = torch.eye(vocabulary)
+    model.W_pos.data[:, position : position + n_ctx] = torch.eye(n_ctx)
+    before, copies, induction = (model.blocks[layer].attn for layer in range(3))
+    for p in range(n_ctx):
+        before.W_Q.data[1, position + p, p] = gain
+        if p:
+            before.W_K.data[1, position + p - 1, p] = gain
+        copies.W_K.data[0, position + p, d_head - 1] = -2.0 * p  # of two copies the earlier one, not the token itself
+    for t in range(vocabulary):
+        before.W_V.data[1, token + t, t] = 1
+        before.W_O.data[1, t, previous + t] = 1
+        copies.W_Q.data[0, token + t, [t, d_head - 1]] = gain
+        copies.W_K.data[0, token + t, t] = 10 * gain
+        induction.W_Q.data[1, token + t, t] = gain
+        induction.W_K.data[1, previous + t, t] = gain
+    for t in range(vocabulary):  # the induction head predicts what it reads
+        induction.W_V.data[1, token + t, t] = 1
+        induction.W_O.data[1, t, token + t] = 1
+        model.unembed.W_U.data[token + t, t] = 1
+    lm = LanguageModel(model, "planted")
+    lm.tokenizer = ToyTokenizer(["<s>"] + ["ab"] * (vocabulary - 1))
+    return lm
 
 
 def tiny_run(model: Path, text: Path, out: Path, *more: str) -> list[str]:

@@ -1,0 +1,123 @@
+"""How much of a target some features make by themselves: they are kept, and all others stand at their mean.
+
+After the faithfulness of Marks et al. 2024 (arXiv:2403.19647): (y(kept) - y(none)) / (y(all) - y(none)), where `none`
+has every feature at its mean over a text and `all` is the model as it is. Every layer's SAE takes part at once, and
+features that are kept are computed anew from what is left. What the SAEs do not explain (errors) stays, or goes too.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from analysis.prompt.circuit.target import Number
+from trainer.block_diag import BlockDiagSAE
+
+_TOKENS = 2048  # of one forward
+
+
+@torch.no_grad()
+def kept(
+    number: Number,
+    sets: Sequence[pd.DataFrame | None],
+    means: Mapping[int, Float[Tensor, "block feature"]],
+    errors: bool = True,
+) -> Float[Tensor, " set"]:
+    """The target with only some features as they are.
+
+    Args:
+        sets: nodes with layer, feature and position: these are kept; None keeps all.
+        means: what all others stand at, of each layer that has an SAE.
+        errors: whether what SAEs do not explain stays as it is in the run, or goes.
+    """
+    nodes = number.nodes
+    lm, frozen = nodes.frozen.lm, nodes.frozen
+    size, values = max(1, _TOKENS // len(frozen.tokens)), []
+    for start in range(0, len(sets), size):
+        some = sets[start : start + size]
+        edits = []
+        for layer in range(number.n_layers):
+            if (sae := nodes.saes.get(layer)) is not None:
+                keep = torch.stack([_mask(each, layer, sae, len(frozen.tokens)) for each in some])
+                edits.append((f"blocks.{layer}.attn.hook_z", _Replaced(sae, keep.to(lm.device), means[layer], errors)))
+        inputs = frozen.tokens[None].expand(len(some), -1)
+        got = lm.capture(inputs, [number.hook], edits=edits)[number.hook]
+        values.append(number.of(got).cpu())
+    return torch.cat(values)
+
+
+def curve(
+    number: Number,
+    ranked: pd.DataFrame,
+    counts: Sequence[int],
+    means: Mapping[int, Float[Tensor, "block feature"]],
+    densities: Mapping[int, np.ndarray],
+    errors: bool = True,
+    draws: int = 5,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Faithfulness against the number of features kept: kept, value, faithfulness, random, random_se.
+
+    Args:
+        ranked: features in the order in which they are kept: layer, feature, position.
+        densities: of the features of each layer; as many random ones of the same layer, position and nearly the same
+            density are kept instead, `draws` times: `random` is their mean.
+    """
+    sets = [ranked.head(n) for n in counts]
+    generator = np.random.default_rng(seed)
+    drawn = [random_like(each, densities, generator) for each in sets for _ in range(draws)]
+    values = kept(number, [None, ranked.head(0), *sets, *drawn], means, errors).double()
+    whole, none = number.value(), float(values[1])
+    share = ((values - none) / (whole - none)).numpy()
+    random = share[2 + len(sets) :].reshape(len(sets), draws)
+    return pd.DataFrame(
+        {
+            "kept": list(counts),
+            "value": values[2 : 2 + len(sets)].numpy(),
+            "faithfulness": share[2 : 2 + len(sets)],
+            "random": random.mean(1),
+            "random_se": random.std(1, ddof=1) / draws**0.5 if draws > 1 else np.nan,
+        }
+    )
+
+
+def random_like(
+    chosen: pd.DataFrame, densities: Mapping[int, np.ndarray], generator: np.random.Generator, near: int = 20
+) -> pd.DataFrame:
+    """As many other features of the same layers and positions, each among the `near` closest to one in density."""
+    features = []
+    for row in chosen.itertuples():
+        distance = np.abs(densities[row.layer] - densities[row.layer][row.feature])
+        taken = chosen.loc[(chosen["layer"] == row.layer) & (chosen["position"] == row.position), "feature"]
+        distance[taken] = np.inf
+        closest = np.argsort(distance, kind="stable")[:near]
+        features.append(int(generator.choice(closest)))
+    return chosen.assign(feature=np.array(features, dtype=int))
+
+
+class _Replaced:
+    """z with features that are not kept at their mean."""
+
+    def __init__(self, sae: BlockDiagSAE, keep: Tensor, mean: Tensor, errors: bool) -> None:
+        self._sae, self._keep, self._mean, self._errors = sae, keep, mean, errors
+
+    def __call__(self, z: Float[Tensor, "set pos head d_head"], rows: slice) -> Tensor:
+        x = z.to(self._sae.W_dec.dtype)
+        f = self._sae.encode(x)
+        new = self._sae.decode(torch.where(self._keep[rows], f, self._mean.to(f))).view_as(x)
+        if self._errors:
+            new = new + x - self._sae.decode(f).view_as(x)
+        new[:, 0] = x[:, 0]  # BOS is left alone
+        return new.to(z.dtype)
+
+
+def _mask(chosen: pd.DataFrame | None, layer: int, sae: BlockDiagSAE, length: int) -> Tensor:
+    """Which features are kept [pos, block, feature]."""
+    mask = torch.full((length, sae.d_sae), chosen is None)
+    if chosen is not None:
+        here = chosen[chosen["layer"] == layer]
+        mask[here["position"].to_numpy(dtype=int), here["feature"].to_numpy(dtype=int)] = True
+    return mask.view(length, sae.n_blocks, -1)

@@ -1,0 +1,211 @@
+"""A circuit as plain data: from a target back to the features of heads that make it, what they read and why.
+
+Every feature in the graph is taken apart exactly: its DFA over all sources and nodes (OV edges), and for its strongest
+source the score that made its head look there, over nodes at the key (K edges) and at the query (Q edges). What is too
+small for an edge of its own goes into one edge from the rest, so that the edges of a feature still sum to what they
+take apart.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import pandas as pd
+
+from analysis.prompt.circuit.looks import at_key, at_query
+from analysis.prompt.circuit.nodes import Nodes
+from analysis.prompt.circuit.reads import upstream
+from analysis.prompt.circuit.target import Number, Target
+from trainer.config import require
+from trainer.files import flaw, read_json, write_json
+
+VERSION = 1
+_NODE = ["kind", "layer", "head", "feature", "position"]
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node of the graph; ids are -1 where it has none."""
+
+    kind: str
+    """one of `nodes.KINDS`, or `key bias`, `query bias`"""
+    layer: int
+    head: int
+    feature: int
+    position: int
+    activation: float | None = None
+    """of a feature"""
+    attribution: float | None = None
+    """to the target, at first order; of features, errors and biases"""
+    effect: float | None = None
+    """what the target loses without it, with all that follows running on; of the strongest"""
+    direct: float | None = None
+    """of it what goes straight to the logits"""
+
+
+@dataclass(frozen=True)
+class Edge:
+    """What a node gives to another one."""
+
+    writer: int | None
+    """index into `Circuit.nodes`; None is the rest: all that is too small"""
+    reader: int | None
+    """index of a feature; None is the target"""
+    by: Literal["attribution", "OV", "K", "Q"]
+    value: float
+    """in units of the target; of the reader's pre-activation; of the score above its row's mean"""
+    source: int | None = None
+    """of a K or Q edge: the position that the reader's head looks at"""
+
+
+@dataclass(frozen=True)
+class Circuit:
+    """Nodes and edges, and what they are of."""
+
+    model: str
+    saes: dict[int, str]
+    """names of checkpoints by layer"""
+    tokens: list[int]
+    target: Target
+    value: float
+    """of the target on the prompt"""
+    nodes: list[Node]
+    edges: list[Edge]
+
+    def save(self, file: Path) -> None:
+        """Write it as JSON.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        write_json(file, {"schema_version": VERSION, **asdict(self)})
+
+    @classmethod
+    def load(cls, file: Path) -> "Circuit":
+        """What `save` wrote.
+
+        Raises:
+            ValueError: it is no circuit, or an edge leads nowhere.
+            OSError: it cannot be read.
+        """
+        try:
+            found: dict[str, Any] = read_json(file, dict[str, Any])
+            version = found.pop("schema_version", None)
+            require(version == VERSION, f"schema version {version}, this program reads {VERSION}")
+            circuit = msgspec.convert(found, cls, strict=False)
+        except ValueError as error:
+            raise ValueError(flaw(file, error)) from error
+        ends = [end for edge in circuit.edges for end in (edge.writer, edge.reader) if end is not None]
+        require(all(0 <= end < len(circuit.nodes) for end in ends), f"{file} is damaged (an edge leads nowhere)")
+        return circuit
+
+
+def trace(
+    nodes: Nodes,
+    target: Target,
+    names: dict[int, str],
+    features: int = 12,
+    depth: int = 2,
+    share: float = 0.05,
+    steps: int = 0,
+) -> Circuit:
+    """The circuit of a target.
+
+    Args:
+        names: of the SAEs' checkpoints by layer.
+        features: how many enter by their attribution to the target, the strongest of all positions.
+        depth: how many times what a feature reads is followed to the features that wrote it.
+        share: of the sum of all sizes, from which a node has an edge of its own.
+        steps: of integrated gradients; 0: the gradient.
+
+    Raises:
+        ValueError: the target is not of this prompt.
+    """
+    number = Number(nodes, target)
+    attribution = number.attribution(steps)
+    of_features = attribution[attribution["kind"] == "feature"]
+    strongest = of_features.loc[of_features["attribution"].abs().nlargest(features).index]
+    strongest = number.removed(strongest)
+    graph = _Graph(attribution, strongest)
+    for row in strongest.itertuples():
+        graph.edge(_key_of(row), None, "attribution", float(row.attribution))
+    rest = float(attribution["attribution"].sum() - strongest["attribution"].sum())
+    graph.rest(None, "attribution", rest)
+    level = [_key_of(row) for row in strongest.itertuples()]
+    seen: set[tuple] = set()
+    for _ in range(depth):
+        found: list[tuple] = []
+        for reader in level:
+            if reader not in seen:
+                seen.add(reader)
+                found += _take_apart(graph, nodes, reader, share)
+        level = found
+    return Circuit(
+        model=nodes.frozen.lm.name,
+        saes=names,
+        tokens=nodes.frozen.tokens.tolist(),
+        target=target,
+        value=number.value(),
+        nodes=graph.nodes,
+        edges=graph.edges,
+    )
+
+
+class _Graph:
+    """Nodes and edges as they come."""
+
+    def __init__(self, attribution: pd.DataFrame, removed: pd.DataFrame) -> None:
+        self.nodes: list[Node] = []
+        self.edges: list[Edge] = []
+        self._index: dict[tuple, int] = {}
+        self._known = attribution.set_index(_NODE)[["activation", "attribution"]].to_dict("index")
+        self._removed = removed.set_index(_NODE)[["effect", "direct"]].to_dict("index")
+
+    def at(self, key: tuple) -> int:
+        """Index of a node, added where it is new."""
+        if key not in self._index:
+            self._index[key] = len(self.nodes)
+            figures = {**self._known.get(key, {}), **self._removed.get(key, {})}
+            known = {name: float(value) for name, value in figures.items() if pd.notna(value)}
+            self.nodes.append(Node(*key, **known))
+        return self._index[key]
+
+    def edge(self, writer: tuple, reader: tuple | None, by: Any, value: float, source: int | None = None) -> None:
+        """From a node to a feature, or to the target."""
+        self.edges.append(Edge(self.at(writer), None if reader is None else self.at(reader), by, value, source))
+
+    def rest(self, reader: tuple | None, by: Any, value: float, source: int | None = None) -> None:
+        """From all that has no edge of its own."""
+        self.edges.append(Edge(None, None if reader is None else self.at(reader), by, value, source))
+
+
+def _take_apart(graph: _Graph, nodes: Nodes, reader: tuple, share: float) -> list[tuple]:
+    """Edges of a feature; returns the features that it reads."""
+    _, layer, head, feature, query = reader
+    parts = upstream(nodes, layer, feature, query).table()
+    found = _edges(graph, parts, reader, "OV", share, None)
+    of_source = parts[parts["position"] > 0].groupby("position")["value"].sum()
+    if of_source.empty or nodes.saes[layer].is_dense:  # many heads look for a dense SAE's feature
+        return found
+    source = int(of_source.abs().idxmax())
+    for by, side in (("K", at_key), ("Q", at_query)):
+        found += _edges(graph, side(nodes, layer, head, query, source), reader, by, share, source)
+    return found
+
+
+def _edges(graph: _Graph, parts: pd.DataFrame, reader: tuple, by: str, share: float, source: int | None) -> list[tuple]:
+    size = parts["value"].abs()
+    large = parts[size >= share * size.sum()]
+    found = []
+    for row in large.itertuples():
+        writer = _key_of(row)
+        graph.edge(writer, reader, by, float(row.value), source)
+        if row.kind == "feature" and pd.notna(row.activation):
+            found.append(writer)
+    graph.rest(reader, by, float(parts["value"].sum() - large["value"].sum()), source)
+    return found
+
+
+def _key_of(row: Any) -> tuple:
+    return (str(row.kind), int(row.layer), int(row.head), int(row.feature), int(row.position))
