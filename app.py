@@ -16,6 +16,7 @@ page = st.navigation(
         st.Page("pages/heads.py", title="Heads"),
         st.Page("pages/features.py", title="Features"),
         st.Page("pages/prompt.py", title="Prompt"),
+        st.Page("pages/circuit.py", title="Circuit"),
         st.Page("pages/compare.py", title="Compare"),
         st.Page("pages/runs.py", title="Runs"),
         st.Page("pages/start.py", title="Start"),

@@ -108,6 +108,22 @@ def analysed(trained, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def layers_folder(tmp_path_factory, gpt2_folder, text_file):
+    """A set on three of six layers of the tiny GPT-2, one of them analysed, and the heads of all layers."""
+    from analysis.__main__ import main as analyse
+    from analysis.heads.__main__ import main as describe
+    from trainer.__main__ import main
+
+    out = tmp_path_factory.mktemp("model")
+    more = ("--total_training_steps=4", "--batch_size=64", "--cache_gb=0", "--name=tiny", "--hook_layer=0-2", "--k=5")
+    assert main(tiny_run(gpt2_folder, text_file, out, *more)) == 0
+    sizes = ("--tokens=300", "--repeated_tokens=300", "--removal_tokens=90", "--context_size=32")
+    assert describe([str(gpt2_folder), f"--dataset={text_file}", f"--out={out}", *sizes, "--device=cpu"]) == 0
+    assert analyse([str(out / "tiny-L1-batchtopk-x4-k5"), "--tokens=300", "--examples=2", "--device=cpu"]) == 0
+    return out
+
+
 @pytest.fixture
 def show_copy(tmp_path, monkeypatch):
     """Copies a folder of checkpoints, so that a test may change it, and points the app at the copy."""

@@ -53,7 +53,7 @@ def version(checkpoint: Checkpoint) -> tuple[Any, ...]:
 _PER_CHECKPOINT: dict[str, Any] = {"show_spinner": False, "hash_funcs": {Checkpoint: version}}
 
 
-@st.cache_resource(max_entries=8, **_PER_CHECKPOINT)
+@st.cache_resource(max_entries=64, **_PER_CHECKPOINT)  # a circuit has one of each layer
 def read_sae(checkpoint: Checkpoint) -> BlockDiagSAE:
     """The SAE of a checkpoint.
 
@@ -82,18 +82,18 @@ def _version_of_heads(heads: ModelHeads) -> tuple[Any, ...]:
     return str(heads.folder), os.path.getmtime(heads.folder / "meta.json")
 
 
-_PER_MODEL: dict[str, Any] = {
+PER_MODEL: dict[str, Any] = {
     "show_spinner": False, "hash_funcs": {LayerSet: _version_of_set, ModelHeads: _version_of_heads},
 }  # fmt: skip
 
 
-@st.cache_resource(max_entries=4, **_PER_MODEL)
+@st.cache_resource(max_entries=4, **PER_MODEL)
 def same_heads(heads: ModelHeads) -> ModelHeads:
     """The object of a folder that has been read already, as long as the folder is the same."""
     return heads
 
 
-@st.cache_resource(max_entries=8, **_PER_MODEL)
+@st.cache_resource(max_entries=8, **PER_MODEL)
 def model_table(heads: ModelHeads | None, of_set: LayerSet | None) -> tuple[pd.DataFrame, list[CheckpointError]]:
     """`model.head_table`, made once.
 
@@ -212,7 +212,7 @@ def _of_continuation(
     return []
 
 
-def _in_turn(kept: list[_T], what: str, compute: Callable[[], _T]) -> _T:
+def in_turn(kept: list[_T], what: str, compute: Callable[[], _T]) -> _T:
     """What is kept, or else computed once it is this session's turn, with `what` as its spinner.
 
     Not in a function that is cached: a cache would replay what is drawn while one waits.
@@ -241,7 +241,7 @@ def _fuzzy_from(checkpoint: Checkpoint) -> float:
 
 def _run(checkpoint: Checkpoint, prompt: str, slots_of: Checkpoint | None = None) -> prompts.PromptRun:
     fuzzy_from = _fuzzy_from(slots_of or checkpoint)
-    return _in_turn(
+    return in_turn(
         _of_run(checkpoint, prompt, fuzzy_from),
         "Running the prompt",
         lambda: prompts.run_prompt(_layer(checkpoint), read_sae(checkpoint), prompt, fuzzy_from),
@@ -249,13 +249,10 @@ def _run(checkpoint: Checkpoint, prompt: str, slots_of: Checkpoint | None = None
 
 
 @sentences(_FORESEEN)
-def run_prompt(checkpoint: Checkpoint, prompt: str, slots_of: Checkpoint | None = None) -> prompts.PromptRun:
-    """Run a prompt, fetching the embedded model first if it is not there; errors end the page with a sentence.
+def language_model(checkpoint: Checkpoint) -> Any:
+    """The model that a checkpoint was trained on, the embedded one fetched first if it is not there.
 
-    Where the model is not found, a field asks where it lies now.
-
-    Args:
-        slots_of: another one of the same model, whose analysis says which tokens are similar; default its own.
+    Errors end the page with a sentence. Where the model is not found, a field asks where it lies now.
     """
     model = checkpoint.config.model
     if model.name == embedded.NAME and not embedded.is_ready():
@@ -264,13 +261,24 @@ def run_prompt(checkpoint: Checkpoint, prompt: str, slots_of: Checkpoint | None 
             embedded.ensure(lambda fraction, message: bar.progress(fraction, message))
             st.empty()
     try:
-        fingerprint = _opened(checkpoint)[1]
+        lm, fingerprint = _opened(checkpoint)
     except _FORESEEN:
         _ask_for_model(checkpoint)
         raise
     if fingerprint != model.fingerprint:
         st.warning(f"{plain(model.name)} has other weights here than when {plain(checkpoint.name)} was trained.")
         _ask_for_model(checkpoint)
+    return lm
+
+
+@sentences(_FORESEEN)
+def run_prompt(checkpoint: Checkpoint, prompt: str, slots_of: Checkpoint | None = None) -> prompts.PromptRun:
+    """Run a prompt; errors end the page with a sentence.
+
+    Args:
+        slots_of: another one of the same model, whose analysis says which tokens are similar; default its own.
+    """
+    language_model(checkpoint)
     return _run(checkpoint, prompt, slots_of)
 
 
@@ -290,7 +298,7 @@ def effect(checkpoint: Checkpoint, prompt: str, change: Intervention | Patch, po
             return patch(layer, sae, run, there, change, position)
         return intervene(layer, sae, run, change, position)
 
-    return _in_turn(_of_effect(checkpoint, prompt, other, change, position), "Intervening", compute)
+    return in_turn(_of_effect(checkpoint, prompt, other, change, position), "Intervening", compute)
 
 
 def next_tokens(checkpoint: Checkpoint, effect: Effect) -> pd.DataFrame:
@@ -313,7 +321,7 @@ def patch_scan(
 ) -> pd.DataFrame:
     """A patch of each head alone, by a logit difference (`patch_every_head`); errors are a sentence."""
     run, there = _run(checkpoint, prompt), _run(checkpoint, other)
-    return _in_turn(
+    return in_turn(
         _of_scan(checkpoint, prompt, other, change, tokens, position),
         "Patching head by head",
         lambda: patch_every_head(_layer(checkpoint), read_sae(checkpoint), run, there, change, tokens, position),
@@ -326,7 +334,7 @@ def continuation(
 ) -> tuple[Continuation, Continuation]:
     """The prompt continued without and with a change (`continue_prompt`); errors are a sentence."""
     run = _run(checkpoint, prompt)
-    return _in_turn(
+    return in_turn(
         _of_continuation(checkpoint, prompt, change, n, temperature, seed),
         "Writing on",
         lambda: continue_prompt(_layer(checkpoint), read_sae(checkpoint), run, change, n, temperature, seed),

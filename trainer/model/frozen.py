@@ -63,7 +63,7 @@ class Frozen:
         self.dtype = torch.promote_types(cfg.dtype, torch.float32)  # sums are exact to this
         got = {name: value[0].to(self.dtype) for name, value in got.items()}
         self.embedding: Float[Tensor, "pos d_model"] = got["blocks.0.hook_resid_pre"]
-        self.final: Float[Tensor, "pos d_model"] = got[f"blocks.{lm.n_layers - 1}.hook_resid_post"]
+        self.final: Float[Tensor, "pos d_model"] = got[lm.final_hook]
         self.layers = [_heads(got, f"blocks.{layer}.", cfg) for layer in range(lm.n_layers)]
 
     def entering(self, layer: int) -> Float[Tensor, "pos d_model"]:
@@ -140,7 +140,7 @@ def _names(lm: LanguageModel) -> list[str]:
         of_block += ["ln1.hook_scale", f"{turned}q", f"{turned}k", "attn.hook_pattern", "attn.hook_z"]
         of_block += ["ln1_post.hook_scale", "hook_attn_out", "hook_mlp_out"]
         names += [name for each in of_block if (name := f"blocks.{layer}.{each}") in points]
-    return [*names, f"blocks.{lm.n_layers - 1}.hook_resid_post"]
+    return [*names, lm.final_hook]
 
 
 def _heads(got: dict[str, Tensor], block: str, cfg: Any) -> Heads:

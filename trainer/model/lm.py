@@ -149,6 +149,16 @@ class LanguageModel:
         """Of the weights, as `load` takes it."""
         return str(self.model.cfg.dtype).removeprefix("torch.")
 
+    @property
+    def weights_dtype(self) -> torch.dtype:
+        """That of the weights and of the residual stream."""
+        return self.model.cfg.dtype
+
+    @property
+    def final_hook(self) -> str:
+        """Name of the hook on the residual stream before the final norm."""
+        return f"blocks.{self.n_layers - 1}.hook_resid_post"
+
     def fingerprint(self) -> str:
         """A hash of the architecture and a sample of the weights that z depends on: another z, another hash.
 
@@ -414,7 +424,7 @@ class Layer:
         self.hook_name = f"blocks.{index}.attn.hook_z"
         self._post_norm: Any = getattr(lm.model.blocks[index], "ln1_post", None)
         self._resid_pre, self._resid_post = f"blocks.{index}.hook_resid_pre", f"blocks.{index}.hook_resid_post"
-        self._final = f"blocks.{lm.n_layers - 1}.hook_resid_post"
+        self._final = lm.final_hook
 
     @property
     def b_V(self) -> Float[Tensor, "head d_head"]:

@@ -42,7 +42,7 @@ def kept(
         for layer in range(number.n_layers):
             if (sae := nodes.saes.get(layer)) is not None:
                 keep = torch.stack([_mask(each, layer, sae, len(frozen.tokens)) for each in some])
-                edits.append((f"blocks.{layer}.attn.hook_z", _Replaced(sae, keep.to(lm.device), means[layer], errors)))
+                edits.append((lm.layer(layer).hook_name, _Replaced(sae, keep.to(lm.device), means[layer], errors)))
         inputs = frozen.tokens[None].expand(len(some), -1)
         got = lm.capture(inputs, [number.hook], edits=edits)[number.hook]
         values.append(number.of(got).cpu())

@@ -6,6 +6,7 @@ small for an edge of its own goes into one edge from the rest, so that the edges
 take apart.
 """
 
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +19,7 @@ from analysis.prompt.circuit.nodes import Nodes
 from analysis.prompt.circuit.reads import upstream
 from analysis.prompt.circuit.target import Number, Target
 from trainer.config import require
-from trainer.files import flaw, read_json, write_json
+from trainer.files import flaw, read_json
 
 VERSION = 1
 _NODE = ["kind", "layer", "head", "feature", "position"]
@@ -73,17 +74,13 @@ class Circuit:
     nodes: list[Node]
     edges: list[Edge]
 
-    def save(self, file: Path) -> None:
-        """Write it as JSON.
-
-        Raises:
-            OSError: it cannot be written.
-        """
-        write_json(file, {"schema_version": VERSION, **asdict(self)})
+    def json(self) -> str:
+        """As a file has it."""
+        return json.dumps({"schema_version": VERSION, **asdict(self)}, indent=1, allow_nan=False)
 
     @classmethod
     def load(cls, file: Path) -> "Circuit":
-        """What `save` wrote.
+        """What `json` made.
 
         Raises:
             ValueError: it is no circuit, or an edge leads nowhere.
@@ -167,7 +164,7 @@ class _Graph:
         if key not in self._index:
             self._index[key] = len(self.nodes)
             figures = {**self._known.get(key, {}), **self._removed.get(key, {})}
-            known = {name: float(value) for name, value in figures.items() if pd.notna(value)}
+            known: dict[str, Any] = {name: float(value) for name, value in figures.items() if pd.notna(value)}
             self.nodes.append(Node(*key, **known))
         return self._index[key]
 

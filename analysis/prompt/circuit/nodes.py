@@ -7,7 +7,7 @@ which an SAE is not for.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -17,7 +17,9 @@ from torch import Tensor
 
 from trainer.block_diag import BlockDiagSAE
 from trainer.config import require
-from trainer.model.frozen import Frozen, Reading
+
+if TYPE_CHECKING:  # it imports transformer_lens, for which pages that run no prompt should not wait
+    from trainer.model.frozen import Frozen, Reading
 
 KINDS = ("feature", "error", "bias", "output bias", "mlp", "embedding")
 
@@ -96,7 +98,7 @@ class Nodes:
         ValueError: an SAE is of other sizes than the model's.
     """
 
-    def __init__(self, frozen: Frozen, saes: Mapping[int, BlockDiagSAE]) -> None:
+    def __init__(self, frozen: "Frozen", saes: Mapping[int, BlockDiagSAE]) -> None:
         lm = frozen.lm
         self.frozen, self.n_layers, self.n_heads = frozen, lm.n_layers, lm.n_heads
         for layer, sae in saes.items():
@@ -105,7 +107,7 @@ class Nodes:
         self.saes = {layer: sae.to(lm.device, frozen.dtype) for layer, sae in saes.items()}
         self.encoded = [encode(frozen.layers[layer].z, self.saes.get(layer)) for layer in range(lm.n_layers)]
 
-    def split(self, reading: Reading, at: Int[Tensor, " row"], below: int) -> Parts:
+    def split(self, reading: "Reading", at: Int[Tensor, " row"], below: int) -> Parts:
         """What every node written before layer `below` gives to each reading of the residual stream at a position.
 
         Their values sum to direction . stream.

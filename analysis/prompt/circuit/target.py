@@ -54,7 +54,7 @@ class Number:
             require(0 <= target.feature < sae.d_sae, f"there is no feature {target.feature} of layer {target.layer}")
         self.nodes, self.target, self._lm = nodes, target, lm
         self.n_layers = lm.n_layers if target.layer is None else target.layer  # that can matter to it
-        self.hook = f"blocks.{lm.n_layers - 1}.hook_resid_post" if target.layer is None else _z(target.layer)
+        self.hook = lm.final_hook if target.layer is None else lm.layer(target.layer).hook_name
 
     def of(self, value: Float[Tensor, "batch pos ..."]) -> Float[Tensor, " batch"]:
         """The number, from the final residual stream or from z of the feature's layer."""
@@ -74,7 +74,7 @@ class Number:
         frozen = self.nodes.frozen
         value = frozen.final if self.target.layer is None else frozen.layers[self.target.layer].z
         with torch.no_grad():
-            return self.of(value[None].to(self._lm.model.cfg.dtype))[0].item()
+            return self.of(value[None].to(self._lm.weights_dtype))[0].item()
 
     def gradient(self, steps: int = 0) -> list[Float[Tensor, "pos head d_head"]]:
         """By z of each layer that can matter, at every position.
@@ -86,8 +86,8 @@ class Number:
                 zeroing the layer makes, up to the steps; not where a norm follows the attention (Gemma 2), after
                 which a layer's output is the same however small z is.
         """
-        names = [_z(layer) for layer in range(self.n_layers)]
-        frozen, dtype = self.nodes.frozen, self._lm.model.cfg.dtype
+        names = [self._lm.layer(layer).hook_name for layer in range(self.n_layers)]
+        frozen, dtype = self.nodes.frozen, self._lm.weights_dtype
         if not names:
             return []
         if not steps:
@@ -103,8 +103,8 @@ class Number:
             def grown(value: Tensor, rows: slice, z: Tensor = z) -> Tensor:
                 return z[rows].to(value.dtype)
 
-            _, [found] = self._lm.gradients(resid, [name], (self.hook, self.of), layer, [(name, grown)])
-            mean.append(found.to(frozen.dtype).mean(0))
+            _, of_steps = self._lm.gradients(resid, [name], (self.hook, self.of), layer, [(name, grown)])
+            mean.append(of_steps[0].to(frozen.dtype).mean(0))
         return mean
 
     def attribution(self, steps: int = 0) -> pd.DataFrame:
@@ -125,7 +125,7 @@ class Number:
         `direct`: with everything after frozen but the target's own readout: the final norm and unembedding, or nothing
         for a feature, which reads through attention and no other way. BOS is left alone.
         """
-        frozen, dtype = self.nodes.frozen, self._lm.model.cfg.dtype
+        frozen, dtype = self.nodes.frozen, self._lm.weights_dtype
         whole, n = self.value(), max(1, _BATCH_TOKENS // len(frozen.tokens))
         rows = [
             (
@@ -154,13 +154,10 @@ class Number:
                     return z[rows].to(value.dtype)
 
                 inputs = resid.expand(len(some), *resid.shape)
-                got = self._lm.capture(inputs, [self.hook], layer, [(_z(layer), without)])[self.hook]
+                edits = [(self._lm.layer(layer).hook_name, without)]
+                got = self._lm.capture(inputs, [self.hook], layer, edits)[self.hook]
                 places = torch.tensor([i for *_, i, _ in some])
                 effect[places] = whole - self.of(got).cpu()
                 if self.target.layer is None:
                     direct[places] = whole - self.of(final.to(dtype)).cpu()
         return table.assign(effect=effect.numpy(), direct=direct.numpy())
-
-
-def _z(layer: int) -> str:
-    return f"blocks.{layer}.attn.hook_z"

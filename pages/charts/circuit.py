@@ -1,0 +1,95 @@
+"""Altair charts of a circuit: its graph, and how much of the target its features make."""
+
+import json
+
+import altair as alt
+import pandas as pd
+
+from pages.charts.common import GREY, PALETTE, tips
+
+_STROKES = {"OV": [1, 0], "K": [6, 3], "Q": [2, 3], "attribution": [1, 0]}
+_COLOURS = {"OV": PALETTE[2], "K": PALETTE[4], "Q": PALETTE[3], "attribution": PALETTE[0]}
+_SPREAD = 0.72  # of a token's place that its nodes take
+
+
+def placed(nodes: pd.DataFrame) -> pd.DataFrame:
+    """x and y of every node: its token and layer, those of one place side by side; the embedding below, an MLP above.
+
+    Args:
+        nodes: kind, layer, position.
+    """
+    y = nodes["layer"] + nodes["kind"].map({"mlp": 0.5}).fillna(0.0)
+    place = pd.DataFrame({"position": nodes["position"], "y": y})
+    rank, size = place.groupby(["position", "y"]).cumcount(), place.groupby(["position", "y"])["y"].transform("size")
+    x = nodes["position"] + _SPREAD * ((rank + 0.5) / size - 0.5)
+    return nodes.assign(x=x, y=y)
+
+
+def graph(nodes: pd.DataFrame, edges: pd.DataFrame, tokens: list[str], top: int, chosen: int | None) -> alt.LayerChart:
+    """Tokens across, layers up; a click selects `node` by its index.
+
+    Args:
+        nodes: `placed`, with node, name, token, kind, size, attribution, activation, words.
+        edges: x, y, x2, y2, by, value, strength in 0..1, what.
+        top: the layer above all, where the target stands.
+        chosen: the node that is marked.
+    """
+    axis = alt.Axis(
+        values=list(range(len(tokens))), labelExpr=f"{json.dumps(tokens)}[datum.value]", labelAngle=-60, labelLimit=90,
+        grid=False, ticks=False, labelOverlap=False, domain=False,
+    )  # fmt: skip
+    x = alt.X("x:Q", title=None, axis=axis, scale=alt.Scale(domain=[-0.5, len(tokens) - 0.5], nice=False))
+    y = alt.Y(
+        "y:Q", title="Layer", scale=alt.Scale(domain=[-1.6, top + 0.4], nice=False),
+        axis=alt.Axis(tickMinStep=1, format="d", grid=True, gridOpacity=0.15),
+    )  # fmt: skip
+    kinds = list(_STROKES)
+    lines = alt.Chart(edges).mark_rule().encode(
+        x=x, y=y, x2="x2:Q", y2="y2:Q",
+        color=alt.Color("by:N", title="Edges", scale=alt.Scale(domain=kinds, range=[_COLOURS[by] for by in kinds])),
+        strokeDash=alt.StrokeDash(
+            "by:N", title="Edges", scale=alt.Scale(domain=kinds, range=[_STROKES[by] for by in kinds])
+        ),
+        strokeWidth=alt.StrokeWidth("strength:Q", scale=alt.Scale(domain=[0, 1], range=[0.6, 4]), legend=None),
+        opacity=alt.Opacity("strength:Q", scale=alt.Scale(domain=[0, 1], range=[0.35, 0.95]), legend=None),
+        tooltip=tips("what", "by", value=".3g"),
+    )  # fmt: skip
+    base = alt.Chart(nodes).encode(x=x, y=y)
+    is_feature = alt.FieldEqualPredicate("feature", "kind")
+    points = base.mark_point(filled=True, opacity=1, cursor="pointer").encode(
+        shape=alt.Shape("kind:N", title="Nodes"),
+        size=alt.Size("size:Q", scale=alt.Scale(domain=[0, 1], range=[45, 320]), legend=None),
+        color=alt.when(is_feature).then(alt.value(PALETTE[0])).otherwise(alt.value(GREY)),
+        tooltip=tips("name", "token", "words", attribution=".3g", activation=".3g"),
+    )
+    click = alt.selection_point(name="node", fields=["node"])
+    ring = base.transform_filter(alt.FieldEqualPredicate(-1 if chosen is None else chosen, "node")).mark_point(
+        size=420, color=PALETTE[4], strokeWidth=2.5
+    )
+    return alt.layer(lines, points.add_params(click), ring).properties(height=max(320, 22 * (top + 2)))
+
+
+def clicked(selection: dict) -> int | None:
+    """The index of the node that was clicked; None where the click was beside all of them."""
+    points = selection.get("node") or []
+    return int(points[0]["node"]) if points else None
+
+
+def faithfulness(curve: pd.DataFrame) -> alt.LayerChart:
+    """Share of the target against the number of features kept, beside random features with its error."""
+    frame = pd.concat(
+        [
+            curve[["kept"]].assign(which="the strongest", share=curve["faithfulness"], se=0.0),
+            curve[["kept"]].assign(which="random ones as frequent", share=curve["random"], se=curve["random_se"]),
+        ]
+    )
+    frame["low"], frame["high"] = frame["share"] - frame["se"], frame["share"] + frame["se"]
+    scale = alt.Scale(type="symlog", constant=1)
+    base = alt.Chart(frame).encode(
+        x=alt.X("kept:Q", title="Features kept", scale=scale),
+        color=alt.Color("which:N", title=None, scale=alt.Scale(range=[PALETTE[0], GREY])),
+    )
+    line = base.mark_line(point=True).encode(
+        y=alt.Y("share:Q", title="Share of the target"), tooltip=tips("which", kept=",", share=".3f", se=".3f")
+    )
+    return alt.layer(base.mark_errorbar().encode(y=alt.Y("low:Q", title="Share of the target"), y2="high:Q"), line)

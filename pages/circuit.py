@@ -1,0 +1,25 @@
+"""A prediction, taken apart over all layers: the features of heads that make it, what they read, and why there."""
+
+import streamlit as st
+
+from pages.sections import circuit as sections
+from pages.shared import circuits
+from pages.shared.page import begin
+from pages.shared.pick import pick_prompt, readable
+
+begin("Circuit", "Which features of which heads make a prediction, what they read, and why they look there.")
+checkpoints = readable()
+left, right = st.columns([2, 3])
+with left:
+    of_set = sections.pick_set(checkpoints)
+if of_set is None:
+    st.stop()
+prompt = pick_prompt(right, left, sections.CHOSEN)
+nodes = circuits.run(of_set, prompt)
+with left:
+    target = sections.pick_target(nodes)
+with right:
+    size = sections.pick_size()
+circuit = circuits.traced(of_set, prompt, target, *size)
+sections.show(of_set, circuit, sections.token_labels(nodes))
+sections.faithfulness(of_set, prompt, target)

@@ -1,0 +1,102 @@
+"""What is computed once of a prompt in all layers, as in `live`; errors end the page with a sentence."""
+
+import pandas as pd
+import streamlit as st
+import torch
+
+from analysis.prompt.circuit.faithful import curve
+from analysis.prompt.circuit.graph import Circuit, trace
+from analysis.prompt.circuit.nodes import Nodes
+from analysis.prompt.circuit.target import Number, Target
+from analysis.runs.sets import LayerSet
+from analysis.tokens import visible
+from pages.shared import live
+from pages.shared.page import sentences
+from trainer.checkpoint import CheckpointError
+
+_FORESEEN = (ValueError, RuntimeError, OSError)
+_PREDICTIONS = 10  # next tokens offered as targets
+
+
+@st.cache_resource(max_entries=3, **live.PER_MODEL)
+def _of_prompt(of_set: LayerSet, prompt: str) -> list[Nodes]:
+    return []
+
+
+@st.cache_resource(max_entries=32, **live.PER_MODEL)
+def _of_target(of_set: LayerSet, prompt: str, target: Target, features: int, depth: int, share: float) -> list[Circuit]:
+    return []
+
+
+@st.cache_resource(max_entries=32, **live.PER_MODEL)
+def _of_curve(of_set: LayerSet, prompt: str, target: Target, errors: bool) -> list[pd.DataFrame]:
+    return []
+
+
+@sentences(_FORESEEN)
+def run(of_set: LayerSet, prompt: str) -> Nodes:
+    """A prompt in all layers."""
+    first = next(iter(of_set.members.values()))
+    lm = live.language_model(first)
+
+    def compute() -> Nodes:
+        from trainer.model.frozen import Frozen
+
+        saes = {layer: live.read_sae(checkpoint) for layer, checkpoint in of_set.members.items()}
+        return Nodes(Frozen(lm, lm.to_tokens(prompt)[0]), saes)
+
+    return live.in_turn(_of_prompt(of_set, prompt), "Running the prompt", compute)
+
+
+def predictions(nodes: Nodes, position: int) -> pd.DataFrame:
+    """The likeliest tokens after a position: id, token, probability."""
+    frozen = nodes.frozen
+    logits = frozen.lm.logits(frozen.final[None, position : position + 1].to(frozen.lm.weights_dtype))[0, 0]
+    best = logits.float().softmax(-1).topk(_PREDICTIONS)
+    texts = frozen.lm.token_strings(best.indices.tolist())
+    return pd.DataFrame(
+        {"id": best.indices.tolist(), "token": [visible(text) for text in texts], "probability": best.values.tolist()}
+    )
+
+
+@sentences(_FORESEEN)
+def traced(of_set: LayerSet, prompt: str, target: Target, features: int, depth: int, share: float) -> Circuit:
+    """The circuit of a target."""
+    nodes = run(of_set, prompt)
+
+    def compute() -> Circuit:
+        names = {layer: checkpoint.name for layer, checkpoint in of_set.members.items()}
+        return trace(nodes, target, names, features, depth, share)
+
+    return live.in_turn(_of_target(of_set, prompt, target, features, depth, share), "Tracing", compute)
+
+
+@sentences(_FORESEEN)
+def faithfulness(of_set: LayerSet, prompt: str, target: Target, errors: bool) -> pd.DataFrame | None:
+    """How much of the target its strongest features make (`faithful.curve`); None where a layer has no analysis.
+
+    Features stand at their mean over the text that was analysed.
+    """
+    means, densities = {}, {}
+    try:
+        for layer, checkpoint in of_set.members.items():
+            features = live.read_analysis(checkpoint).features
+            densities[layer] = features["density"].to_numpy()
+            means[layer] = (features["density"] * features["mean_activation"]).to_numpy()
+    except CheckpointError:
+        return None
+    nodes = run(of_set, prompt)
+
+    def compute() -> pd.DataFrame:
+        number = Number(nodes, target)
+        found = number.attribution()
+        found = found[(found["kind"] == "feature") & (found["position"] > 0)]
+        ranked = found.loc[found["attribution"].abs().sort_values(ascending=False).index]
+        counts = [n for n in (0, 1, 3, 10, 30, 100, 300, 1000) if n < len(ranked)] + [len(ranked)]
+        mean = {
+            layer: torch.tensor(means[layer], dtype=torch.float32).view(sae.n_blocks, -1)
+            for layer, sae in nodes.saes.items()
+        }
+        return curve(number, ranked, counts, mean, densities, errors, draws=2)
+
+    return live.in_turn(_of_curve(of_set, prompt, target, errors), "Keeping features", compute)
