@@ -80,7 +80,7 @@ class Encoded(NamedTuple):
 
     position: Int[Tensor, " firing"]
     block: Int[Tensor, " firing"]
-    index: Int[Tensor, " firing"]
+    feature: Int[Tensor, " firing"]
     """within the block"""
     activation: Float[Tensor, " firing"]
     error: Float[Tensor, "pos head d_head"]
@@ -160,7 +160,7 @@ class Nodes:
         if kind == "feature":
             sae = self.saes[layer]
             block, index = divmod(feature, sae.features_per_block)
-            here = (encoded.position == position) & (encoded.block == block) & (encoded.index == index)
+            here = (encoded.position == position) & (encoded.block == block) & (encoded.feature == index)
             part = sae.W_dec.new_zeros(sae.n_blocks, sae.width)
             part[block] = encoded.activation[here].sum() * sae.W_dec.detach()[block, index]
             return part.view(self.n_heads, -1)
@@ -200,7 +200,7 @@ def _features(
     row, firing = (encoded.position[None] == at[:, None]).nonzero().unbind(1)  # every row with its firings
     if sae is None:
         return Parts.of("feature", layer, row, at, u.new_empty(0))
-    block, index, activation = (column[firing] for column in (encoded.block, encoded.index, encoded.activation))
+    block, index, activation = (column[firing] for column in (encoded.block, encoded.feature, encoded.activation))
     decoder = sae.W_dec.detach()[block, index]
     value = activation * _dot(decoder, u.reshape(len(u), sae.n_blocks, -1)[row, block])
     head = decoder.view(len(decoder), u.shape[1], -1).norm(dim=-1).argmax(-1) if sae.is_dense else block

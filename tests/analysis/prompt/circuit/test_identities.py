@@ -70,7 +70,7 @@ def test_a_feature_reads_the_sum_of_what_was_written(nodes):
         encoded, sae = nodes.encoded[layer], nodes.saes[layer]
         attention = lm.layer(layer).attention(frozen.tokens[None])
         for firing in range(0, len(encoded.position), 17):
-            q, block, index = (int(column[firing]) for column in (encoded.position, encoded.block, encoded.index))
+            q, block, index = (int(column[firing]) for column in (encoded.position, encoded.block, encoded.feature))
             parts = upstream(nodes, layer, block * sae.features_per_block + index, q)
             w = sae.W_enc.detach()[block, :, index].view(-1, lm.d_head)
             heads = slice(None) if sae.is_dense else slice(block, block + 1)
@@ -114,7 +114,7 @@ def targets(nodes):
     layer = nodes.n_layers - 1
     encoded, sae = nodes.encoded[layer], nodes.saes[layer]
     here = int((encoded.position == last).nonzero()[0, 0])
-    feature = int(encoded.block[here] * sae.features_per_block + encoded.index[here])
+    feature = int(encoded.block[here] * sae.features_per_block + encoded.feature[here])
     return [
         Target(last, token=7),
         Target(last, token=7, against=9),
