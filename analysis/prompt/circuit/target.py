@@ -1,6 +1,7 @@
 """What a circuit is to explain: one number of a prompt, and what every node adds to it, at first order and in truth."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import torch
@@ -125,39 +126,49 @@ class Number:
         `direct`: with everything after frozen but the target's own readout: the final norm and unembedding, or nothing
         for a feature, which reads through attention and no other way. BOS is left alone.
         """
-        frozen, dtype = self.nodes.frozen, self._lm.weights_dtype
-        whole, n = self.value(), max(1, _BATCH_TOKENS // len(frozen.tokens))
-        rows = [
-            (
-                int(row.layer),
-                int(row.position),
-                i,
-                self.nodes.written(row.kind, row.layer, row.head, row.feature, row.position),
-            )
-            for i, row in enumerate(table.itertuples())
-        ]
-        effect, direct = torch.full((2, len(rows)), torch.nan, dtype=frozen.dtype)
-        for layer in sorted({layer for layer, *_ in rows}):
-            of_layer = [row for row in rows if row[0] == layer]
-            resid = frozen.entering(layer).to(dtype)
-            heads = frozen.layers[layer]
-            for start in range(0, len(of_layer), n):
-                some = of_layer[start : start + n]
+        frozen, dtype, whole = self.nodes.frozen, self._lm.weights_dtype, self.value()
+        effect, direct = torch.full((2, len(table)), torch.nan, dtype=frozen.dtype)
+        layers, positions = (torch.tensor(table[name].to_numpy(dtype=int)) for name in ("layer", "position"))
+        rows: Any = table.itertuples()
+        parts = [self.nodes.written(row.kind, row.layer, row.head, row.feature, row.position) for row in rows]
+        for layer in sorted(set(layers.tolist())):
+            heads, resid = frozen.layers[layer], frozen.entering(layer).to(dtype)
+            of_layer = (layers == layer).nonzero()[:, 0]
+            for some in of_layer.split(max(1, _BATCH_TOKENS // len(frozen.tokens))):
+                part, at, row = torch.stack([parts[i] for i in some.tolist()]), positions[some], torch.arange(len(some))
                 z = heads.z.expand(len(some), *heads.z.shape).clone()
-                final = frozen.final.expand(len(some), *frozen.final.shape).clone()
-                for j, (_, position, _, part) in enumerate(some):
-                    z[j, position] -= part
-                    written = torch.einsum("hd,hdm->m", part, frozen.W_O(layer)) / heads.write_scale[position]
-                    final[j, position] -= written
-
-                def without(value: Tensor, rows: slice, z: Tensor = z) -> Tensor:
-                    return z[rows].to(value.dtype)
-
-                inputs = resid.expand(len(some), *resid.shape)
-                edits = [(self._lm.layer(layer).hook_name, without)]
-                got = self._lm.capture(inputs, [self.hook], layer, edits)[self.hook]
-                places = torch.tensor([i for *_, i, _ in some])
-                effect[places] = whole - self.of(got).cpu()
+                z[row, at] -= part
+                effect[some] = whole - self._with(layer, resid, z)
                 if self.target.layer is None:
-                    direct[places] = whole - self.of(final.to(dtype)).cpu()
+                    final = frozen.final.expand(len(some), *frozen.final.shape).clone()
+                    written = torch.einsum("nhd,hdm->nm", part, frozen.W_O(layer))
+                    final[row, at] -= written / heads.write_scale[at][:, None]
+                    direct[some] = whole - self.of(final.to(dtype)).cpu()
         return table.assign(effect=effect.numpy(), direct=direct.numpy())
+
+    @torch.no_grad()
+    def heads(self, steps: int = 0) -> pd.DataFrame:
+        """Of every whole head: layer, head, attribution (z . g), effect (what is lost with z 0); BOS left alone."""
+        frozen, whole, rows = self.nodes.frozen, self.value(), []
+        for layer, g in enumerate(self.gradient(steps)):
+            z = frozen.layers[layer].z
+            attribution = (z * g)[1:].sum((0, 2))
+            without = z.expand(len(attribution), *z.shape).clone()
+            for head in range(len(attribution)):
+                without[head, 1:, head] = 0
+            effect = whole - self._with(layer, frozen.entering(layer).to(self._lm.weights_dtype), without)
+            columns = zip(attribution.tolist(), effect.tolist(), strict=True)
+            rows += [(layer, head, *figures) for head, figures in enumerate(columns)]
+        return pd.DataFrame(rows, columns=["layer", "head", "attribution", "effect"])
+
+    def _with(
+        self, layer: int, resid: Float[Tensor, "pos d_model"], z: Float[Tensor, "run pos head d_head"]
+    ) -> Float[Tensor, " run"]:
+        """The number, run on from a layer with each of some z in place of its own."""
+
+        def replaced(value: Tensor, rows: slice) -> Tensor:
+            return z[rows].to(value.dtype)
+
+        inputs = resid.expand(len(z), *resid.shape)
+        got = self._lm.capture(inputs, [self.hook], layer, [(self._lm.layer(layer).hook_name, replaced)])
+        return self.of(got[self.hook]).cpu()
