@@ -9,6 +9,10 @@ from pages.charts.common import GREY, PALETTE, tips
 
 _STROKES = {"OV": [1, 0], "K": [6, 3], "Q": [2, 3], "attribution": [1, 0]}
 _COLOURS = {"OV": PALETTE[2], "K": PALETTE[4], "Q": PALETTE[3], "attribution": PALETTE[0]}
+_SHAPES = {
+    "feature": "circle", "error": "cross", "bias": "diamond", "output bias": "triangle-down", "mlp": "square",
+    "embedding": "triangle-up", "key bias": "triangle-left", "query bias": "triangle-right",
+}  # fmt: skip
 _SPREAD = 0.72  # of a token's place that its nodes take
 
 
@@ -57,7 +61,7 @@ def graph(nodes: pd.DataFrame, edges: pd.DataFrame, tokens: list[str], top: int,
     base = alt.Chart(nodes).encode(x=x, y=y)
     is_feature = alt.FieldEqualPredicate("feature", "kind")
     points = base.mark_point(filled=True, opacity=1, cursor="pointer").encode(
-        shape=alt.Shape("kind:N", title="Nodes"),
+        shape=alt.Shape("kind:N", title="Nodes", scale=alt.Scale(domain=list(_SHAPES), range=list(_SHAPES.values()))),
         size=alt.Size("size:Q", scale=alt.Scale(domain=[0, 1], range=[45, 320]), legend=None),
         color=alt.when(is_feature).then(alt.value(PALETTE[0])).otherwise(alt.value(GREY)),
         tooltip=tips("name", "token", "words", attribution=".3g", activation=".3g"),

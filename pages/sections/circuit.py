@@ -24,7 +24,13 @@ from trainer.checkpoint import Checkpoint
 CHOSEN = ("at", "next", "against", "node")  # here, which means nothing on another prompt
 _NOTHING = "nothing: the logit itself"
 _LOG = "all others: its log probability"
+_HERE, _ANYWHERE = "at that token", "at any token"
 _WIDEST = 64  # tokens of a graph that can be read side by side
+_FIGURES = {
+    "attribution": "node times gradient: what it adds to the target at first order, over all paths",
+    "effect": "what the target loses in a run without it",
+    "direct": "what of that goes straight to the logits",
+}
 _BY = {
     "attribution": "gives to the target",
     "OV": "is read by",
@@ -65,13 +71,15 @@ def token_labels(nodes: Nodes) -> list[str]:
     return [f"{position}: {visible(text)}" for position, text in enumerate(strings)]
 
 
-def pick_size() -> tuple[int, int, float]:
-    """How much of it is drawn: features, steps back, and the share from which something is an edge."""
-    a, b, c = st.columns(3)
+def pick_size() -> tuple[int, int, float, bool]:
+    """How much of it is drawn: features, steps back, the share from which something is an edge, and where it begins."""
+    a, b, c, d = st.columns(4)
     features = a.slider("Features", 1, 40, 8, key="features", bind="query-params")
     depth = b.slider("Steps back", 0, 4, 2, key="depth", bind="query-params")
-    share = c.slider("Edges from", 1, 30, 6, key="share", bind="query-params", format="%d %%")
-    return features, depth, share / 100
+    what = "of the largest that goes into the same node so"
+    share = c.slider("Edges from", 5, 100, 40, 5, key="share", bind="query-params", format="%d %%", help=what)
+    begins = select(d, "Beginning with features", [_HERE, _ANYWHERE], "begin")
+    return features, depth, share / 100, begins == _HERE
 
 
 def show(of_set: LayerSet, circuit: Circuit, labels: list[str]) -> None:
@@ -79,22 +87,24 @@ def show(of_set: LayerSet, circuit: Circuit, labels: list[str]) -> None:
     nodes = node_table(of_set, circuit, labels)
     chosen = st.session_state.get("node")
     if chosen not in nodes.index:
-        chosen = int(nodes["attribution"].abs().idxmax()) if nodes["attribution"].notna().any() else None
+        features = nodes.loc[nodes["kind"] == "feature", "attribution"].abs()
+        chosen = int(features.idxmax()) if features.notna().any() else None
     st.markdown(f"The target is **{circuit.value:.3f}**. {_drawn(circuit)}")
     if len(labels) > _WIDEST:
         st.caption("Tokens are many: the table below says what the graph does.")
     chart = charts.graph(*_frames(circuit, nodes, labels), labels, _top(circuit), chosen)
     st.altair_chart(chart, key="graph", on_select=partial(_clicked, len(nodes)))
     st.caption(
-        "A circle is a feature of a head; grey is the rest: what SAEs leave out (error), biases, MLPs, the embedding. "
-        "Solid: what a head's value path carries (OV). Dashed: what made the head look where it looks, at the key (K) "
-        "and at the query (Q). Broader is more of what it goes into. A click opens a node."
+        "Blue is a feature of a head, larger with its attribution; grey is the rest: what SAEs leave out (error), "
+        "biases, MLPs, the embedding. Solid: what a head's value path carries (OV). Dashed: why the head looks there, "
+        "by what is at the key (K) and at the query (Q). Broader is more of what it goes into. A click opens a node."
     )
     left, right = st.columns([3, 2])
     with left:
         rows = nodes.reset_index()[["node", "name", "token", "attribution", "effect", "direct", "words"]]
         rows = rows.sort_values("attribution", key=lambda values: values.abs(), ascending=False, kind="stable")
-        listing(rows, "node", chosen, partial(put, "node"), "nodes", height=420, node=None)
+        settings = {name: st.column_config.NumberColumn(format="%.3f", help=text) for name, text in _FIGURES.items()}
+        listing(rows, "node", chosen, partial(put, "node"), "nodes", height=420, node=None, **settings)
     with right:
         if chosen is not None:
             _one(of_set, circuit, nodes, chosen)

@@ -24,7 +24,7 @@ def _of_prompt(of_set: LayerSet, prompt: str) -> list[Nodes]:
 
 
 @st.cache_resource(max_entries=32, **live.PER_MODEL)
-def _of_target(of_set: LayerSet, prompt: str, target: Target, features: int, depth: int, share: float) -> list[Circuit]:
+def _of_target(of_set: LayerSet, prompt: str, target: Target, *size: float) -> list[Circuit]:
     return []
 
 
@@ -60,15 +60,17 @@ def predictions(nodes: Nodes, position: int) -> pd.DataFrame:
 
 
 @sentences(_FORESEEN)
-def traced(of_set: LayerSet, prompt: str, target: Target, features: int, depth: int, share: float) -> Circuit:
-    """The circuit of a target."""
+def traced(
+    of_set: LayerSet, prompt: str, target: Target, features: int, depth: int, share: float, here: bool
+) -> Circuit:
+    """The circuit of a target: `trace`."""
     nodes = run(of_set, prompt)
 
     def compute() -> Circuit:
         names = {layer: checkpoint.name for layer, checkpoint in of_set.members.items()}
-        return trace(nodes, target, names, features, depth, share)
+        return trace(nodes, target, names, features, depth, share, here)
 
-    return live.in_turn(_of_target(of_set, prompt, target, features, depth, share), "Tracing", compute)
+    return live.in_turn(_of_target(of_set, prompt, target, features, depth, share, here), "Tracing", compute)
 
 
 @sentences(_FORESEEN)

@@ -7,6 +7,7 @@ take apart.
 """
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -104,16 +105,18 @@ def trace(
     names: dict[int, str],
     features: int = 12,
     depth: int = 2,
-    share: float = 0.05,
+    share: float = 0.4,
+    here: bool = True,
     steps: int = 0,
 ) -> Circuit:
     """The circuit of a target.
 
     Args:
         names: of the SAEs' checkpoints by layer.
-        features: how many enter by their attribution to the target, the strongest of all positions.
+        features: how many enter by their attribution to the target, the strongest.
         depth: how many times what a feature reads is followed to the features that wrote it.
-        share: of the sum of all sizes, from which a node has an edge of its own.
+        share: of the largest of an edge's kind into the same feature, from which a node has an edge of its own.
+        here: whether only those at the target's own position do, from which edges lead to others; or those of all.
         steps: of integrated gradients; 0: the gradient.
 
     Raises:
@@ -122,6 +125,8 @@ def trace(
     number = Number(nodes, target)
     attribution = number.attribution(steps)
     of_features = attribution[attribution["kind"] == "feature"]
+    if here:
+        of_features = of_features[of_features["position"] == target.position]
     strongest = of_features.loc[of_features["attribution"].abs().nlargest(features).index]
     strongest = number.removed(strongest)
     graph = _Graph(attribution, strongest)
@@ -156,15 +161,16 @@ class _Graph:
         self.nodes: list[Node] = []
         self.edges: list[Edge] = []
         self._index: dict[tuple, int] = {}
-        self._known = attribution.set_index(_NODE)[["activation", "attribution"]].to_dict("index")
-        self._removed = removed.set_index(_NODE)[["effect", "direct"]].to_dict("index")
+        self._known = _by_node(attribution, ["activation", "attribution"])
+        self._removed = _by_node(removed, ["effect", "direct"])
 
     def at(self, key: tuple) -> int:
         """Index of a node, added where it is new."""
         if key not in self._index:
             self._index[key] = len(self.nodes)
-            figures = {**self._known.get(key, {}), **self._removed.get(key, {})}
-            known: dict[str, Any] = {name: float(value) for name, value in figures.items() if pd.notna(value)}
+            names = ("activation", "attribution", "effect", "direct")
+            figures = (*self._known.get(key, (math.nan,) * 2), *self._removed.get(key, (math.nan,) * 2))
+            known: dict[str, Any] = {n: value for n, value in zip(names, figures, strict=True) if not math.isnan(value)}
             self.nodes.append(Node(*key, **known))
         return self._index[key]
 
@@ -175,6 +181,11 @@ class _Graph:
     def rest(self, reader: tuple | None, by: Any, value: float, source: int | None = None) -> None:
         """From all that has no edge of its own."""
         self.edges.append(Edge(None, None if reader is None else self.at(reader), by, value, source))
+
+
+def _by_node(table: pd.DataFrame, figures: list[str]) -> dict[tuple, tuple[float, ...]]:
+    keys = zip(*(table[name].tolist() for name in _NODE), strict=True)
+    return dict(zip(keys, zip(*(table[name].tolist() for name in figures), strict=True), strict=True))
 
 
 def _take_apart(graph: _Graph, nodes: Nodes, reader: tuple, share: float) -> list[tuple]:
@@ -193,7 +204,7 @@ def _take_apart(graph: _Graph, nodes: Nodes, reader: tuple, share: float) -> lis
 
 def _edges(graph: _Graph, parts: pd.DataFrame, reader: tuple, by: str, share: float, source: int | None) -> list[tuple]:
     size = parts["value"].abs()
-    large = parts[size >= share * size.sum()]
+    large = parts[(size > 0) & (size >= share * size.max())]
     found = []
     for row in large.itertuples():
         writer = _key_of(row)
