@@ -10,6 +10,8 @@ import torch
 
 from analysis import attribution as dfa
 from analysis.corpus.passes import sources_on_repeats
+from analysis.prompt.circuit.looks import at_key
+from analysis.prompt.circuit.nodes import Nodes
 from analysis.prompt.intervene import Intervention, intervene
 from analysis.prompt.run import active_features, role_table, roles, run_prompt
 from pages.shared.pick import EXAMPLES
@@ -18,6 +20,7 @@ from trainer import embedded
 from trainer.block_diag import BlockDiagSAE
 from trainer.checkpoint import Checkpoint
 from trainer.evaluate import repeated_tokens
+from trainer.model.frozen import Frozen
 from trainer.model.lm import LanguageModel
 from trainer.scores import reconstruction
 
@@ -141,6 +144,26 @@ def _random_sae(lm, layer) -> BlockDiagSAE:
 
 
 @pytest.mark.slow
+def test_the_induction_heads_look_where_a_previous_token_head_has_written(lm):
+    """Why the induction heads look at ' mat': what 16.0 wrote there. Figures of a prototype (docs/results.md)."""
+    tokens = lm.to_tokens(EXAMPLES["Induction"][0])[0]
+    nodes, last = Nodes(Frozen(lm, tokens), {}), len(tokens) - 1
+    mat = lm.token_strings(tokens.tolist()).index(" mat")
+    expected = {
+        (17, 3): (7.14, {(16, 0): 7.80, (11, 1): 0.85}),
+        (17, 4): (6.65, {(16, 0): 6.96}),
+        (17, 5): (5.54, {(16, 0): 6.36}),
+        (18, 6): (12.85, {(16, 0): 8.38, (17, 8): 4.21}),
+    }
+    for (layer, head), (score, writers) in expected.items():
+        found = at_key(nodes, layer, head, last, mat)
+        assert found["value"].sum() == pytest.approx(score, rel=0.01)
+        of_heads = found[found["head"] >= 0].groupby(["layer", "head"])["value"].sum()
+        assert of_heads.idxmax() == (16, 0)
+        for writer, value in writers.items():
+            assert of_heads[writer] == pytest.approx(value, rel=0.01)
+
+
 def test_the_shipped_checkpoint_is_what_its_eval_json_says(lm):
     saved = Checkpoint(SHIPPED)
     stored, corpus = saved.eval, saved.open_text(lm.tokenizer)
