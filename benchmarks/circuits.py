@@ -5,9 +5,9 @@
 On prompts of two kinds, made from templates: indirect objects ("When John and Mary went to the store, John gave a drink
 to": ' Mary' rather than ' John') and induction (random words, repeated up to one that came before: what followed it
 rather than a word that followed another one). Per kind: correlation of attribution with what removing does, for whole
-heads and for the strongest features; the faithfulness curve, beside random features and with what SAEs leave out gone;
-features needed for 80 % of the target. Errors are over prompts. Each prompt is saved when it is done: the same command
-goes on.
+heads and for the strongest features; the faithfulness curve, beside random features, whole heads, and with what SAEs
+leave out gone; features needed for 80 % of the target. Errors are over prompts. Each prompt is saved
+when it is done: the same command goes on.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from analysis.prompt.circuit.faithful import curve
+from analysis.prompt.circuit.faithful import curve, kept
 from analysis.prompt.circuit.nodes import Nodes
 from analysis.prompt.circuit.target import Number, Target
 from analysis.store import Analysis
@@ -30,6 +30,7 @@ from trainer.files import write_json
 from trainer.model.frozen import Frozen
 
 COUNTS = (0, 1, 3, 10, 30, 100, 300, 1000)
+HEADS = (0, 1, 3, 10, 30, 100)
 _FEATURES = 20  # of a prompt, that are removed one by one
 _NAMES = ["John", "Mary", "Tom", "James", "Sarah", "Anna", "Paul", "Peter", "Mark", "Alice"]
 _PLACES = ["store", "park", "school", "office", "station"]
@@ -69,7 +70,10 @@ def of_prompt(lm: Any, saes: dict[int, Any], statistics: dict[str, Any], text: s
     strongest = number.removed(ranked.head(_FEATURES))
     counts = [n for n in COUNTS if n < len(ranked)] + [len(ranked)]
     means, densities = statistics["means"], statistics["densities"]
-    kept, bare = (curve(number, ranked, counts, means, densities, errors, draws=2) for errors in (True, False))
+    stays, bare = (curve(number, ranked, counts, means, densities, errors, draws=2) for errors in (True, False))
+    order = heads.loc[heads["attribution"].abs().sort_values(ascending=False).index]
+    of_heads = kept(number, [features_of(order.head(n), nodes) for n in HEADS], means).double()
+    of_heads = (of_heads - of_heads[0]) / (number.value() - of_heads[0])
     rest = table[(table["position"] > 0)].groupby("kind")["attribution"].agg(lambda values: float(values.abs().sum()))
     return {
         "target": number.value(),
@@ -77,9 +81,21 @@ def of_prompt(lm: Any, saes: dict[int, Any], statistics: dict[str, Any], text: s
         "heads": {name: heads[name].tolist() for name in ("layer", "head", "attribution", "effect")},
         "features": {name: strongest[name].tolist() for name in ("layer", "attribution", "effect", "direct")},
         "attribution": rest.to_dict(),
-        "curve": kept.to_dict("list"),
+        "curve": stays.to_dict("list"),
+        "whole heads": of_heads.tolist(),
         "without errors": bare["faithfulness"].tolist(),
     }
+
+
+def features_of(heads: pd.DataFrame, nodes: Nodes) -> pd.DataFrame:
+    """Every feature of some heads at every position but BOS: layer, position, feature."""
+    at, names = range(1, len(nodes.frozen.tokens)), ["layer", "position", "feature"]
+    parts = [pd.DataFrame(columns=names, dtype=int)]
+    for layer, head in heads[["layer", "head"]].itertuples(index=False):
+        size = nodes.saes[layer].features_per_block
+        ids = range(head * size, (head + 1) * size)
+        parts.append(pd.MultiIndex.from_product([[layer], at, ids], names=names).to_frame(index=False))
+    return pd.concat(parts, ignore_index=True)
 
 
 def main() -> None:
@@ -132,6 +148,8 @@ def report(kind: str, found: list[dict[str, Any]]) -> None:
     whole = [[each["curve"][name][-1] for each in found] for name in ("faithfulness", "random")]
     whole.append([each["without errors"][-1] for each in found])
     print(f"| all that fire ({said([float(each['firing']) for each in found], 0)}) | {' | '.join(map(said, whole))} |")
+    rows = [f"{n} {said([each['whole heads'][place] for each in found])}" for place, n in enumerate(HEADS)]
+    print(f"\nWhole heads kept, with all their features: {'; '.join(rows)}")
     needed = [first_at(each["curve"], 0.8) for each in found]
     reached = [n for n in needed if n is not None]
     print(f"\nFeatures for 80 % of the target: median {np.median(reached):.0f} of {len(reached)} prompts that reach it")
