@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from tqdm import tqdm
 
 from analysis.prompt.circuit.faithful import curve, kept
@@ -107,13 +106,9 @@ def main() -> None:
     checkpoints = {each.layer: each for each in map(Checkpoint, options.checkpoints)}
     tables = {layer: Analysis(each).features for layer, each in checkpoints.items()}
     saes = {layer: each.sae for layer, each in checkpoints.items()}
-    mean = {layer: table["density"] * table["mean_activation"] for layer, table in tables.items()}
     statistics = {
         "densities": {layer: table["density"].to_numpy() for layer, table in tables.items()},
-        "means": {
-            layer: torch.tensor(mean[layer].to_numpy(), dtype=torch.float32).view(saes[layer].n_blocks, -1)
-            for layer in saes
-        },
+        "means": {layer: (table["density"] * table["mean_activation"]).to_numpy() for layer, table in tables.items()},
     }
     lm = next(iter(checkpoints.values())).open_model("cpu")
     done: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}

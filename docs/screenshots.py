@@ -21,6 +21,7 @@ PAGES = {
     "heads-redundancy": "heads?show=Redundancy+across+heads",
     "features": f"features?checkpoint={K32}&head=4&feature=2218",
     "prompt": "prompt?head=4&token=19%3A+%C2%B7the",
+    "circuit": "circuit?against=nothing%3A+the+logit+itself",
     "compare-figures": f"compare?a={K32}&b={K64}&c={DENSE}",
     "compare-prompt": f"compare?a={K32}&b={K64}&show=One+prompt",
     "compare-features": f"compare?a={K32}&b={K64}&show=Features",

@@ -30,7 +30,8 @@ from transformers import (
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
-    f"pages/{name}.py" for name in ("model", "tradeoffs", "heads", "prompt", "compare", "features", "runs", "start")
+    f"pages/{name}.py"
+    for name in ("model", "tradeoffs", "heads", "prompt", "compare", "features", "runs", "start", "circuit")
 ]
 PATIENCE = 600  # seconds that anything may take: a test fails where something hangs, not where the machine is busy
 OTHERS = {"bricken": "--l1_coefficients=0.3", "gated": "--l1_coefficients=2", "jumprelu": "--l1_coefficients=2",

@@ -28,7 +28,7 @@ from analysis.corpus.heads import Copying, copying, head_table
 from analysis.corpus.mean_pattern import MeanPattern, pattern_table
 from analysis.corpus.pairs import Redundancy, compare_features
 from analysis.corpus.passes import SMALL, Strips, choose_examples, chunks, feed, sources_on_repeats
-from analysis.corpus.running_statistics import COFIRING_PAIRS, FeatureStatistics, Sources, collect, load_state, state
+from analysis.corpus.running_statistics import FeatureStatistics, Sources, collect, load_state, state
 from analysis.logits import head_of_features, inverse_scale, logit_effects, written
 from analysis.store import Analysis
 from trainer import checkpoint, ranks
@@ -132,8 +132,9 @@ class Job:
     def _empty(self) -> list[Any]:
         """The same before it."""
         if self.stage == 1:
-            n_cofiring = 0 if self.is_summary else COFIRING_PAIRS
-            statistics = FeatureStatistics(self.reader, self.layer.lm.d_vocab, self._cfg.examples, n_cofiring)
+            statistics = FeatureStatistics(
+                self.reader, self.layer.lm.d_vocab, self._cfg.examples, has_pairs=not self.is_summary
+            )
             return [statistics, MeanPattern(self.layer.n_heads, min(self._length, schema.PATTERN_CELLS))]
         small = _SMALL_IN_SUMMARY if self.is_summary else SMALL
         return [Strips(self.reader, self.examples, small), FurtherFirings(self.reader, self._key["n_contexts"])]

@@ -44,11 +44,11 @@ class FeatureStatistics:
     Args:
         d_vocab: of the language model.
         n_top: contexts kept of each feature in which it fires most.
-        n_cofiring: (token, feature) pairs kept for co-firing, of the first tokens.
+        has_pairs: whether co-firing is kept, of the first tokens.
     """
 
-    def __init__(self, reader: Reader, d_vocab: int, n_top: int, n_cofiring: int = COFIRING_PAIRS) -> None:
-        self._reader, self._n_cofiring = reader, n_cofiring
+    def __init__(self, reader: Reader, d_vocab: int, n_top: int, has_pairs: bool = True) -> None:
+        self._reader, self._n_cofiring = reader, COFIRING_PAIRS if has_pairs else 0
         n_heads, d_sae = len(reader.b_V), reader.sae.d_sae
         self.n_tokens = torch.tensor(0)
         self.firings = torch.zeros(d_sae, dtype=torch.int64)

@@ -2,7 +2,6 @@
 
 import pandas as pd
 import streamlit as st
-import torch
 
 from analysis.prompt.circuit.faithful import curve
 from analysis.prompt.circuit.graph import Circuit, trace
@@ -95,10 +94,6 @@ def faithfulness(of_set: LayerSet, prompt: str, target: Target, errors: bool) ->
         found = found[(found["kind"] == "feature") & (found["position"] > 0)]
         ranked = found.loc[found["attribution"].abs().sort_values(ascending=False).index]
         counts = [n for n in (0, 1, 3, 10, 30, 100, 300, 1000) if n < len(ranked)] + [len(ranked)]
-        mean = {
-            layer: torch.tensor(means[layer], dtype=torch.float32).view(sae.n_blocks, -1)
-            for layer, sae in nodes.saes.items()
-        }
-        return curve(number, ranked, counts, mean, densities, errors, draws=2)
+        return curve(number, ranked, counts, means, densities, errors, draws=2)
 
     return live.in_turn(_of_curve(of_set, prompt, target, errors), "Keeping features", compute)

@@ -82,7 +82,7 @@ def test_sessions_at_once_wait_for_the_model_and_say_so(monkeypatch, folder, gpt
             finally:
                 busy.release()
 
-        return lambda: live._in_turn(cell, "Running the prompt", compute)
+        return lambda: live.in_turn(cell, "Running the prompt", compute)
 
     with turns.take(pytest.fail):
         threads = []
@@ -96,4 +96,4 @@ def test_sessions_at_once_wait_for_the_model_and_say_so(monkeypatch, folder, gpt
     for run, (again,) in zip(alone, kept, strict=True):
         torch.testing.assert_close(again.f, run.f)
     place.text = pytest.fail
-    assert live._in_turn(kept[0], "Running the prompt", pytest.fail) is kept[0][0], "what is known waits for nobody"
+    assert live.in_turn(kept[0], "Running the prompt", pytest.fail) is kept[0][0], "what is known waits for nobody"

@@ -50,8 +50,8 @@ def run(capfd):
     def call(*arguments, command=main) -> tuple[int, str, str]:
         status = command([str(argument) for argument in arguments])
         said = capfd.readouterr()
-        lines = [line for line in said.err.splitlines() if line.strip() and "it/s" not in line and "B/s" not in line]
-        return status, said.out, "\n".join(line for line in lines if not re.search(r"\d%\|", line))
+        bars = re.compile(r"[^\r\n]*?\d%\|[^\r\n]*?\][ ]*")  # an error may follow one on its line
+        return status, said.out, "\n".join(line for line in bars.sub("", said.err).splitlines() if line.strip())
 
     return call
 

@@ -23,14 +23,14 @@ _TOKENS = 2048  # of one forward
 def kept(
     number: Number,
     sets: Sequence[pd.DataFrame | None],
-    means: Mapping[int, Float[Tensor, "block feature"]],
+    means: Mapping[int, np.ndarray],
     errors: bool = True,
 ) -> Float[Tensor, " set"]:
     """The target with only some features as they are.
 
     Args:
         sets: nodes with layer, feature and position: these are kept; None keeps all.
-        means: what all others stand at, of each layer that has an SAE.
+        means: of the features of each layer that has an SAE: what all others stand at.
         errors: whether what SAEs do not explain stays as it is in the run, or goes.
     """
     nodes = number.nodes
@@ -41,8 +41,9 @@ def kept(
         edits = []
         for layer in range(number.n_layers):
             if (sae := nodes.saes.get(layer)) is not None:
+                mean = torch.tensor(means[layer]).view(sae.n_blocks, -1).to(sae.W_dec)
                 keep = torch.stack([_mask(each, layer, sae, len(frozen.tokens)) for each in some])
-                edits.append((lm.layer(layer).hook_name, _Replaced(sae, keep.to(lm.device), means[layer], errors)))
+                edits.append((lm.layer(layer).hook_name, _Replaced(sae, keep.to(lm.device), mean, errors)))
         inputs = frozen.tokens[None].expand(len(some), -1)
         got = lm.capture(inputs, [number.hook], edits=edits)[number.hook]
         values.append(number.of(got).cpu())
@@ -53,7 +54,7 @@ def curve(
     number: Number,
     ranked: pd.DataFrame,
     counts: Sequence[int],
-    means: Mapping[int, Float[Tensor, "block feature"]],
+    means: Mapping[int, np.ndarray],
     densities: Mapping[int, np.ndarray],
     errors: bool = True,
     draws: int = 5,
@@ -107,7 +108,7 @@ class _Replaced:
     def __call__(self, z: Float[Tensor, "set pos head d_head"], rows: slice) -> Tensor:
         x = z.to(self._sae.W_dec.dtype)
         f = self._sae.encode(x)
-        new = self._sae.decode(torch.where(self._keep[rows], f, self._mean.to(f))).view_as(x)
+        new = self._sae.decode(torch.where(self._keep[rows], f, self._mean)).view_as(x)
         if self._errors:
             new = new + x - self._sae.decode(f).view_as(x)
         new[:, 0] = x[:, 0]  # BOS is left alone
