@@ -50,7 +50,7 @@ def run(capfd):
     def call(*arguments, command=main) -> tuple[int, str, str]:
         status = command([str(argument) for argument in arguments])
         said = capfd.readouterr()
-        bars = re.compile(r"[^\r\n]*?\d%\|[^\r\n]*?\][ ]*")  # an error may follow one on its line
+        bars = re.compile(r"\x1b\[A|[^\r\n]*?\d%\|[^\r\n]*?\][ ]*")  # an error may follow one on its line
         return status, said.out, "\n".join(line for line in bars.sub("", said.err).splitlines() if line.strip())
 
     return call
