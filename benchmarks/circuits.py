@@ -147,7 +147,8 @@ def report(kind: str, found: list[dict[str, Any]]) -> None:
     print(f"\nWhole heads kept, with all their features: {'; '.join(rows)}")
     needed = [first_at(each["curve"], 0.8) for each in found]
     reached = [n for n in needed if n is not None]
-    print(f"\nFeatures for 80 % of the target: median {np.median(reached):.0f} of {len(reached)} prompts that reach it")
+    median = f": median {np.median(reached):.0f}" if reached else ""
+    print(f"\nFeatures for 80 % of the target: {len(reached)} of {len(found)} prompts reach it{median}")
 
 
 def correlation(columns: dict[str, list[float]], first: int = 0) -> float:
