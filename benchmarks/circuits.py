@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from analysis.prompt.circuit.faithful import curve, kept
+from analysis.prompt.circuit.faithful import COUNTS, curve, kept, ranked
 from analysis.prompt.circuit.nodes import Nodes
 from analysis.prompt.circuit.target import Number, Target
 from analysis.store import Analysis
@@ -28,7 +28,6 @@ from trainer.checkpoint import Checkpoint
 from trainer.files import write_json
 from trainer.model.frozen import Frozen
 
-COUNTS = (0, 1, 3, 10, 30, 100, 300, 1000)
 HEADS = (0, 1, 3, 10, 30, 100)
 _FEATURES = 20  # of a prompt, that are removed one by one
 _NAMES = ["John", "Mary", "Tom", "James", "Sarah", "Anna", "Paul", "Peter", "Mark", "Alice"]
@@ -64,19 +63,17 @@ def of_prompt(lm: Any, saes: dict[int, Any], statistics: dict[str, Any], text: s
     number = Number(nodes, Target(last, lm.single_token(right), lm.single_token(wrong)))
     heads = number.heads()
     table = number.attribution()
-    features = table[(table["kind"] == "feature") & (table["position"] > 0)]
-    ranked = features.loc[features["attribution"].abs().sort_values(ascending=False).index]
-    strongest = number.removed(ranked.head(_FEATURES))
-    counts = [n for n in COUNTS if n < len(ranked)] + [len(ranked)]
+    features, counts = ranked(table)
+    strongest = number.removed(features.head(_FEATURES))
     means, densities = statistics["means"], statistics["densities"]
-    stays, bare = (curve(number, ranked, counts, means, densities, errors, draws=2) for errors in (True, False))
+    stays, bare = (curve(number, features, counts, means, densities, errors, draws=2) for errors in (True, False))
     order = heads.loc[heads["attribution"].abs().sort_values(ascending=False).index]
     of_heads = kept(number, [features_of(order.head(n), nodes) for n in HEADS], means).double()
     of_heads = (of_heads - of_heads[0]) / (number.value() - of_heads[0])
     rest = table[(table["position"] > 0)].groupby("kind")["attribution"].agg(lambda values: float(values.abs().sum()))
     return {
         "target": number.value(),
-        "firing": len(ranked),
+        "firing": len(features),
         "heads": {name: heads[name].tolist() for name in ("layer", "head", "attribution", "effect")},
         "features": {name: strongest[name].tolist() for name in ("layer", "attribution", "effect", "direct")},
         "attribution": rest.to_dict(),

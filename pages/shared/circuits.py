@@ -3,7 +3,7 @@
 import pandas as pd
 import streamlit as st
 
-from analysis.prompt.circuit.faithful import curve
+from analysis.prompt.circuit.faithful import curve, ranked
 from analysis.prompt.circuit.graph import Circuit, trace
 from analysis.prompt.circuit.nodes import Nodes
 from analysis.prompt.circuit.target import Number, Target
@@ -13,7 +13,6 @@ from pages.shared import live
 from pages.shared.page import sentences
 from trainer.checkpoint import CheckpointError
 
-_FORESEEN = (ValueError, RuntimeError, OSError)
 _PREDICTIONS = 10  # next tokens offered as targets
 
 
@@ -32,7 +31,7 @@ def _of_curve(of_set: LayerSet, prompt: str, target: Target, errors: bool) -> li
     return []
 
 
-@sentences(_FORESEEN)
+@sentences(live.FORESEEN)
 def run(of_set: LayerSet, prompt: str) -> Nodes:
     """A prompt in all layers."""
     first = next(iter(of_set.members.values()))
@@ -58,7 +57,7 @@ def predictions(nodes: Nodes, position: int) -> pd.DataFrame:
     )
 
 
-@sentences(_FORESEEN)
+@sentences(live.FORESEEN)
 def traced(
     of_set: LayerSet, prompt: str, target: Target, features: int, depth: int, share: float, here: bool
 ) -> Circuit:
@@ -72,7 +71,7 @@ def traced(
     return live.in_turn(_of_target(of_set, prompt, target, features, depth, share, here), "Tracing", compute)
 
 
-@sentences(_FORESEEN)
+@sentences(live.FORESEEN)
 def faithfulness(of_set: LayerSet, prompt: str, target: Target, errors: bool) -> pd.DataFrame | None:
     """How much of the target its strongest features make (`faithful.curve`); None where a layer has no analysis.
 
@@ -90,10 +89,6 @@ def faithfulness(of_set: LayerSet, prompt: str, target: Target, errors: bool) ->
 
     def compute() -> pd.DataFrame:
         number = Number(nodes, target)
-        found = number.attribution()
-        found = found[(found["kind"] == "feature") & (found["position"] > 0)]
-        ranked = found.loc[found["attribution"].abs().sort_values(ascending=False).index]
-        counts = [n for n in (0, 1, 3, 10, 30, 100, 300, 1000) if n < len(ranked)] + [len(ranked)]
-        return curve(number, ranked, counts, means, densities, errors, draws=2)
+        return curve(number, *ranked(number.attribution()), means, densities, errors, draws=2)
 
     return live.in_turn(_of_curve(of_set, prompt, target, errors), "Keeping features", compute)

@@ -32,7 +32,7 @@ from trainer.block_diag import BlockDiagSAE
 from trainer.checkpoint import Checkpoint, CheckpointError
 from trainer.config import require
 
-_FORESEEN = (ValueError, RuntimeError, OSError)
+FORESEEN = (ValueError, RuntimeError, OSError)
 _T = TypeVar("_T")
 
 
@@ -169,7 +169,7 @@ def _ask_for_model(checkpoint: Checkpoint) -> None:
     ).strip()
     if not place:
         return
-    with sentences(_FORESEEN):
+    with sentences(FORESEEN):
         found = _language_model(place, model.dtype)[1]
         require(found == model.fingerprint, f"{place} has other weights than the model of {checkpoint.name}")
     _places()[model.fingerprint] = place
@@ -248,7 +248,7 @@ def _run(checkpoint: Checkpoint, prompt: str, slots_of: Checkpoint | None = None
     )
 
 
-@sentences(_FORESEEN)
+@sentences(FORESEEN)
 def language_model(checkpoint: Checkpoint) -> Any:
     """The model that a checkpoint was trained on, the embedded one fetched first if it is not there.
 
@@ -262,7 +262,7 @@ def language_model(checkpoint: Checkpoint) -> Any:
             st.empty()
     try:
         lm, fingerprint = _opened(checkpoint)
-    except _FORESEEN:
+    except FORESEEN:
         _ask_for_model(checkpoint)
         raise
     if fingerprint != model.fingerprint:
@@ -271,7 +271,7 @@ def language_model(checkpoint: Checkpoint) -> Any:
     return lm
 
 
-@sentences(_FORESEEN)
+@sentences(FORESEEN)
 def run_prompt(checkpoint: Checkpoint, prompt: str, slots_of: Checkpoint | None = None) -> prompts.PromptRun:
     """Run a prompt; errors end the page with a sentence.
 
@@ -282,7 +282,7 @@ def run_prompt(checkpoint: Checkpoint, prompt: str, slots_of: Checkpoint | None 
     return _run(checkpoint, prompt, slots_of)
 
 
-@sentences(_FORESEEN)
+@sentences(FORESEEN)
 def effect(checkpoint: Checkpoint, prompt: str, change: Intervention | Patch, position: int, other: str = "") -> Effect:
     """What a change does to the prediction of the token after `position`; errors are a sentence.
 
@@ -309,13 +309,13 @@ def next_tokens(checkpoint: Checkpoint, effect: Effect) -> pd.DataFrame:
     return table
 
 
-@sentences(_FORESEEN)
+@sentences(FORESEEN)
 def single_token(checkpoint: Checkpoint, text: str) -> int:
     """The id of a text that is one token; a sentence where it is not."""
     return _layer(checkpoint).lm.single_token(text)
 
 
-@sentences(_FORESEEN)
+@sentences(FORESEEN)
 def patch_scan(
     checkpoint: Checkpoint, prompt: str, other: str, change: Patch, tokens: tuple[int, int], position: int
 ) -> pd.DataFrame:
@@ -328,7 +328,7 @@ def patch_scan(
     )
 
 
-@sentences(_FORESEEN)
+@sentences(FORESEEN)
 def continuation(
     checkpoint: Checkpoint, prompt: str, change: Intervention, n: int, temperature: float, seed: int
 ) -> tuple[Continuation, Continuation]:
@@ -346,7 +346,7 @@ def direct_effects(checkpoint: Checkpoint, prompt: str, token: int) -> Any:
     return prompts.direct_effects(_layer(checkpoint), read_sae(checkpoint), _run(checkpoint, prompt), token)
 
 
-@sentences(_FORESEEN)
+@sentences(FORESEEN)
 @st.cache_data(max_entries=4, **_PER_CHECKPOINT | {"show_spinner": "Running the model and drawing with sae-vis"})
 def sae_vis_page(checkpoint: Checkpoint, features: tuple[int, ...]) -> bytes:
     """The sae-vis HTML of some features; errors end the page with a sentence."""

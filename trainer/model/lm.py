@@ -481,13 +481,13 @@ class Layer:
         self, resid_pre: Float[Tensor, "batch pos d_model"], z: Float[Tensor, "batch pos head d_head"] | None = None
     ) -> Float[Tensor, "batch pos d_vocab"]:
         """Run the model from this layer on, with its head outputs replaced by `z` if given."""
-        return self.lm.run_from(resid_pre, self.index, self._replacing(z))
+        return self.lm.run_from(resid_pre, self.index, self.replacing(z))
 
     def final(
         self, resid_pre: Float[Tensor, "batch pos d_model"], z: Float[Tensor, "batch pos head d_head"] | None = None
     ) -> Float[Tensor, "batch pos d_model"]:
         """The residual stream before the final norm, run as by `logits`: to unembed only the positions one needs."""
-        return self.lm.capture(resid_pre, [self._final], self.index, self._replacing(z))[self._final]
+        return self.lm.capture(resid_pre, [self._final], self.index, self.replacing(z))[self._final]
 
     def edited(
         self,
@@ -513,7 +513,8 @@ class Layer:
         v = v.repeat_interleave(self.n_heads // v.shape[2], dim=2)  # grouped-query attention
         return Attention(z, v, pattern), got
 
-    def _replacing(self, z: Tensor | None) -> list[tuple[str, Edit]]:
+    def replacing(self, z: Float[Tensor, "batch pos head d_head"] | None) -> list[tuple[str, Edit]]:
+        """The edits that put `z` in place of this layer's."""
         return [] if z is None else [(self.hook_name, lambda value, rows: z[rows].to(value.dtype))]
 
 

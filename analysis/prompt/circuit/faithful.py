@@ -16,6 +16,7 @@ from torch import Tensor
 from analysis.prompt.circuit.target import Number
 from trainer.block_diag import BlockDiagSAE
 
+COUNTS = (0, 1, 3, 10, 30, 100, 300, 1000)  # features kept, and all that fire
 _TOKENS = 2048  # of one forward
 
 
@@ -52,7 +53,7 @@ def kept(
 
 def curve(
     number: Number,
-    ranked: pd.DataFrame,
+    order: pd.DataFrame,
     counts: Sequence[int],
     means: Mapping[int, np.ndarray],
     densities: Mapping[int, np.ndarray],
@@ -63,26 +64,33 @@ def curve(
     """Faithfulness against the number of features kept: kept, value, faithfulness, random, random_se.
 
     Args:
-        ranked: features in the order in which they are kept: layer, feature, position.
+        order: features in the order in which they are kept: layer, feature, position.
         densities: of the features of each layer; as many random ones of the same layer, position and nearly the same
             density are kept instead, `draws` times: `random` is their mean.
     """
-    sets = [ranked.head(n) for n in counts]
+    sets = [order.head(n) for n in counts]
     generator = np.random.default_rng(seed)
     drawn = [random_like(each, densities, generator) for each in sets for _ in range(draws)]
-    values = kept(number, [None, ranked.head(0), *sets, *drawn], means, errors).double()
-    whole, none = number.value(), float(values[1])
+    values = kept(number, [order.head(0), *sets, *drawn], means, errors).double()
+    whole, none = number.value(), float(values[0])
     share = ((values - none) / (whole - none)).numpy()
-    random = share[2 + len(sets) :].reshape(len(sets), draws)
+    random = share[1 + len(sets) :].reshape(len(sets), draws)
     return pd.DataFrame(
         {
             "kept": list(counts),
-            "value": values[2 : 2 + len(sets)].numpy(),
-            "faithfulness": share[2 : 2 + len(sets)],
+            "value": values[1 : 1 + len(sets)].numpy(),
+            "faithfulness": share[1 : 1 + len(sets)],
             "random": random.mean(1),
             "random_se": random.std(1, ddof=1) / draws**0.5 if draws > 1 else np.nan,
         }
     )
+
+
+def ranked(attribution: pd.DataFrame) -> tuple[pd.DataFrame, list[int]]:
+    """Features of `Number.attribution` but those at BOS, the strongest first, and how many of them a curve keeps."""
+    features = attribution[(attribution["kind"] == "feature") & (attribution["position"] > 0)]
+    order = features.loc[features["attribution"].abs().sort_values(ascending=False).index]
+    return order, [*(n for n in COUNTS if n < len(order)), len(order)]
 
 
 def random_like(

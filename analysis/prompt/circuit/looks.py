@@ -46,11 +46,7 @@ def at_key(nodes: Nodes, layer: int, head: int, query: int, source: int) -> pd.D
     found["activation"] = here["activation"].reindex(found.index)
     found["position"] = source
     rest = constant[source] - constant[1 : query + 1].mean() if query else constant[source]
-    found = found.reset_index()
-    if abs(float(rest)) > 0:
-        bias = {"kind": "key bias", "layer": layer, "head": head, "feature": -1, "position": source}
-        found = pd.concat([found, pd.DataFrame([{**bias, "value": float(rest)}])], ignore_index=True)
-    return found[[*_CLASS, "position", "activation", "value"]]
+    return _with_bias(found.reset_index(), "key bias", layer, head, source, float(rest))
 
 
 @torch.no_grad()
@@ -68,10 +64,7 @@ def at_query(nodes: Nodes, layer: int, head: int, query: int, source: int) -> pd
     along = frozen.unrotated(layer, difference[None] / frozen.score_scale(layer), at)
     reading = frozen.read(layer, "Q", torch.full_like(at, head), along, at)
     found = nodes.split(reading, at, layer).table().drop(columns="row")
-    if abs(constant := float(reading.constant)) > 0:
-        bias = {"kind": "query bias", "layer": layer, "head": head, "feature": -1, "position": query}
-        found = pd.concat([found, pd.DataFrame([{**bias, "value": constant}])], ignore_index=True)
-    return found[[*_CLASS, "position", "activation", "value"]]
+    return _with_bias(found, "query bias", layer, head, query, float(reading.constant))
 
 
 @torch.no_grad()
@@ -98,6 +91,14 @@ def pairs(
         made.append(([*names, "all others"], torch.cat([parts, (whole - parts.sum(0))[None]])))
     (rows, q), (columns, k) = made
     return pd.DataFrame((q @ k.T / frozen.score_scale(layer)).cpu().numpy(), rows, columns)
+
+
+def _with_bias(found: pd.DataFrame, kind: str, layer: int, head: int, position: int, value: float) -> pd.DataFrame:
+    """Nodes, and a last row for the bias of the head's key or query where it gives something."""
+    if value:
+        bias = {"kind": kind, "layer": layer, "head": head, "feature": -1, "position": position, "value": value}
+        found = pd.concat([found, pd.DataFrame([bias])], ignore_index=True)
+    return found[[*_CLASS, "position", "activation", "value"]]
 
 
 def _keys(nodes: Nodes, layer: int, head: int, query: int) -> tuple[Parts, Float[Tensor, " source"]]:

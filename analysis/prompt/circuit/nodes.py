@@ -114,14 +114,11 @@ class Nodes:
         """
         parts = [_rest("embedding", -1, at, _dot(self.frozen.embedding[at], reading.direction)[:, None])]
         for layer in range(below):
-            heads, encoded = self.frozen.layers[layer], self.encoded[layer]
+            heads = self.frozen.layers[layer]
             # What a head writes, read along the direction, is z . u.
             u = torch.einsum("hdm,nm->nhd", self.frozen.W_O(layer), reading.direction)
             u = u / heads.write_scale[at][:, None, None]  # [row, head, d_head]
-            parts.append(_features(layer, encoded, self.saes.get(layer), u, at))
-            parts.append(_rest("error", layer, at, _dot(encoded.error[at], u)))
-            if layer in self.saes:
-                parts.append(_rest("bias", layer, at, _dot(encoded.bias[at], u)))
+            parts += self._of_heads(layer, u, at)
             whole = _dot(heads.attention[at], reading.direction)
             parts.append(_rest("output bias", layer, at, (whole - _dot(heads.z[at], u).sum(1))[:, None]))
             parts.append(_rest("mlp", layer, at, _dot(heads.mlp[at], reading.direction)[:, None]))
@@ -131,12 +128,17 @@ class Nodes:
         """z . g of every head and position of the first layers over features, errors and biases; a row per position."""
         parts = []
         for layer in range(len(g)):
-            at, encoded = torch.arange(len(g[layer]), device=g[layer].device), self.encoded[layer]
-            parts.append(_features(layer, encoded, self.saes.get(layer), g[layer], at))
-            parts.append(_rest("error", layer, at, _dot(encoded.error, g[layer])))
-            if layer in self.saes:
-                parts.append(_rest("bias", layer, at, _dot(encoded.bias, g[layer])))
+            parts += self._of_heads(layer, g[layer], torch.arange(len(g[layer]), device=g[layer].device))
         return Parts.joined(parts)
+
+    def _of_heads(self, layer: int, u: Float[Tensor, "row head d_head"], at: Int[Tensor, " row"]) -> list[Parts]:
+        """z . u of a layer where each row reads, over features, errors and biases."""
+        encoded = self.encoded[layer]
+        parts = [
+            _features(layer, encoded, self.saes.get(layer), u, at),
+            _rest("error", layer, at, _dot(encoded.error[at], u)),
+        ]
+        return [*parts, _rest("bias", layer, at, _dot(encoded.bias[at], u))] if layer in self.saes else parts
 
     def vector(self, kind: str, layer: int, head: int, feature: int, position: int) -> Float[Tensor, " d_model"]:
         """What a node wrote to the residual stream."""

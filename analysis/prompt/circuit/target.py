@@ -100,11 +100,8 @@ class Number:
             resid = frozen.entering(layer)[None].expand(steps, -1, -1).to(dtype)
             z = frozen.layers[layer].z * shares[:, None, None, None]
             z[:, 0] = frozen.layers[layer].z[0]  # BOS is left alone
-
-            def grown(value: Tensor, rows: slice, z: Tensor = z) -> Tensor:
-                return z[rows].to(value.dtype)
-
-            _, of_steps = self._lm.gradients(resid, [name], (self.hook, self.of), layer, [(name, grown)])
+            edits = self._lm.layer(layer).replacing(z)
+            _, of_steps = self._lm.gradients(resid, [name], (self.hook, self.of), layer, edits)
             mean.append(of_steps[0].to(frozen.dtype).mean(0))
         return mean
 
@@ -165,10 +162,6 @@ class Number:
         self, layer: int, resid: Float[Tensor, "pos d_model"], z: Float[Tensor, "run pos head d_head"]
     ) -> Float[Tensor, " run"]:
         """The number, run on from a layer with each of some z in place of its own."""
-
-        def replaced(value: Tensor, rows: slice) -> Tensor:
-            return z[rows].to(value.dtype)
-
         inputs = resid.expand(len(z), *resid.shape)
-        got = self._lm.capture(inputs, [self.hook], layer, [(self._lm.layer(layer).hook_name, replaced)])
+        got = self._lm.capture(inputs, [self.hook], layer, self._lm.layer(layer).replacing(z))
         return self.of(got[self.hook]).cpu()
