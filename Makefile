@@ -43,8 +43,8 @@ bench: $(VENV)/test.stamp
 	$(BIN)/python -m benchmarks.cost
 	$(BIN)/python -m benchmarks.analysis
 	$(BIN)/python -m benchmarks.first_run
-	$(BIN)/python -m benchmarks.quality checkpoints
-	$(BIN)/python -m benchmarks.results_table
+	$(BIN)/python -m benchmarks.redundancy checkpoints/*-x8-k32
+	$(BIN)/python -m benchmarks.results_table checkpoints docs/frontier --names '*-L17-*-x8-*' '*-dense-*' --frontier '*-batchtopk-x8-k*'
 	$(BIN)/python -m benchmarks.app
 
 format: $(VENV)/test.stamp

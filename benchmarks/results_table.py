@@ -1,15 +1,19 @@
 """The tables of docs/results.md, from eval.json of every checkpoint.
 
-    python -m benchmarks.results_table [FOLDER ...] [--names GLOB] [--heads 3 4 5]
+    python -m benchmarks.results_table [FOLDER ...] [--names GLOB ...] [--heads 3 4 5] [--frontier GLOB]
 
 It reads JSON and nothing else, so that a reader can check every figure against its file.
 """
 
 import argparse
 import json
+from collections.abc import Iterable
+from fnmatch import fnmatch
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 Figures = dict[str, Any]
 
@@ -17,18 +21,29 @@ Figures = dict[str, Any]
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.results_table", description=__doc__)
     parser.add_argument("folders", nargs="*", type=Path, default=[Path("checkpoints")], help="of checkpoints, in which")
-    parser.add_argument("--names", default="*", help="those that match, as '*-L17-*' (all)")
+    parser.add_argument("--names", nargs="+", default=["*"], help="those that match one, as '*-L17-*' (all)")
     parser.add_argument("--heads", nargs="+", type=int, default=[3, 4, 5], help="printed one by one (3 4 5)")
+    parser.add_argument("--frontier", help="those among which the L0 for each other one's figures is looked up")
     options = parser.parse_args()
-    files = [file for folder in options.folders for file in folder.glob(f"{options.names}/eval.json")]
-    rows = {file.parent.name: json.loads(file.read_text()) for file in sorted(files, key=lambda file: file.parent.name)}
+    files = {
+        file.parent.name: file
+        for folder in options.folders
+        for names in options.names
+        for file in folder.glob(f"{names}/eval.json")
+    }
+    rows = {name: json.loads(file.read_text()) for name, file in sorted(files.items())}
     folders = ", ".join(map(str, options.folders))
     if not rows:
-        parser.error(f"{folders}: no {options.names}/eval.json")
+        parser.error(f"{folders}: no eval.json of {' or '.join(options.names)}")
     parts = zip(*(name.split("-") for name in rows), strict=False)
     shared = "-".join(same[0] for same in takewhile(lambda part: len(set(part)) == 1, parts))  # model and layer
     print(f"Checkpoints of {folders}: `{shared}-...`; n/m: not measurable on this text.\n")
     print("\n".join([*on_text(rows, shared, options.heads), "", *on_repeats(rows, shared, options.heads)]))
+    if options.frontier:
+        frontier = {name for name in rows if fnmatch(name, options.frontier)}
+        if not frontier:
+            parser.error(f"none of them is {options.frontier}")
+        print("\n".join(["", *at_equal_figures(rows, shared, frontier)]))
 
 
 def on_text(rows: dict[str, Figures], shared: str, heads: list[int]) -> list[str]:
@@ -80,6 +95,35 @@ def on_repeats(rows: dict[str, Figures], shared: str, heads: list[int]) -> list[
     return [f"Repeated random tokens, {counts(repeated.values())} scored:", "", *table(columns, found)]
 
 
+def at_equal_figures(rows: dict[str, Figures], shared: str, frontier: set[str]) -> list[str]:
+    """The L0 at which the frontier has another SAE's FVU and KL score, and what share of the other's L0 that is."""
+    found = [
+        [name.removeprefix(f"{shared}-"), f"{f['L0']:.0f}"]
+        + [needed([rows[each] for each in frontier], f, metric) for metric in ("KL_score", "FVU")]
+        for name, f in rows.items()
+        if name not in frontier
+    ]
+    names = said(sorted(each.removeprefix(f"{shared}-") for each in frontier))
+    columns = ["SAE", "L0", "at equal KL score", "at equal FVU"]
+    return [f"L0 that {names} need for it, between them on a log scale of L0:", "", *table(columns, found)]
+
+
+def needed(frontier: list[Figures], figures: Figures, metric: str) -> str:
+    """L0 at equal value of a metric."""
+    value = figures[metric]
+    points = sorted((each[metric], each["L0"]) for each in frontier if each[metric] is not None)
+    if value is None or not points:
+        return "n/m"
+    values, l0 = zip(*points, strict=True)
+    if not values[0] <= value <= values[-1]:
+        worst = values[0] if metric == "KL_score" else values[-1]
+        better = worst > value if metric == "KL_score" else worst < value
+        return f"better already at L0 {min(l0):.0f}" if better else "beyond it"
+    at = float(np.exp(np.interp(value, values, np.log(l0))))
+    share = figures["L0"] / at
+    return f"{at:.0f}, 1/{share:.1f}" if share >= 1 else f"{at:.0f}, {1 / share:.1f} times"
+
+
 def table(columns: list[str], rows: list[list[str]]) -> list[str]:
     """Lines of a markdown table."""
     return [f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows)]
@@ -101,8 +145,8 @@ def counts(rows: Any) -> str:
     return " or ".join(f"{n:,}" for n in sorted({f["n_tokens"] for f in rows}))
 
 
-def said(heads: list[int]) -> str:
-    return ", ".join(map(str, heads))
+def said(names: Iterable[object]) -> str:
+    return ", ".join(map(str, names))
 
 
 if __name__ == "__main__":
