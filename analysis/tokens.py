@@ -69,6 +69,19 @@ def may_start_sentence(text: str) -> bool:
     return text.strip()[:1].isalpha() and not text.strip()[0].islower()
 
 
+def labels(tokens: Sequence[str]) -> list[str]:
+    """`position: token`, unique within a text and readable; of a part of a character, the whole and ties.
+
+    Args:
+        tokens: from `in_text`.
+    """
+    found, whole = [], ""
+    for position, text in enumerate(tokens):
+        whole = whole + text if text.startswith(CONTINUES) and position else text
+        found.append(f"{position}: {visible(whole)}")
+    return found
+
+
 def in_text(tokens: Sequence[str]) -> list[str]:
     """Tokens that follow each other, as one reads them: bytes that make a character together are that character.
 

@@ -3,6 +3,7 @@
 import streamlit as st
 
 from pages.sections import circuit as sections
+from pages.sections import circuit_choices as choices
 from pages.shared import circuits
 from pages.shared.page import begin
 from pages.shared.pick import pick_prompt, readable
@@ -11,15 +12,15 @@ begin("Circuit", "Which features of which heads make a prediction, what they rea
 checkpoints = readable()
 left, right = st.columns([2, 3])
 with left:
-    of_set = sections.pick_set(checkpoints)
+    of_set = choices.pick_set(checkpoints)
 if of_set is None:
     st.stop()
 prompt = pick_prompt(right, left, sections.CHOSEN)
 nodes = circuits.run(of_set, prompt)
 with left:
-    target = sections.pick_target(nodes)
+    target = choices.pick_target(nodes)
 with right:
-    size = sections.pick_size()
+    size = choices.pick_size(target)
 circuit = circuits.traced(of_set, prompt, target, *size)
-sections.show(of_set, circuit, sections.token_labels(nodes))
+sections.show(of_set, circuit, choices.token_labels(nodes))
 sections.faithfulness(of_set, prompt, target)

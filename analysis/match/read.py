@@ -142,7 +142,7 @@ def over_tokens(runs: list[tuple[str, PromptRun, int]]) -> pd.DataFrame:
     for name, run, feature in runs:
         along = run.f.flatten(1)[1:, feature].numpy()
         positions = range(1, len(along) + 1)
-        tokens = [run.label(position) for position in positions]
+        tokens = [run.labels[position] for position in positions]
         parts.append(pd.DataFrame({"feature": name, "position": positions, "token": tokens, "activation": along}))
     return pd.concat(parts, ignore_index=True)
 

@@ -1,6 +1,7 @@
 """One prompt through one checkpoint: which features fire, and from where their heads read."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from analysis import attribution as dfa
-from analysis.tokens import CONTINUES, in_text, visible
+from analysis.tokens import in_text, labels
 from trainer.block_diag import BlockDiagSAE
 from trainer.config import require
 
@@ -41,6 +42,11 @@ class PromptRun:
     final: Float[Tensor, "pos d_model"]
     """before the final norm, in the model's dtype"""
 
+    @cached_property
+    def labels(self) -> list[str]:
+        """Of every token, `position: token` (`tokens.labels`)."""
+        return labels(self.strings)
+
     @property
     def features_per_block(self) -> int:
         return self.f.shape[-1]
@@ -54,14 +60,6 @@ class PromptRun:
     ) -> Float[Tensor, "source feature"]:
         """(v[s] - b_V) . w of features as one head reads them, by their index in its block."""
         return self.values[head] @ self.W_enc[head][:, features]
-
-    def label(self, position: int) -> str:
-        """`position: token`, unique within the prompt and readable; of a part of a character, the whole and ties."""
-        text, start = self.strings[position], position
-        while text.startswith(CONTINUES) and start > 0:
-            start -= 1
-            text = self.strings[start] + text
-        return f"{position}: {visible(text)}"
 
 
 @torch.no_grad()
@@ -103,7 +101,7 @@ def firing_map(run: PromptRun) -> pd.DataFrame:
     counts = (run.f > 0).sum(-1)
     total = run.f.sum(-1)
     rows = [
-        ("all" if run.dense else head, q, run.label(q), int(counts[q, head]), float(total[q, head]))
+        ("all" if run.dense else head, q, run.labels[q], int(counts[q, head]), float(total[q, head]))
         for head in range(counts.shape[1])
         for q in range(1, len(counts))
     ]
@@ -167,13 +165,13 @@ def active_features(
             "feature": (block * run.features_per_block + index).numpy(),
             "head": block.numpy(),
             "position": q.numpy(),
-            "token": [run.label(i) for i in q.tolist()],
+            "token": [run.labels[i] for i in q.tolist()],
             **({ranked_by: ranking.numpy()} if ranked_by else {}),
             "activation": activation.numpy(),
             "share": (activation / run.f.sum(-1)[q, block]).numpy(),
             "firings": (f[:, block, index] > 0).sum(0).numpy(),
             "along": list(run.f[:, block, index].T.numpy()),
-            "reads from": [run.label(i) for i in read_from.tolist()],
+            "reads from": [run.labels[i] for i in read_from.tolist()],
             "slot": [dfa.SLOTS[i] for i in run.slots[q, read_from].tolist()],
             "source share": (most.relu() / positive.clamp_min(1e-12)).numpy(),
         }
@@ -208,7 +206,7 @@ def source_attribution(run: PromptRun, block: int, index: int, position: int) ->
     feature), `dfa` their product. Their sum and the constant make up the pre-activation.
     """
     seen = slice(position + 1)
-    tokens = [run.label(source) for source in range(position + 1)]
+    tokens = run.labels[: position + 1]
     slots = [dfa.SLOTS[i] for i in run.slots[position, seen].tolist()]
     parts = []
     for head in range(len(run.pattern)) if run.dense else [block]:

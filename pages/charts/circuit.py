@@ -10,7 +10,8 @@ from pages.charts.common import GREY, PALETTE, tips
 _STROKES = {"OV": [1, 0], "K": [6, 3], "Q": [2, 3], "attribution": [1, 0]}
 _COLOURS = {"OV": PALETTE[2], "K": PALETTE[4], "Q": PALETTE[3], "attribution": PALETTE[0]}
 _SHAPES = {
-    "feature": "circle", "error": "cross", "bias": "diamond", "output bias": "triangle-down", "mlp": "square",
+    "feature": "circle", "group": "M-1,-0.7H1V0.7H-1Z",
+    "error": "cross", "bias": "diamond", "output bias": "triangle-down", "mlp": "square",
     "embedding": "triangle-up", "key bias": "triangle-left", "query bias": "triangle-right",
 }  # fmt: skip
 _SPREAD = 0.72  # of a token's place that its nodes take
@@ -29,14 +30,13 @@ def placed(nodes: pd.DataFrame) -> pd.DataFrame:
     return nodes.assign(x=x, y=y)
 
 
-def graph(nodes: pd.DataFrame, edges: pd.DataFrame, tokens: list[str], top: int, chosen: int | None) -> alt.LayerChart:
-    """Tokens across, layers up; a click selects `node` by its index.
+def graph(nodes: pd.DataFrame, edges: pd.DataFrame, tokens: list[str], top: int) -> alt.LayerChart:
+    """Tokens across, layers up; a click selects a node by what it `opens`.
 
     Args:
-        nodes: `placed`, with node, name, token, kind, size, attribution, activation, words.
-        edges: x, y, x2, y2, by, value, strength in 0..1, what.
+        nodes: `placed`, with what, token, kind, size, attribution, activation, words, opens, marked.
+        edges: x, y, x2, y2, by, value, strength in 0..1, edge.
         top: the layer above all, where the target stands.
-        chosen: the node that is marked.
     """
     axis = alt.Axis(
         values=list(range(len(tokens))), labelExpr=f"{json.dumps(tokens)}[datum.value]", labelAngle=-60, labelLimit=90,
@@ -56,27 +56,27 @@ def graph(nodes: pd.DataFrame, edges: pd.DataFrame, tokens: list[str], top: int,
         ),
         strokeWidth=alt.StrokeWidth("strength:Q", scale=alt.Scale(domain=[0, 1], range=[0.6, 4]), legend=None),
         opacity=alt.Opacity("strength:Q", scale=alt.Scale(domain=[0, 1], range=[0.35, 0.95]), legend=None),
-        tooltip=tips("what", "by", value=".3g"),
+        tooltip=tips("edge", "by", value=".3g"),
     )  # fmt: skip
     base = alt.Chart(nodes).encode(x=x, y=y)
-    is_feature = alt.FieldEqualPredicate("feature", "kind")
+    of_head = alt.FieldOneOfPredicate("kind", ["feature", "group"])
     points = base.mark_point(filled=True, opacity=1, cursor="pointer").encode(
         shape=alt.Shape("kind:N", title="Nodes", scale=alt.Scale(domain=list(_SHAPES), range=list(_SHAPES.values()))),
         size=alt.Size("size:Q", scale=alt.Scale(domain=[0, 1], range=[45, 320]), legend=None),
-        color=alt.when(is_feature).then(alt.value(PALETTE[0])).otherwise(alt.value(GREY)),
-        tooltip=tips("name", "token", "words", attribution=".3g", activation=".3g"),
+        color=alt.when(of_head).then(alt.value(PALETTE[0])).otherwise(alt.value(GREY)),
+        tooltip=tips("what", "token", "words", attribution=".3g", activation=".3g"),
     )
-    click = alt.selection_point(name="node", fields=["node"])
-    ring = base.transform_filter(alt.FieldEqualPredicate(-1 if chosen is None else chosen, "node")).mark_point(
+    click = alt.selection_point(name="node", fields=["opens"])
+    ring = base.transform_filter(alt.FieldEqualPredicate(True, "marked")).mark_point(
         size=420, color=PALETTE[4], strokeWidth=2.5
     )
     return alt.layer(lines, points.add_params(click), ring).properties(height=max(320, 22 * (top + 2)))
 
 
-def clicked(selection: dict) -> int | None:
-    """The index of the node that was clicked; None where the click was beside all of them."""
+def clicked(selection: dict) -> str | None:
+    """What the node that was clicked opens; None where the click was beside all of them."""
     points = selection.get("node") or []
-    return int(points[0]["node"]) if points else None
+    return str(points[0]["opens"]) if points else None
 
 
 def faithfulness(curve: pd.DataFrame) -> alt.LayerChart:

@@ -89,7 +89,7 @@ def pick_place(runs: list[PromptRun]) -> tuple[int | None, int | None]:
     same_tokens = all(run.strings == first.strings for run in runs)
     left, right = st.columns(2)
     head = pick_head(len(first.pattern), column=left)
-    positions = {ALL: None} | {first.label(p): p for p in range(1, len(first.strings)) if same_tokens}
+    positions = {ALL: None} | {first.labels[p]: p for p in range(1, len(first.strings)) if same_tokens}
     different = None if same_tokens else "the models cut this prompt into different tokens"
     return head, positions[select(right, "Token", list(positions), "token", help=different)]
 

@@ -85,7 +85,7 @@ def show(
         _draw_difference(checkpoint, prompt, run, change, effect, after, (wanted, against))
     best = table.iloc[0]
     st.text(
-        f"{change.words}, after {run.label(after)}: {best['token']} {best['full probability']:.1%} (full), "
+        f"{change.words}, after {run.labels[after]}: {best['token']} {best['full probability']:.1%} (full), "
         f"{best['direct probability']:.1%} by the direct path alone; {best['probability']:.1%} as it is."
     )
     hidden = {"direct logit change": None, "direct log-probability change": None}
@@ -121,7 +121,7 @@ def _pick(
     place: dict[str, Any] = {}
     if span is not None and select(left, "At", [_EVERYWHERE, _CHOSEN_TOKENS], "where") == _CHOSEN_TOKENS:
         place = {"first": span[0], "last": span[1]}
-        name += f" at {run.label(span[0])}" + (f" to {run.label(span[1])}" if span[1] > span[0] else "")
+        name += f" at {run.labels[span[0]]}" + (f" to {run.labels[span[1]]}" if span[1] > span[0] else "")
     if how == PATCH:
         other = st.text_input("The other prompt", key="other", bind="query-params", placeholder=prompt)
         if not other:

@@ -26,7 +26,7 @@ _SOURCES = 60  # bars that can be read side by side
 
 def tokens(run: PromptRun) -> list[str]:
     """Every token but BOS, as select boxes name it: the position of one is 1 + its index."""
-    return [run.label(position) for position in range(1, len(run.strings))]
+    return run.labels[1:]
 
 
 def pick(
@@ -47,7 +47,7 @@ def pick(
     rank = by.selectbox("Rank by", RANKS, key="rank", bind="query-params")
     how: dict[str, Any] = {}
     if rank == RANKS[2]:
-        sources = [run.label(0), *labels]
+        sources = [run.labels[0], *labels]
         how = {"source": sources.index(select(of_rank, "Source", sources, "source"))}
     elif rank == RANKS[1]:
         last = span[1] if span else len(labels)
@@ -123,7 +123,7 @@ def draw_map(run: PromptRun) -> None:
     def clicked() -> None:
         cells = st.session_state["map"]["selection"]["cell"]
         put("head", str(cells[0]["head"]) if cells else ALL)
-        put("token", run.label(cells[0]["position"]) if cells else ALL)
+        put("token", run.labels[cells[0]["position"]] if cells else ALL)
         st.rerun(EXPLORE)
 
     counts, length = firing_map(run), len(run.strings)

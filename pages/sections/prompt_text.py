@@ -27,8 +27,8 @@ def show(prompt: str, run: PromptRun, head: int | None, span: tuple[int, int] | 
         head = st.session_state.get(_DENSE_HEAD)
 
     def picked(first: int, last: int) -> None:
-        put("token", run.label(first))
-        put("until", run.label(last))
+        put("token", run.labels[first])
+        put("until", run.labels[last])
 
     def picked_head(clicked: int | None) -> None:
         if run.dense:

@@ -58,17 +58,15 @@ def predictions(nodes: Nodes, position: int) -> pd.DataFrame:
 
 
 @sentences(live.FORESEEN)
-def traced(
-    of_set: LayerSet, prompt: str, target: Target, features: int, depth: int, share: float, here: bool
-) -> Circuit:
-    """The circuit of a target: `trace`."""
+def traced(of_set: LayerSet, prompt: str, target: Target, *size: float) -> Circuit:
+    """The circuit of a target; `size` as the last arguments of `trace`."""
     nodes = run(of_set, prompt)
 
     def compute() -> Circuit:
         names = {layer: checkpoint.name for layer, checkpoint in of_set.members.items()}
-        return trace(nodes, target, names, features, depth, share, here)
+        return trace(nodes, target, names, *size)
 
-    return live.in_turn(_of_target(of_set, prompt, target, features, depth, share, here), "Tracing", compute)
+    return live.in_turn(_of_target(of_set, prompt, target, *size), "Tracing", compute)
 
 
 @sentences(live.FORESEEN)

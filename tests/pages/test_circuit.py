@@ -2,6 +2,7 @@
 
 import shutil
 
+import pyarrow.ipc
 import pytest
 
 from analysis.__main__ import main as analyse
@@ -41,9 +42,10 @@ def test_the_circuit_of_the_likeliest_token(folder):
     assert len(app.get("vega_lite_chart")) == 1
     nodes = listed(app, "nodes")
     assert len(nodes) > 1 and nodes["attribution"].notna().any()
-    assert nodes["attribution"].abs().dropna().is_monotonic_decreasing
-    features = nodes[nodes["name"].str.contains("feature")]
+    features = nodes[nodes["what"].str.contains("feature")]
     assert len(features) and features["effect"].notna().any()
+    assert features["attribution"].abs().dropna().is_monotonic_decreasing
+    assert features.index[0] == nodes.index[0]
     assert "The target is" in said(app)
     assert [each.proto.label for each in app.get("download_button")] == ["The circuit as JSON"]
 
@@ -57,7 +59,7 @@ def test_another_target_is_another_circuit(folder):
     app = choose(app, "against", -1)
     assert not app.error
     app = choose(app, "at", 0)
-    assert not app.error and set(listed(app, "nodes")["token"].str.split(":").str[0]) <= {"0", "1"}
+    assert not app.error and set(listed(app, "nodes")["at"].str.split(":").str[0]) <= {"0", "1"}
 
 
 def test_sliders_make_it_smaller_and_a_prompt_of_ones_own_begins_anew(folder):
@@ -70,6 +72,77 @@ def test_sliders_make_it_smaller_and_a_prompt_of_ones_own_begins_anew(folder):
     assert len(listed(app, "nodes")) == 2
     app.text_area(key="prompt").set_value("and and the of").run()
     assert not app.exception and not app.error and len(listed(app, "nodes"))
+
+
+def drawn(app) -> list[dict]:
+    """Nodes of the graph as the chart has them."""
+    chart = app.get("vega_lite_chart")[0].proto
+    tables = [pyarrow.ipc.open_stream(each.data.data).read_pandas() for each in chart.datasets]
+    return next(table for table in tables if "opens" in table).to_dict("records")
+
+
+def test_heads_are_nodes_and_the_one_that_is_looked_into_is_open(folder):
+    app = open_page(PAGE, prompt="of the and of the")
+    features = [row for row in drawn(app) if row["kind"] == "feature"]
+    app.button_group(key="inside").set_value("Heads").run()
+    assert not app.exception and not app.error
+    rows = drawn(app)
+    groups = [row for row in rows if row["kind"] == "group"]
+    still = [row for row in rows if row["kind"] == "feature"]
+    assert groups and still and len(rows) < len(listed(app, "nodes"))
+    (head,) = {row["what"].split(" ")[0] for row in still}  # of the node that is marked
+    assert sum(row["marked"] for row in rows) == 1 and [row["marked"] for row in still].count(True) == 1
+    other = next(row for row in groups if row["what"] != head)
+    app.selectbox(key="node").select(other["opens"]).run()  # what a click on it does
+    assert (
+        not app.exception
+        and other["what"] == {row["what"].split(" ")[0] for row in drawn(app) if row["kind"] == "feature"}.pop()
+    )
+    assert len(features) >= len(still)
+
+
+def test_nodes_are_grouped_by_hand_under_a_name(folder):
+    app = open_page(PAGE, prompt="of the and of the")
+    names = app.multiselect(key="group0").options[:3]
+    app.multiselect(key="group0").set_value(names).run()
+    app.text_input(key="called0").set_value("mine").run()
+    assert not app.exception and not app.error
+    (mine,) = [row for row in drawn(app) if row["kind"] == "group"]
+    assert mine["what"] == "mine" and len(mine["words"].split("; ")) == 3
+    whole = listed(app, "nodes")["attribution"].iloc[:3].sum()
+    assert mine["attribution"] == pytest.approx(whole, rel=1e-3, abs=1e-3)
+    app.selectbox(key="next").select(app.selectbox(key="next").options[2]).run()  # whose circuit may lack them
+    assert not app.exception and not app.error
+
+
+def test_a_feature_is_explained_by_hand_and_from_a_node(folder):
+    app = open_page(PAGE, prompt="of the and of the")
+    box = app.selectbox(key="what")
+    later = next(name for name in box.options[1:] if name.startswith("2."))
+    app = choose(app, "what", box.options.index(later))
+    assert not [each for each in app.selectbox if each.key == "next"]
+    below = {int(name.split(" ")[-2 if "feature" in name else -1].split(".")[0]) for name in features_of(app)}
+    assert below and max(below) < 2  # nothing of its own layer, or above it, makes it fire
+    app = choose(app, "what", 0)
+    at = next(place for place, name in enumerate(app.selectbox(key="node").options) if not name.startswith("0."))
+    app = choose(app, "node", at)
+    explained = app.selectbox(key="node").value
+    app.button[[each.label for each in app.button].index("Explain it instead")].click().run()
+    assert not app.exception and not app.error
+    assert f"{app.selectbox(key='what').value} at {app.selectbox(key='at').value}" == explained
+
+
+def features_of(app) -> list[str]:
+    names = listed(app, "nodes")["what"]
+    return [name.split(" feature")[0] for name in names if "feature" in name]
+
+
+def test_integrated_gradients_are_another_attribution(folder):
+    app = open_page(PAGE, prompt="of the and of the")
+    before = listed(app, "nodes")["attribution"].dropna().tolist()
+    app.button_group(key="by").set_value("integrated gradients").run()
+    assert not app.exception and not app.error
+    assert listed(app, "nodes")["attribution"].dropna().tolist() != before
 
 
 def test_the_curve_is_drawn_where_it_is_asked_for(folder):

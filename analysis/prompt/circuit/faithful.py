@@ -96,15 +96,19 @@ def ranked(attribution: pd.DataFrame) -> tuple[pd.DataFrame, list[int]]:
 def random_like(
     chosen: pd.DataFrame, densities: Mapping[int, np.ndarray], generator: np.random.Generator, near: int = 20
 ) -> pd.DataFrame:
-    """As many other features of the same layers and positions, each among the `near` closest to one in density."""
-    features = []
-    for row in chosen.itertuples():
-        distance = np.abs(densities[row.layer] - densities[row.layer][row.feature])
-        taken = chosen.loc[(chosen["layer"] == row.layer) & (chosen["position"] == row.position), "feature"]
-        distance[taken] = np.inf
-        closest = np.argsort(distance, kind="stable")[:near]
-        features.append(int(generator.choice(closest)))
-    return chosen.assign(feature=np.array(features, dtype=int))
+    """As many other features of the same layers and positions, each once, and among the `near` closest to one in
+    density that are left; where none is left, the feature itself."""
+    features = chosen["feature"].to_numpy(dtype=int, copy=True)
+    for (layer, _), rows in chosen.groupby(["layer", "position"]).indices.items():
+        density, here = densities[layer], features[rows]
+        taken = np.zeros(len(density), dtype=bool)
+        taken[here] = True
+        for row, feature in zip(rows, here, strict=True):
+            distance = np.where(taken, np.inf, np.abs(density - density[feature]))
+            if left := min(near, int((~taken).sum())):
+                features[row] = generator.choice(np.argpartition(distance, left - 1)[:left])
+                taken[features[row]] = True
+    return chosen.assign(feature=features)
 
 
 class _Replaced:

@@ -8,7 +8,7 @@ take apart.
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +31,7 @@ class Node:
     """A node of the graph; ids are -1 where it has none."""
 
     kind: str
-    """one of `nodes.KINDS`, or `key bias`, `query bias`"""
+    """one of `nodes.KINDS`, or `key bias`, `query bias`; `group` of nodes that are drawn as one (`group.grouped`)"""
     layer: int
     head: int
     feature: int
@@ -44,6 +44,10 @@ class Node:
     """what the target loses without it, with all that follows running on; of the strongest"""
     direct: float | None = None
     """of it what goes straight to the logits"""
+    name: str = ""
+    """of a group"""
+    members: list[int] = field(default_factory=list)
+    """of a group: indices of its nodes before they were one"""
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class Edge:
     writer: int | None
     """index into `Circuit.nodes`; None is the rest: all that is too small"""
     reader: int | None
-    """index of a feature; None is the target"""
+    """index of a feature, or of a group; None is the target"""
     by: Literal["attribution", "OV", "K", "Q"]
     value: float
     """in units of the target; of the reader's pre-activation; of the score above its row's mean"""

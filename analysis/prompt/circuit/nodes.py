@@ -107,6 +107,19 @@ class Nodes:
         self.saes = {layer: sae.to(lm.device, frozen.dtype) for layer, sae in saes.items()}
         self.encoded = [encode(frozen.layers[layer].z, self.saes.get(layer)) for layer in range(lm.n_layers)]
 
+    def firing(self, position: int) -> list[tuple[int, int, int]]:
+        """Layer, head and id of every feature that fires at a position, the last layers first.
+
+        A dense SAE's feature belongs to no one head: -1.
+        """
+        found = []
+        for layer, sae in sorted(self.saes.items(), reverse=True):
+            here = self.encoded[layer].position == position
+            block, feature = self.encoded[layer].block[here], self.encoded[layer].feature[here]
+            ids = (block * sae.features_per_block + feature).tolist()
+            found += [(layer, -1 if sae.is_dense else b, f) for b, f in zip(block.tolist(), ids, strict=True)]
+        return found
+
     def split(self, reading: "Reading", at: Int[Tensor, " row"], below: int) -> Parts:
         """What every node written before layer `below` gives to each reading of the residual stream at a position.
 

@@ -5,8 +5,10 @@ import pandas as pd
 import pytest
 import torch
 
+from analysis.prompt.circuit import group
 from analysis.prompt.circuit.faithful import curve, kept, random_like
 from analysis.prompt.circuit.graph import Circuit, trace
+from analysis.prompt.circuit.looks import at_key
 from analysis.prompt.circuit.nodes import Nodes
 from analysis.prompt.circuit.reads import upstream
 from analysis.prompt.circuit.target import Number, Target
@@ -91,6 +93,37 @@ def test_pruning_never_changes_a_sum(random):
         assert sum(edge.value for edge in circuit.edges if edge.reader is None) == pytest.approx(total, abs=1e-4)
 
 
+def test_groups_keep_sums_and_count_a_score_once(random):
+    circuit = trace(random, Target(7, token=30, against=5), {}, features=12, share=0.2, here=False)
+    of_heads = group.heads(circuit)
+    assert max(len(each.members) for each in of_heads) > 1
+    merged = group.grouped(circuit, of_heads)
+    assert len(merged.nodes) < len(circuit.nodes)
+    for by in ("attribution", "OV"):
+        sums = [sum(edge.value for edge in each.edges if edge.by == by) for each in (circuit, merged)]
+        assert sums[0] == pytest.approx(sums[1], abs=1e-4)
+    for of_head in of_heads:
+        index = next(i for i, node in enumerate(merged.nodes) if node.members == of_head.members)
+        node, members = merged.nodes[index], [circuit.nodes[i] for i in of_head.members]
+        assert (node.kind, node.name) == ("group", f"{members[0].layer}.{members[0].head}")
+        assert node.attribution == pytest.approx(sum(each.attribution or 0 for each in members), abs=1e-5)
+        sources = {edge.source for edge in merged.edges if edge.reader == index and edge.by == "K"}
+        for source in sources:  # however many of its features look there, the score is one
+            found = [edge.value for edge in merged.edges if (edge.reader, edge.by, edge.source) == (index, "K", source)]
+            score = at_key(random, members[0].layer, members[0].head, members[0].position, source)["value"].sum()
+            assert sum(found) == pytest.approx(score, abs=1e-3)
+    assert group.grouped(circuit, []) == circuit
+
+
+def test_what_is_within_a_group_leads_from_it_to_itself(known):
+    circuit = trace(known, Target(5, token=11), {}, features=1)
+    both = group.Group("induction", [i for i, node in enumerate(circuit.nodes) if node.kind == "feature"])
+    merged = group.grouped(circuit, [both, group.Group("late", both.members)])
+    (index,) = [i for i, node in enumerate(merged.nodes) if node.kind == "group"]
+    assert merged.nodes[index].name == "induction" and merged.nodes[index].layer == 2
+    assert [edge.by for edge in merged.edges if edge.writer == index == edge.reader] == ["K"]
+
+
 def test_a_file_says_what_was_traced(random, tmp_path):
     circuit = trace(random, Target(7, token=30), {0: "a", 2: "c"}, features=3)
     (tmp_path / "circuit.json").write_text(circuit.json())
@@ -149,6 +182,6 @@ def test_the_curve_ends_at_one_and_random_features_are_like_the_kept_ones(random
     some = everything[(everything["layer"] == 1) & (everything["position"] == 3)].iloc[10:20]
     drawn = random_like(some, densities, np.random.default_rng(0), near=5)
     assert (drawn[["layer", "position"]] == some[["layer", "position"]]).all(axis=None)
-    assert not set(drawn["feature"]) & set(some["feature"])
+    assert not set(drawn["feature"]) & set(some["feature"]) and drawn["feature"].is_unique
     near = np.abs(densities[1][drawn["feature"]] - densities[1][some["feature"]])
     assert near.max() <= densities[1][15]

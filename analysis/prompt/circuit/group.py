@@ -1,0 +1,76 @@
+"""Nodes of a circuit drawn as one: those of a head at a token, or some that belong together, under a name."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from analysis.prompt.circuit.graph import Circuit, Edge, Node
+
+_OF_HEAD = ("feature", "error", "bias")
+
+
+class Group(NamedTuple):
+    """Nodes under a name, by their index in the circuit."""
+
+    name: str
+    members: list[int]
+
+
+def heads(circuit: Circuit) -> list[Group]:
+    """Every head at every token that has a node: its features, and what its SAE leaves out there."""
+    found: dict[tuple[int, int, int], list[int]] = {}
+    for index, node in enumerate(circuit.nodes):
+        if node.kind in _OF_HEAD and node.head >= 0:
+            found.setdefault((node.layer, node.head, node.position), []).append(index)
+    return [Group(f"{layer}.{head}", members) for (layer, head, _), members in found.items()]
+
+
+def grouped(circuit: Circuit, groups: Sequence[Group]) -> Circuit:
+    """The circuit with every group as one node; a node of several groups is the first one's.
+
+    A group stands where its strongest member does, and has the sum of their attributions. Edges into it sum to what
+    its members' edges sum to: an OV edge is what the writer gives to the sum of their pre-activations. Features of one
+    head at one token look at a source because of one score: such a K or Q edge counts once. An edge within a group
+    leads from it to itself.
+    """
+    owner = {index: group for group in reversed(range(len(groups))) for index in groups[group].members}
+    nodes: list[Node] = []
+    new: list[int] = []  # of every node of the circuit
+    made: dict[int, int] = {}
+    for index, node in enumerate(circuit.nodes):
+        group = owner.get(index)
+        if group not in made:
+            members = [each for each in groups[group].members if owner[each] == group] if group is not None else []
+            if group is not None:
+                node, made[group] = _joined(circuit, groups[group].name, members), len(nodes)
+            new.append(len(nodes))
+            nodes.append(node)
+        else:
+            new.append(made[group])
+
+    summed: dict[tuple, float] = {}
+    counted: set[tuple] = set()
+    for edge in circuit.edges:
+        writer = None if edge.writer is None else new[edge.writer]
+        reader = None if edge.reader is None else new[edge.reader]
+        if edge.reader is not None and edge.by in ("K", "Q"):
+            looks = circuit.nodes[edge.reader]
+            score = (edge.writer, reader, edge.by, edge.source, looks.layer, looks.head, looks.position)
+            if score in counted:
+                continue
+            counted.add(score)
+        key = (writer, reader, edge.by, edge.source)
+        summed[key] = summed.get(key, 0.0) + edge.value
+    edges = [Edge(writer, reader, by, value, source) for (writer, reader, by, source), value in summed.items()]
+    return replace(circuit, nodes=nodes, edges=edges)
+
+
+def _joined(circuit: Circuit, name: str, members: list[int]) -> Node:
+    nodes = [circuit.nodes[each] for each in members]
+    strongest = max(nodes, key=lambda node: abs(node.attribution or 0.0))
+    known = [node.attribution for node in nodes if node.attribution is not None]
+    same = {(node.layer, node.head) for node in nodes}
+    head = strongest.head if len(same) == 1 else -1
+    attribution = sum(known) if known else None
+    place = (strongest.layer, head, -1, strongest.position)
+    return Node("group", *place, attribution=attribution, name=name, members=members)
