@@ -204,6 +204,11 @@ class Strings(dict[int, str]):
         raise CheckpointError(f"{self._file} is damaged (it has no token {token})", self._command)
 
 
+def looks_whole(checkpoint: Checkpoint) -> bool:
+    """Whether there seems to be an analysis that is no summary; nothing of it is read."""
+    return (checkpoint.path / "analysis" / "pairs.parquet").is_file()
+
+
 class Analysis:
     """What `python -m analysis` wrote about one checkpoint.
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.redundancy CHECKPOINT ...
 
-Each needs an analysis (`python -m analysis`); a summary is enough.
+Each needs an analysis (`python -m analysis`); a summary does not have it.
 """
 
 import argparse

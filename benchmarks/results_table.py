@@ -22,7 +22,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.results_table", description=__doc__)
     parser.add_argument("folders", nargs="*", type=Path, default=[Path("checkpoints")], help="of checkpoints, in which")
     parser.add_argument("--names", nargs="+", default=["*"], help="those that match one, as '*-L17-*' (all)")
-    parser.add_argument("--heads", nargs="+", type=int, default=[3, 4, 5], help="printed one by one (3 4 5)")
+    parser.add_argument(
+        "--heads", nargs="*", type=int, default=[3, 4, 5], help="printed one by one (3 4 5); none: no such columns"
+    )
     parser.add_argument("--frontier", help="those among which the L0 for each other one's figures is looked up")
     options = parser.parse_args()
     files = {
@@ -57,7 +59,7 @@ def on_text(rows: dict[str, Figures], shared: str, heads: list[int]) -> list[str
             score(f, "CE_score"),
             score(f, "norm_ratio"),
             "{:.3f} ({})".format(*max((fvu, head) for head, fvu in enumerate(f["FVU_per_head"]) if fvu is not None)),
-            ", ".join(number(f["FVU_per_head"][head], 2) for head in heads),
+            *([", ".join(number(f["FVU_per_head"][head], 2) for head in heads)] if heads else []),
             f"{f['silent_fraction']:.1%}",
         ]
         for name, f in rows.items()
@@ -71,7 +73,7 @@ def on_text(rows: dict[str, Figures], shared: str, heads: list[int]) -> list[str
         "CE score",
         "norm ratio",
         "worst head's FVU (head)",
-        f"FVU of heads {said(heads)}",
+        *([f"FVU of heads {said(heads)}"] if heads else []),
     ]
     return [f"Held-out text, {tokens} tokens:", "", *table([*columns, f"silent on {tokens} tokens"], found)]
 
@@ -79,19 +81,19 @@ def on_text(rows: dict[str, Figures], shared: str, heads: list[int]) -> list[str
 def on_repeats(rows: dict[str, Figures], shared: str, heads: list[int]) -> list[str]:
     """The same on repeated random tokens, where L0 is another one."""
     repeated = {name: f["induction"] for name, f in rows.items()}
+    alone = ("CE", "KL") if heads else ()
     found = [
         [
             name.removeprefix(f"{shared}-"),
             score(f, "L0", 1),
             score(f, "CE_score"),
             score(f, "KL_score"),
-            ", ".join(number(f["CE_score_per_head"][head]) for head in heads),
-            ", ".join(number(f["KL_score_per_head"][head]) for head in heads),
+            *(", ".join(number(f[f"{of}_score_per_head"][head]) for head in heads) for of in alone),
         ]
         for name, f in repeated.items()
     ]
-    alone = f"of heads {said(heads)}, each replaced alone"
-    columns = ["SAE", "L0 there", "CE score", "KL score", f"CE score {alone}", f"KL score {alone}"]
+    columns = ["SAE", "L0 there", "CE score", "KL score"]
+    columns += [f"{of} score of heads {said(heads)}, each replaced alone" for of in alone]
     return [f"Repeated random tokens, {counts(repeated.values())} scored:", "", *table(columns, found)]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import streamlit as st
 
 from analysis.runs.sets import counterpart
+from analysis.store import looks_whole
 from pages.shared.address import assume, came_back, forget
 from pages.shared.page import LINKED, folder, plain, typed
 from trainer.checkpoint import Checkpoint, list_checkpoints
@@ -126,15 +127,16 @@ def _pick_site(checkpoints: list[Checkpoint], chosen: Checkpoint, key: str) -> N
 def best(checkpoints: list[Checkpoint]) -> Checkpoint:
     """The plain block-diagonal checkpoint with L0 up to 40 (which one can read) that keeps most; else the sparsest.
 
-    Plain: neither a baseline nor labelled as a variant.
+    Plain: neither a baseline nor labelled as a variant. One with an analysis that is no summary goes before others: on
+    every page it has most to show.
     """
 
-    def rank(checkpoint: Checkpoint) -> tuple[bool, bool, float]:
+    def rank(checkpoint: Checkpoint) -> tuple[bool, bool, bool, float]:
         figures = checkpoint.eval or {"L0": math.inf, "FVU": math.inf}
         options = checkpoint.config.options
         variant = checkpoint.is_dense or options is None or options.sae.label is not None
         legible = figures["L0"] <= 40
-        return variant, not legible, figures["FVU"] if legible else figures["L0"]
+        return variant, not legible, not looks_whole(checkpoint), figures["FVU"] if legible else figures["L0"]
 
     return min(checkpoints, key=rank)
 
@@ -187,8 +189,10 @@ def pick_text(label: str = "Evaluated on", key: str = "text", text: str = HELD_O
     return choose(label, [text, REPEATED], key, column=column) == REPEATED
 
 
-def pick_prompt(column: Any = st, examples: Any = st, dependent: Sequence[str] = ()) -> str:
-    """The prompt, and a tour of four examples.
+def pick_prompt(
+    column: Any = st, examples: Any = st, dependent: Sequence[str] = (), tour: dict[str, tuple[str, str]] = EXAMPLES
+) -> str:
+    """The prompt, and a tour of examples: by name a prompt and what to see on it.
 
     Args:
         column: where the field stands.
@@ -204,17 +208,17 @@ def pick_prompt(column: Any = st, examples: Any = st, dependent: Sequence[str] =
             forget(key)
 
     with examples.container(horizontal=True, gap="small"):
-        for name, (text, _) in EXAMPLES.items():
+        for name, (text, _) in tour.items():
             st.button(name, key=f"example_{name}", on_click=another, args=(text,), help=text, type="tertiary")
-    first = EXAMPLES["Induction"][0]
+    first = next(iter(tour.values()))[0]
     return column.text_area("Prompt", first, key="prompt", bind="query-params", height=68, on_change=another)
 
 
-def show_example(prompt: str) -> None:
-    """What to see on a prompt of the tour."""
-    for text, what in EXAMPLES.values():
+def show_example(prompt: str, tour: dict[str, tuple[str, str]] = EXAMPLES, of: str = "batchtopk-x8-k32") -> None:
+    """What to see on a prompt of the tour, which was written of the shipped SAE or set called `of`."""
+    for text, what in tour.values():
         if prompt == text:
-            st.caption(f"On the shipped checkpoint batchtopk-x8-k32: {what}")
+            st.caption(f"On the shipped {of}: {what}")
 
 
 def pick_row(key: str, into: str, values: Sequence[Any]) -> dict[str, Any]:
