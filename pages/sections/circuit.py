@@ -43,7 +43,7 @@ def show(of_set: LayerSet, circuit: Circuit, tokens: list[str]) -> None:
     nodes = node_table(of_set, circuit, tokens)
     st.markdown(f"The target is **{circuit.value:.3f}**. {_whole(circuit)}")
     with st.container(horizontal=True, vertical_alignment="bottom"):
-        inside = choose("Nodes are", [_FEATURES, _HEADS], "inside")
+        inside = choose("Nodes are", [_HEADS, _FEATURES], "inside")
         groups = _pick_groups(nodes)
     if len(tokens) > _WIDEST:
         st.caption(f"{len(tokens)} tokens do not fit side by side: the table below says the same in words.")
@@ -57,7 +57,7 @@ def show(of_set: LayerSet, circuit: Circuit, tokens: list[str]) -> None:
         settings = {name: st.column_config.NumberColumn(format="%.3f", help=text) for name, text in _FIGURES.items()}
         listing(rows, "node", chosen, partial(_pick, nodes), "nodes", height=480, node=None, **settings)
     if inside == _HEADS:  # all closed but the one that is looked into
-        groups += [each for each in group.heads(circuit) if chosen not in each.members]
+        groups += [each for each in group.heads(circuit) if chosen not in each.members] + group.mlps(circuit)
     drawn = group.grouped(circuit, groups)
     with graph:
         charts_nodes, edges = _frames(drawn, nodes, tokens, chosen)

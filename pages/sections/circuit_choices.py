@@ -1,6 +1,8 @@
 """What a circuit is of, and how much of it is drawn."""
 
-from typing import NamedTuple
+import re
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 import streamlit as st
 
@@ -9,7 +11,8 @@ from analysis.prompt.circuit.target import Target
 from analysis.runs.sets import LayerSet, layer_sets
 from analysis.tokens import in_text, labels
 from pages.shared import circuits
-from pages.shared.pick import choose, select
+from pages.shared.page import plain
+from pages.shared.pick import Example, choose, select
 from trainer.checkpoint import Checkpoint
 
 _PREDICTION = "a prediction"
@@ -17,7 +20,39 @@ _NOTHING = "nothing: the logit itself"
 _LOG = "all others: its log probability"
 _HERE, _ANYWHERE = "at that token", "at any token"
 _GRADIENT, _INTEGRATED = "gradient", "integrated gradients"
+_ID = re.compile(r"\((\d+)\)$")  # how an option for a token ends
 _STEPS = 8  # of integrated gradients
+
+
+# A tour on the shipped set: what one should see is tested in tests/analysis/prompt/circuit/test_tour.py.
+TOUR_OF = "set batchtopk-x4-k32"
+TOUR = {
+    "Induction": Example(
+        "The cat sat on the mat. The dog ran to the park. The cat sat on the",
+        "Open 18.6 at the last token: it reads ' mat', and looks there because of what is at ' mat'. Of that 16.0 is "
+        "most, a previous-token head, which reads the ' the' before ' mat'; 17.8 there comes next.",
+        {"next": "mat", "against": "park"},
+    ),
+    "Indirect object": Example(
+        "When John and Mary went to the store, John gave a drink to",
+        "20.0 and 23.3 at ' to' read the second ' John'. 23.7 reads ' Mary', and at the query the largest feature that "
+        "makes it look there is 20.0's: who gave decides who is looked for.",
+        {"next": "Mary", "against": "John"},
+    ),
+    "Previous token": Example(
+        "Fellow citizens of the Senate and of the House of Representatives: I congratulate you on the favorable state "
+        "of our public affairs. The Senate and the House of",
+        "18.6 at the last ' of' reads ' Representatives', and looks there because 16.0 has read at ' Representatives' "
+        "that ' of' was the token before.",
+        {"next": "Representatives", "against": "Commons"},
+    ),
+    "Agreement": Example(
+        "The keys to the cabinet",
+        "The verb agrees with ' keys', not with ' cabinet': the strongest feature, 26.0's, reads ' keys' from "
+        "' cabinet'. Without it the target, 1.2, is below 0. Nearly all it does goes straight to the logits.",
+        {"next": "are", "against": "is"},
+    ),
+}
 
 
 class Size(NamedTuple):
@@ -65,12 +100,29 @@ def pick_target(nodes: Nodes) -> Target:
     a, b = st.columns(2)
     predicted = circuits.predictions(nodes, at)
     names = {f"{row.token} {row.probability:.0%} ({row.id})": int(row.id) for row in predicted.itertuples()}
-    token = names[select(a, "Why", list(names), "next", help="the likeliest next tokens")]
+    token = _pick_token(nodes, a, "Why", list(names), "next")
     others = [name for name, each in names.items() if each != token]
-    against = select(b, "rather than", [*others, _NOTHING, _LOG], "against")
-    if against in names:
-        return Target(at, token, names[against])
+    against = _pick_token(nodes, b, "rather than", [*others, _NOTHING, _LOG], "against")
+    if isinstance(against, int) and against != token:
+        return Target(at, token, against)
     return Target(at, token, log_probability=against == _LOG)
+
+
+def _pick_token(nodes: Nodes, column: Any, label: str, options: list[str], key: str) -> Any:
+    """The id of the token that is chosen or typed, or an option that is no token."""
+    help = "the likeliest next tokens; or type any other token"
+    more: dict[str, Any] = {"bind": "query-params", "help": help, "accept_new_options": True}
+    chosen = column.selectbox(label, options, key=key, **more) or options[0]
+    if chosen in (_NOTHING, _LOG):
+        return chosen
+    lm = nodes.frozen.lm
+    if (of_option := _ID.search(chosen)) and int(of_option[1]) < lm.d_vocab:  # also one of another token's list
+        return int(of_option[1])
+    for text in (f" {chosen.strip()}", chosen):
+        with suppress(ValueError):
+            return lm.single_token(text)
+    column.warning(f"{plain(chosen)} is no single token of the model: {plain(options[0])} is taken.")
+    return int(_ID.search(options[0])[1])  # type: ignore[index]
 
 
 def pick_size(target: Target) -> Size:

@@ -1,9 +1,10 @@
 """One way each to pick a checkpoint, a head, a text, a prompt, an option and a row of a table; all are in the URL."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import streamlit as st
 
@@ -17,27 +18,39 @@ ALL = "all"
 _LAST = "last checkpoint"  # that was looked at, on whichever page
 HELD_OUT, REPEATED = "Held-out text", "Repeated random tokens"
 FIRST_COMMAND = "python -m trainer --distinct_tokens=130000 --total_training_steps=300 --batch_size=2048"
+
+
+class Example(NamedTuple):
+    """A prompt of a tour."""
+
+    prompt: str
+    what: str
+    """to see on it"""
+    chosen: Mapping[str, str] = MappingProxyType({})
+    """values of widgets by their key, that show it"""
+
+
 # A tour on the shipped checkpoint batchtopk-x8-k32: what one should see is tested in tests/trainer/test_embedded.py.
 EXAMPLES = {
-    "Induction": (
+    "Induction": Example(
         "The cat sat on the mat. The dog ran to the park. The cat sat on the",
         "At the last token the features of heads 3, 4 and 5 read ' mat', which followed the earlier ' the': the "
         "induction slot. Take away all features of head 4 and ' mat' falls from 47 % to 33 %, while the direct effect "
         "hardly moves: later layers carry it.",
     ),
-    "Indirect object": (
+    "Indirect object": Example(
         "When John and Mary went to the store, John gave a drink to",
         "At ' to' the strongest features are head 8's, and they read the previous token, ' drink'. The name is settled "
         "elsewhere: with all of the layer replaced by its reconstruction ' Mary' keeps 89 of 90 %, and of single heads "
         "only head 4 matters (85 % without its features).",
     ),
-    "Previous token": (
+    "Previous token": Example(
         "Fellow citizens of the Senate and of the House of Representatives: I congratulate you on the favorable state "
         "of our public affairs. The Senate and the House of",
         "Pick head 8 and the last token: its features read ' House', one token back. It is the one head whose role is "
         "the previous token by DFA, while by attention every head rests on BOS.",
     ),
-    "Duplicate token": (
+    "Duplicate token": Example(
         "Paris, London, Paris, Rome, London, Rome, Berlin, Paris, Berlin, London",
         "No head of this layer is a duplicate-token head: the largest shares of DFA on earlier copies are head 7's and "
         "head 0's, a fifth to a quarter. Heads 3, 4 and 5 read instead what followed the earlier copies, the commas.",
@@ -190,9 +203,9 @@ def pick_text(label: str = "Evaluated on", key: str = "text", text: str = HELD_O
 
 
 def pick_prompt(
-    column: Any = st, examples: Any = st, dependent: Sequence[str] = (), tour: dict[str, tuple[str, str]] = EXAMPLES
+    column: Any = st, examples: Any = st, dependent: Sequence[str] = (), tour: dict[str, Example] = EXAMPLES
 ) -> str:
-    """The prompt, and a tour of examples: by name a prompt and what to see on it.
+    """The prompt, and a tour of examples by name.
 
     Args:
         column: where the field stands.
@@ -200,25 +213,27 @@ def pick_prompt(
         dependent: keys of widgets whose choice means nothing on another prompt.
     """
 
-    def another(text: str | None = None) -> None:
-        if text is not None:
-            put("prompt", text)
+    def another(example: Example | None = None) -> None:
         for key in dependent:
             st.session_state.pop(key, None)
             forget(key)
+        if example is not None:
+            for key, value in {"prompt": example.prompt, **example.chosen}.items():
+                put(key, value)
 
     with examples.container(horizontal=True, gap="small"):
-        for name, (text, _) in tour.items():
-            st.button(name, key=f"example_{name}", on_click=another, args=(text,), help=text, type="tertiary")
-    first = next(iter(tour.values()))[0]
+        for name, example in tour.items():
+            key, said = f"example_{name}", example.prompt
+            st.button(name, key=key, on_click=another, args=(example,), help=said, type="tertiary")
+    first = next(iter(tour.values())).prompt
     return column.text_area("Prompt", first, key="prompt", bind="query-params", height=68, on_change=another)
 
 
-def show_example(prompt: str, tour: dict[str, tuple[str, str]] = EXAMPLES, of: str = "batchtopk-x8-k32") -> None:
+def show_example(prompt: str, tour: dict[str, Example] = EXAMPLES, of: str = "batchtopk-x8-k32") -> None:
     """What to see on a prompt of the tour, which was written of the shipped SAE or set called `of`."""
-    for text, what in tour.values():
-        if prompt == text:
-            st.caption(f"On the shipped {of}: {what}")
+    for example in tour.values():
+        if prompt == example.prompt:
+            st.caption(f"On the shipped {of}: {example.what}")
 
 
 def pick_row(key: str, into: str, values: Sequence[Any]) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def test_the_shipped_features_of_those_heads_read_from_the_induction_slot(lm):
 def test_the_tour_shows_what_it_says(lm):
     """The sentences of the Prompt page's examples (pages/shared/pick.py)."""
     sae = Checkpoint(SHIPPED).sae
-    examples = {name: text for name, (text, _) in EXAMPLES.items()}
+    examples = {name: example.prompt for name, example in EXAMPLES.items()}
     runs = {name: run_prompt(lm.layer(LAYER), sae, text) for name, text in examples.items()}
     tables = {name: role_table(roles(run)).set_index("head") for name, run in runs.items()}
 

@@ -25,6 +25,15 @@ def heads(circuit: Circuit) -> list[Group]:
     return [Group(f"{layer}.{head}", members) for (layer, head, _), members in found.items()]
 
 
+def mlps(circuit: Circuit) -> list[Group]:
+    """The MLPs of all layers at a token, where it has several."""
+    found: dict[int, list[int]] = {}
+    for index, node in enumerate(circuit.nodes):
+        if node.kind == "mlp":
+            found.setdefault(node.position, []).append(index)
+    return [Group("MLPs", members) for members in found.values() if len(members) > 1]
+
+
 def grouped(circuit: Circuit, groups: Sequence[Group]) -> Circuit:
     """The circuit with every group as one node; a node of several groups is the first one's.
 
@@ -72,5 +81,6 @@ def _joined(circuit: Circuit, name: str, members: list[int]) -> Node:
     same = {(node.layer, node.head) for node in nodes}
     head = strongest.head if len(same) == 1 else -1
     attribution = sum(known) if known else None
+    kind = "mlp" if {node.kind for node in nodes} == {"mlp"} else "group"
     place = (strongest.layer, head, -1, strongest.position)
-    return Node("group", *place, attribution=attribution, name=name, members=members)
+    return Node(kind, *place, attribution=attribution, name=name, members=members)
