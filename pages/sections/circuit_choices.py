@@ -121,7 +121,7 @@ def _pick_token(nodes: Nodes, column: Any, label: str, options: list[str], key: 
     for text in (f" {chosen.strip()}", chosen):
         with suppress(ValueError):
             return lm.single_token(text)
-    column.warning(f"{plain(chosen)} is no single token of the model: {plain(options[0])} is taken.")
+    column.warning(f"{plain(chosen[:40])} is no single token of the model: {plain(options[0])} is taken.")
     return int(_ID.search(options[0])[1])  # type: ignore[index]
 
 

@@ -18,7 +18,7 @@ PARAMETERS = {
     "tradeoffs": "site text head y log runs curve",
     "runs": "run model dataset hook_layer name preset recipe k l1_coefficients block expansion_factor normalize lr "
     "total_training_steps batch_size distinct_tokens eval_tokens context_size seed device wandb",
-    "circuit": "saes prompt at next against features depth share begin errors curve",
+    "circuit": "saes prompt at what next against features depth share begin by inside node group0 called0 errors curve",
     "compare": "a b c d show text criterion prompt head token against firing pair dense",
     "features": "checkpoint head role fires reads promotes mine noted near list of density order page feature kind "
     "attention whole",

@@ -111,7 +111,7 @@ def test_the_address_says_what_is_shown(visitor):
     page.get_by_role("button", name="Induction", exact=True).click()
     page.wait_for_url(f"{visitor.address}/prompt?checkpoint=smollm2-135m-L17-batchtopk-x8-k32")
     visitor.idle()
-    other = "smollm2-135m-L17-batchtopk-x8-k64"
+    other = "smollm2-135m-L17-batchtopk-x4-k32"
     visitor.choose("Checkpoint", other)
     visitor.addressed(checkpoint=other)
     visitor.idle()
@@ -323,3 +323,32 @@ def test_from_the_map_of_a_model_to_a_feature_of_another_layer(visitor):
     page.get_by_text("Nearest features").wait_for()
     page.get_by_test_id("stTopNav").get_by_role("link", name="Heads", exact=True).click()
     visitor.addressed(checkpoint="smollm2-135m-L17")
+
+
+def test_a_circuit_from_the_tour_to_a_feature_as_target(visitor):
+    """The shipped set: an example of the tour, a node by its row, its head opened, and what makes that feature fire."""
+    page = visitor.page
+    visitor.open("circuit")
+    page.get_by_text("The target is").wait_for()
+    visitor.idle()
+    page.get_by_role("button", name="Agreement", exact=True).click()
+    visitor.addressed(prompt="The keys", next="are", against="is")
+    page.get_by_text("Without it the target, 1.2, is below 0").wait_for()
+    page.get_by_text("The target is 1.").wait_for()
+    visitor.idle()
+    box = page.get_by_role("combobox", name="Node", exact=True)
+    assert box.input_value().startswith("26.0 feature") and box.input_value().endswith("cabinet")
+    page.locator(".rows tbody tr[aria-selected]", has_text="27.8 feature").first.click()
+    visitor.addressed(node="27.8 feature")
+    visitor.idle()
+    chosen, link = box.input_value(), page.url
+    page.reload()
+    page.get_by_text("The target is 1.").wait_for()
+    visitor.idle()
+    assert box.input_value() == chosen and page.url == link, "the address restores the page"
+    page.get_by_role("button", name="Explain it instead").click()
+    visitor.addressed(what=chosen.split(" at ")[0], node="")
+    visitor.idle()
+    assert page.get_by_role("combobox", name="Explain", exact=True).input_value() == chosen.split(" at ")[0]
+    page.get_by_role("link", name="Its dashboard").click()
+    page.get_by_role("heading", name=re.compile(r"Feature \d+ of head \d")).wait_for()

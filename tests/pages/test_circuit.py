@@ -1,5 +1,6 @@
 """The Circuit page on a tiny set: a target is chosen by hand, its graph and table agree, and pages lead on."""
 
+import re
 import shutil
 
 import pyarrow.ipc
@@ -107,8 +108,8 @@ def test_nodes_are_grouped_by_hand_under_a_name(folder):
     app.multiselect(key="group0").set_value(names).run()
     app.text_input(key="called0").set_value("mine").run()
     assert not app.exception and not app.error
-    (mine,) = [row for row in drawn(app) if row["kind"] == "group"]
-    assert mine["what"] == "mine" and len(mine["words"].split("; ")) == 3
+    (mine,) = [row for row in drawn(app) if row["what"] == "mine"]
+    assert mine["kind"] == "group" and len(mine["words"].split("; ")) == 3
     whole = listed(app, "nodes")["attribution"].iloc[:3].sum()
     assert mine["attribution"] == pytest.approx(whole, rel=1e-3, abs=1e-3)
     app.selectbox(key="next").select(app.selectbox(key="next").options[2]).run()  # whose circuit may lack them
@@ -167,6 +168,26 @@ def test_one_layer_is_no_set(folder):
     app = open_page(PAGE)
     assert not app.exception and "SAEs on several layers" in app.info[0].value
     assert "sweeps/layers.yaml" in app.code[0].value
+
+
+def test_any_token_can_be_typed(folder):
+    app = open_page(PAGE, prompt="of the and of the", next="a", against="x" * 500)
+    assert not app.exception and not app.error
+    (warning,) = [each.value for each in app.warning]
+    assert "is no single token" in warning and len(warning) < 200
+    app = open_page(PAGE, prompt="of the and of the", next="a", against="o")
+    assert not app.warning and app.selectbox(key="next").value == "a"
+    both = app.markdown[0].value
+    swapped = open_page(PAGE, prompt="of the and of the", next="o", against="a").markdown[0].value
+    value, other = (float(re.search(r"\*\*(-?[\d.]+)\*\*", each)[1]) for each in (both, swapped))
+    assert value == pytest.approx(-other, abs=2e-3) != 0
+
+
+@pytest.mark.parametrize("value", ["9" * 30, "-1", "", "<img src=x onerror=alert(1)>", "a%00b", "nan (99999999)"])
+def test_a_hostile_address_is_a_page(folder, value):
+    keys = "saes at what next against features depth share begin by inside node group0 called0 errors curve"
+    app = open_page(PAGE, prompt="of the and", **dict.fromkeys(keys.split(), value))
+    assert not app.exception
 
 
 @pytest.mark.parametrize("prompt", ["", "x " * 400])

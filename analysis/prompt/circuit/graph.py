@@ -8,7 +8,9 @@ take apart.
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -134,6 +136,7 @@ def trace(
     strongest = of_features.loc[of_features["attribution"].abs().nlargest(features).index]
     strongest = number.removed(strongest)
     graph = _Graph(attribution, strongest)
+    scores = cache(partial(_scores, nodes))  # features of a head look at a source because of one score
     for row in strongest.itertuples():
         graph.edge(_key_of(row), None, "attribution", float(row.attribution))
     rest = float(attribution["attribution"].sum() - strongest["attribution"].sum())
@@ -145,7 +148,7 @@ def trace(
         for reader in level:
             if reader not in seen:
                 seen.add(reader)
-                found += _take_apart(graph, nodes, reader, share)
+                found += _take_apart(graph, nodes, reader, share, scores)
         level = found
     return Circuit(
         model=nodes.frozen.lm.name,
@@ -192,7 +195,13 @@ def _by_node(table: pd.DataFrame, figures: list[str]) -> dict[tuple, tuple[float
     return dict(zip(keys, zip(*(table[name].tolist() for name in figures), strict=True), strict=True))
 
 
-def _take_apart(graph: _Graph, nodes: Nodes, reader: tuple, share: float) -> list[tuple]:
+def _scores(nodes: Nodes, layer: int, head: int, query: int, source: int) -> dict[str, pd.DataFrame]:
+    return {"K": at_key(nodes, layer, head, query, source), "Q": at_query(nodes, layer, head, query, source)}
+
+
+def _take_apart(
+    graph: _Graph, nodes: Nodes, reader: tuple, share: float, scores: Callable[..., dict[str, pd.DataFrame]]
+) -> list[tuple]:
     """Edges of a feature; returns the features that it reads."""
     _, layer, head, feature, query = reader
     parts = upstream(nodes, layer, feature, query).table()
@@ -201,8 +210,8 @@ def _take_apart(graph: _Graph, nodes: Nodes, reader: tuple, share: float) -> lis
     if of_source.empty or nodes.saes[layer].is_dense:  # many heads look for a dense SAE's feature
         return found
     source = int(of_source.abs().idxmax())
-    for by, side in (("K", at_key), ("Q", at_query)):
-        found += _edges(graph, side(nodes, layer, head, query, source), reader, by, share, source)
+    for by, parts in scores(layer, head, query, source).items():
+        found += _edges(graph, parts, reader, by, share, source)
     return found
 
 

@@ -37,16 +37,18 @@ def at_key(nodes: Nodes, layer: int, head: int, query: int, source: int) -> pd.D
     """
     _check(nodes, layer, head, query, source)
     parts, constant = _keys(nodes, layer, head, query)
-    table = parts.table()
-    counted = table[table["row"] > 0] if query else table
-    mean = counted.groupby(_CLASS)["value"].sum() / max(query, 1)
-    here = table[table["row"] == source].set_index(_CLASS)
-    value = here["value"].reindex(mean.index.union(here.index), fill_value=0.0)
-    found = value.sub(mean, fill_value=0.0).rename("value").to_frame()
-    found["activation"] = here["activation"].reindex(found.index)
-    found["position"] = source
+    of_class, example = parts.of_class()
+    here, counted = parts.row == source, parts.row >= min(query, 1)
+    mean, value = parts.value.new_zeros(2, len(example))
+    mean.index_add_(0, of_class[counted], parts.value[counted] / max(query, 1))
+    value.index_add_(0, of_class[here], parts.value[here])
+    activation = torch.full_like(value, torch.nan)
+    activation[of_class[here]] = parts.activation[here]
+    found = Parts(*(column[example] for column in parts))
+    at = torch.full_like(found.position, source)
+    table = found._replace(position=at, activation=activation, value=value - mean).table()
     rest = constant[source] - constant[1 : query + 1].mean() if query else constant[source]
-    return _with_bias(found.reset_index(), "key bias", layer, head, source, float(rest))
+    return _with_bias(table, "key bias", layer, head, source, float(rest))
 
 
 @torch.no_grad()

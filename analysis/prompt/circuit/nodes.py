@@ -65,6 +65,16 @@ class Parts(NamedTuple):
         """One after the other."""
         return cls(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
+    def of_class(self) -> tuple[Int[Tensor, " part"], Int[Tensor, " class"]]:
+        """What is one node at all positions: the class of each part, and a part of each class."""
+        code = self.kind
+        for ids in (self.layer, self.head, self.feature):
+            code = code * (ids.max() + 2) + ids + 1
+        _, of_part = torch.unique(code, return_inverse=True)
+        example = of_part.new_zeros(int(of_part.max()) + 1)
+        example[of_part] = torch.arange(len(of_part), device=of_part.device)
+        return of_part, example
+
     def sums(self, rows: int) -> Float[Tensor, " row"]:
         """Of each reading."""
         return self.value.new_zeros(rows).index_add_(0, self.row, self.value)
@@ -79,6 +89,7 @@ class Encoded(NamedTuple):
     """z of one layer as its SAE has it: active features as a list, and what is left."""
 
     position: Int[Tensor, " firing"]
+    """ascending"""
     block: Int[Tensor, " firing"]
     feature: Int[Tensor, " firing"]
     """within the block"""
@@ -212,9 +223,12 @@ def _features(
     at: Int[Tensor, " row"],
 ) -> "Parts":
     """f (W_dec . u) of the features active where each row reads."""
-    row, firing = (encoded.position[None] == at[:, None]).nonzero().unbind(1)  # every row with its firings
     if sae is None:
-        return Parts.of("feature", layer, row, at, u.new_empty(0))
+        return Parts.of("feature", layer, at[:0], at, u.new_empty(0))
+    first = torch.searchsorted(encoded.position, at)  # firings are in the order of positions
+    n = torch.searchsorted(encoded.position, at, right=True) - first
+    row = torch.arange(len(at), device=at.device).repeat_interleave(n)
+    firing = torch.arange(len(row), device=at.device) + (first - (n.cumsum(0) - n))[row]
     block, index, activation = (column[firing] for column in (encoded.block, encoded.feature, encoded.activation))
     decoder = sae.W_dec.detach()[block, index]
     value = activation * _dot(decoder, u.reshape(len(u), sae.n_blocks, -1)[row, block])
