@@ -34,7 +34,7 @@ def graph(nodes: pd.DataFrame, edges: pd.DataFrame, tokens: list[str], top: int)
     """Tokens across, layers up; a click selects a node by what it `opens`.
 
     Args:
-        nodes: `placed`, with what, token, kind, size, attribution, activation, words, opens, marked.
+        nodes: `placed`, with what, token, kind, size, attribution, activation, words, opens, marked, label.
         edges: x, y, x2, y2, by, value, strength in 0..1, edge.
         top: the layer above all, where the target stands.
     """
@@ -66,11 +66,14 @@ def graph(nodes: pd.DataFrame, edges: pd.DataFrame, tokens: list[str], top: int)
         color=alt.when(of_head).then(alt.value(PALETTE[0])).otherwise(alt.value(GREY)),
         tooltip=tips("what", "token", "words", attribution=".3g", activation=".3g"),
     )
+    names = base.transform_filter(alt.datum.label != "").mark_text(align="right", dx=-10, fontSize=10, color=GREY)
     click = alt.selection_point(name="node", fields=["opens"])
     ring = base.transform_filter(alt.FieldEqualPredicate(True, "marked")).mark_point(
         size=420, color=PALETTE[4], strokeWidth=2.5
     )
-    return alt.layer(lines, points.add_params(click), ring).properties(height=max(320, 22 * (top + 2)))
+    return alt.layer(lines, points.add_params(click), ring, names.encode(text="label:N")).properties(
+        height=max(320, 22 * (top + 2))
+    )
 
 
 def clicked(selection: dict) -> str | None:

@@ -40,11 +40,14 @@ _BY = {
 
 def show(of_set: LayerSet, circuit: Circuit, tokens: list[str]) -> None:
     """The graph, then all nodes as a table beside one of them."""
+    if not circuit.nodes:
+        st.info(f"The target is {circuit.value:.3f}, but no feature of a layer before it fires there.")
+        return
     nodes = node_table(of_set, circuit, tokens)
     st.markdown(f"The target is **{circuit.value:.3f}**. {_whole(circuit)}")
     with st.container(horizontal=True, vertical_alignment="bottom"):
         inside = choose("Nodes are", [_HEADS, _FEATURES], "inside")
-        groups = _pick_groups(nodes)
+        by_hand = _pick_groups(nodes)
     if len(tokens) > _WIDEST:
         st.caption(f"{len(tokens)} tokens do not fit side by side: the table below says the same in words.")
     graph = st.container()  # above the box that says which of its nodes is marked
@@ -56,12 +59,12 @@ def show(of_set: LayerSet, circuit: Circuit, tokens: list[str]) -> None:
         rows = nodes.reset_index()[["node", "what", "at", "attribution", "effect", "direct", "words"]]
         settings = {name: st.column_config.NumberColumn(format="%.3f", help=text) for name, text in _FIGURES.items()}
         listing(rows, "node", chosen, partial(_pick, nodes), "nodes", height=480, node=None, **settings)
-    if inside == _HEADS:  # all closed but the one that is looked into
-        groups += [each for each in group.heads(circuit) if chosen not in each.members] + group.mlps(circuit)
-    drawn = group.grouped(circuit, groups)
+    closed: list[group.Group] = []
+    if inside == _HEADS:  # all but the one that is looked into
+        closed = [each for each in group.heads(circuit) if chosen not in each.members] + group.mlps(circuit)
     with graph:
-        charts_nodes, edges = _frames(drawn, nodes, tokens, chosen)
-        chart = charts.graph(charts_nodes, edges, tokens, _top(circuit))
+        frames = _frames(group.grouped(circuit, by_hand + closed), nodes, tokens, chosen)
+        chart = charts.graph(*frames, tokens, _top(circuit))
         st.altair_chart(chart, key="graph", on_select=partial(_clicked, nodes))
         st.caption(
             "Blue is a feature of a head, or a head, larger with its attribution; grey is the rest: what SAEs leave "
@@ -69,7 +72,8 @@ def show(of_set: LayerSet, circuit: Circuit, tokens: list[str]) -> None:
             "head looks there, by what is at the key (K) and at the query (Q). Broader is more of what it goes into. "
             "A click opens a node."
         )
-    st.download_button("The circuit as JSON", drawn.json, "circuit.json", "application/json", on_click="ignore")
+    whole = group.grouped(circuit, by_hand)
+    st.download_button("The circuit as JSON", whole.json, "circuit.json", "application/json", on_click="ignore")
 
 
 def node_table(of_set: LayerSet, circuit: Circuit, tokens: list[str]) -> pd.DataFrame:
@@ -121,8 +125,11 @@ def _pick_groups(nodes: pd.DataFrame) -> list[group.Group]:
 def _what(node: Node) -> str:
     if node.kind == "feature":
         return feature_name(node.layer, node.head, node.feature)
-    place = "" if node.layer < 0 else f" {node.layer}" if node.head < 0 else f" {node.layer}.{node.head}"
-    return node.name or f"{node.kind}{place}"
+    return node.name or (node.kind if node.layer < 0 else f"{node.kind} {_head(node)}")
+
+
+def _head(node: Node) -> str:
+    return f"{node.layer}.{node.head}" if node.head >= 0 else str(node.layer)
 
 
 def _top(circuit: Circuit) -> int:
@@ -148,9 +155,11 @@ def _frames(circuit: Circuit, nodes: pd.DataFrame, tokens: list[str], chosen: in
                 "position": node.position, "attribution": node.attribution, "activation": node.activation,
                 "words": "; ".join(members["what"]) if node.members else members["words"].iloc[0],
                 "opens": members["name"].iloc[0], "marked": chosen in members.index,
+                "label": node.name if node.kind == "group" else _head(node) if node.kind == "feature" else "",
             }
         )  # fmt: skip
     drawn = charts.placed(pd.DataFrame(rows).astype({"attribution": float, "activation": float}))
+    drawn.loc[drawn.duplicated(["label", "position"]), "label"] = ""  # features side by side
     size = drawn["attribution"].abs().fillna(0.0)
     drawn["size"] = size / max(size.max(), 1e-12)
     target = {"x": float(circuit.target.position), "y": float(_top(circuit))}
