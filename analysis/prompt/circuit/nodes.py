@@ -119,16 +119,14 @@ class Nodes:
         self.encoded = [encode(frozen.layers[layer].z, self.saes.get(layer)) for layer in range(lm.n_layers)]
 
     def firing(self, position: int) -> list[tuple[int, int, int]]:
-        """Layer, head and id of every feature that fires at a position, the last layers first.
-
-        A dense SAE's feature belongs to no one head: -1.
-        """
+        """Layer, head and id of every feature that fires at a position, the last layers first."""
         found = []
         for layer, sae in sorted(self.saes.items(), reverse=True):
             here = self.encoded[layer].position == position
             block, feature = self.encoded[layer].block[here], self.encoded[layer].feature[here]
+            head = _head(sae, block, sae.W_dec.detach()[block, feature], self.n_heads).tolist()
             ids = (block * sae.features_per_block + feature).tolist()
-            found += [(layer, -1 if sae.is_dense else b, f) for b, f in zip(block.tolist(), ids, strict=True)]
+            found += [(layer, *each) for each in zip(head, ids, strict=True)]
         return found
 
     def split(self, reading: "Reading", at: Int[Tensor, " row"], below: int) -> Parts:
@@ -232,8 +230,15 @@ def _features(
     block, index, activation = (column[firing] for column in (encoded.block, encoded.feature, encoded.activation))
     decoder = sae.W_dec.detach()[block, index]
     value = activation * _dot(decoder, u.reshape(len(u), sae.n_blocks, -1)[row, block])
-    head = decoder.view(len(decoder), u.shape[1], -1).norm(dim=-1).argmax(-1) if sae.is_dense else block
+    head = _head(sae, block, decoder, u.shape[1])
     return Parts.of("feature", layer, row, at, value, head, block * sae.features_per_block + index, activation)
+
+
+def _head(
+    sae: BlockDiagSAE, block: Int[Tensor, " feature"], decoder: Float[Tensor, "feature width"], n_heads: int
+) -> Int[Tensor, " feature"]:
+    """Of features; of a dense SAE's the head that each writes to most."""
+    return decoder.view(len(decoder), n_heads, -1).norm(dim=-1).argmax(-1) if sae.is_dense else block
 
 
 def _rest(kind: str, layer: int, at: Int[Tensor, " row"], value: Float[Tensor, "row head"]) -> "Parts":
