@@ -1,5 +1,5 @@
 # make app: set up, fetch the embedded model once, open the app.   make test, make lint: what CI runs.
-# make results: the figures of all shipped checkpoints anew (40 minutes).
+# make results: the figures of all shipped checkpoints anew (an hour).
 # make faults: the table of docs/reliability.md.   make slow: tests that take too long for make test.
 # make bench: the tables of benchmarks/README.md (the better part of an hour on two cores; the app's want Chromium).
 .PHONY: app test lint format bench faults slow results

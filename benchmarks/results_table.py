@@ -7,6 +7,7 @@ It reads JSON and nothing else, so that a reader can check every figure against 
 
 import argparse
 import json
+import re
 from collections.abc import Iterable
 from fnmatch import fnmatch
 from itertools import takewhile
@@ -33,7 +34,7 @@ def main() -> None:
         for names in options.names
         for file in folder.glob(f"{names}/eval.json")
     }
-    rows = {name: json.loads(file.read_text()) for name, file in sorted(files.items())}
+    rows = {name: json.loads(files[name].read_text()) for name in sorted(files, key=numbered)}
     folders = ", ".join(map(str, options.folders))
     if not rows:
         parser.error(f"{folders}: no eval.json of {' or '.join(options.names)}")
@@ -145,6 +146,11 @@ def number(value: float | None, digits: int = 3) -> str:
 def counts(rows: Any) -> str:
     """How many tokens were scored: one number where all SAEs saw as many."""
     return " or ".join(f"{n:,}" for n in sorted({f["n_tokens"] for f in rows}))
+
+
+def numbered(name: str) -> list[str | int]:
+    """What layer 9 goes before layer 10 by."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def said(names: Iterable[object]) -> str:
