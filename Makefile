@@ -44,6 +44,7 @@ bench: $(VENV)/test.stamp
 	$(BIN)/python -m benchmarks.analysis
 	$(BIN)/python -m benchmarks.first_run
 	$(BIN)/python -m benchmarks.redundancy checkpoints/*-x8-k32
+	$(BIN)/python -m benchmarks.circuit_time checkpoints/*-x4-k32
 	$(BIN)/python -m benchmarks.results_table checkpoints docs/frontier --names '*-L17-*-x8-*' '*-dense-*' --frontier '*-batchtopk-x8-k*'
 	$(BIN)/python -m benchmarks.app
 

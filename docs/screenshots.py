@@ -10,7 +10,7 @@ from benchmarks.app import idle
 
 SIZES = {"tablet": (820, 1180), "laptop": (1280, 800), "desk": (1920, 1080)}
 K32, K64 = (f"smollm2-135m-L17-batchtopk-x8-k{k}" for k in (32, 64))
-DENSE = "smollm2-135m-L17-batchtopk-dense-x4-k32"
+SET17 = "smollm2-135m-L17-batchtopk-x4-k32"  # of the set
 PAGES = {
     "model": "?at=17.4",
     "start": "start",
@@ -21,11 +21,11 @@ PAGES = {
     "heads-redundancy": "heads?show=Redundancy+across+heads",
     "features": f"features?checkpoint={K32}&head=4&feature=2218",
     "prompt": "prompt?head=4&token=19%3A+%C2%B7the",
-    "circuit": "circuit?against=nothing%3A+the+logit+itself",
-    "compare-figures": f"compare?a={K32}&b={K64}&c={DENSE}",
+    "circuit": "circuit?next=mat&against=park&node=18.6+feature+1644+at+19%3A+%C2%B7the",
+    "circuit-features": "circuit?prompt=The+keys+to+the+cabinet&next=are&against=is&inside=Features",
+    "compare-figures": f"compare?a={K32}&b={K64}&c={SET17}",
     "compare-prompt": f"compare?a={K32}&b={K64}&show=One+prompt",
     "compare-features": f"compare?a={K32}&b={K64}&show=Features",
-    "compare-dense": f"compare?a={DENSE}&b={K32}&show=Features",
     "runs": "runs",
 }
 
