@@ -88,9 +88,9 @@ def feature_name(layer: int, head: int, feature: int) -> str:
 
 def pick_target(nodes: Nodes) -> Target:
     """What is explained: the prediction after a token, against another one, or a feature that fires there."""
-    tokens = token_labels(nodes)[1:]
+    positions = dict(reversed([*zip(token_labels(nodes), range(len(nodes.frozen.tokens)), strict=True)][1:]))
     a, b = st.columns(2)
-    at = 1 + tokens.index(select(a, "At token", tokens, "at", index=len(tokens) - 1))
+    at = positions[select(a, "At token", list(positions), "at")]
     features = {feature_name(*ids): ids for ids in nodes.firing(at) if ids[0] > 0}  # nothing comes before layer 0
     help = "or a feature that fires at this token: type its layer, head or number"
     what = select(b, "Explain", [_PREDICTION, *features], "what", help=help)
@@ -111,8 +111,7 @@ def pick_target(nodes: Nodes) -> Target:
 def _pick_token(nodes: Nodes, column: Any, label: str, options: list[str], key: str) -> Any:
     """The id of the token that is chosen or typed, or an option that is no token."""
     help = "the likeliest next tokens; or type any other token"
-    more: dict[str, Any] = {"bind": "query-params", "help": help, "accept_new_options": True}
-    chosen = column.selectbox(label, options, key=key, **more) or options[0]
+    chosen = select(column, label, options, key, typed=True, help=help)
     if chosen in (_NOTHING, _LOG):
         return chosen
     lm = nodes.frozen.lm

@@ -154,11 +154,21 @@ def best(checkpoints: list[Checkpoint]) -> Checkpoint:
     return min(checkpoints, key=rank)
 
 
-def select(column: Any, label: str, options: Sequence[str], key: str, **more: Any) -> str:
-    """A select box; a choice that is no option any more gives way to the first, also in the URL."""
-    if st.session_state.get(key, options[0]) not in options:
-        st.session_state[key] = options[0]
-    return column.selectbox(label, options, key=key, bind="query-params", **more)
+def select(column: Any, label: str, options: Sequence[str], key: str, typed: bool = False, **more: Any) -> str:
+    """A select box; a choice that is no option any more gives way to the first, also in the URL.
+
+    Args:
+        typed: whether something that is no option can be typed.
+    """
+    shown = f"shown {key}"
+    forgotten = key not in st.session_state and key not in st.query_params and "index" not in more
+    lost = not typed and st.session_state.get(key, options[0]) not in options
+    if lost or (forgotten and st.session_state.get(shown, options[0]) != options[0]):
+        st.session_state[key] = options[0]  # said aloud: a browser goes on showing what it had
+    chosen = column.selectbox(label, options, key=key, bind="query-params", accept_new_options=typed, **more)
+    chosen = chosen or options[0]  # what is typed can be cleared
+    st.session_state[shown] = chosen
+    return chosen
 
 
 def choose(

@@ -116,7 +116,7 @@ def test_the_example_of_the_start_page_is_what_the_prompt_shows(lm):
     (feature,) = [int(address["feature"]) for address in addresses if "feature" in address]
     run = run_prompt(lm.layer(LAYER), Checkpoint(SHIPPED).sae, prompt["prompt"])
     last = len(run.tokens) - 1
-    assert prompt["token"] == run.label(last)
+    assert prompt["token"] == run.labels[last]
     strongest = active_features(run, int(prompt["head"]), (last, last)).iloc[0]
     assert (strongest["feature"], strongest["slot"]) == (feature, "induction") and "mat" in strongest["reads from"]
 
