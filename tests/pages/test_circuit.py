@@ -59,7 +59,7 @@ def test_another_target_is_another_circuit(folder):
     assert first["attribution"].tolist() != second["attribution"].tolist()
     app = choose(app, "against", -1)
     assert not app.error
-    app = choose(app, "at", 0)
+    app = choose(app, "at", -1)
     assert not app.error and set(listed(app, "nodes")["at"].str.split(":").str[0]) <= {"0", "1"}
 
 
