@@ -6,8 +6,7 @@ On prompts of two kinds, made from templates: indirect objects ("When John and M
 to": ' Mary' rather than ' John') and induction (random words, repeated up to one that came before: what followed it
 rather than a word that followed another one). Per kind: correlation of attribution with what removing does, for whole
 heads and for the strongest features; the faithfulness curve, beside random features, whole heads, and with what SAEs
-leave out gone; features needed for 80 % of the target. Errors are over prompts. Each prompt is saved
-when it is done: the same command goes on.
+leave out gone. Errors are over prompts. Each prompt is saved when it is done: the same command goes on.
 """
 
 import argparse
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from tqdm import tqdm
 
 from analysis.prompt.circuit.faithful import COUNTS, curve, kept, ranked
@@ -25,6 +25,7 @@ from analysis.prompt.circuit.nodes import Nodes
 from analysis.prompt.circuit.target import Number, Target
 from analysis.store import Analysis
 from trainer.checkpoint import Checkpoint
+from trainer.clustered import ratio
 from trainer.files import write_json
 from trainer.model.frozen import Frozen
 
@@ -67,19 +68,23 @@ def of_prompt(lm: Any, saes: dict[int, Any], statistics: dict[str, Any], text: s
     strongest = number.removed(features.head(_FEATURES))
     means, densities = statistics["means"], statistics["densities"]
     stays, bare = (curve(number, features, counts, means, densities, errors, draws=2) for errors in (True, False))
+    whole, none = number.value(), float(stays["value"].iloc[0])
     order = heads.loc[heads["attribution"].abs().sort_values(ascending=False).index]
     of_heads = kept(number, [features_of(order.head(n), nodes) for n in HEADS], means).double()
-    of_heads = (of_heads - of_heads[0]) / (number.value() - of_heads[0])
     rest = table[(table["position"] > 0)].groupby("kind")["attribution"].agg(lambda values: float(values.abs().sum()))
     return {
-        "target": number.value(),
+        "target": whole,
         "firing": len(features),
         "heads": {name: heads[name].tolist() for name in ("layer", "head", "attribution", "effect")},
         "features": {name: strongest[name].tolist() for name in ("layer", "attribution", "effect", "direct")},
         "attribution": rest.to_dict(),
-        "curve": stays.to_dict("list"),
-        "whole heads": of_heads.tolist(),
-        "without errors": bare["faithfulness"].tolist(),
+        "none": none,
+        "kept": counts,
+        "strongest": (stays["value"] - none).tolist(),
+        "random": (stays["random"] * (whole - none)).tolist(),
+        "whole heads": (of_heads - none).tolist(),
+        "without errors": (bare["value"] - bare["value"].iloc[0]).tolist(),
+        "none without errors": float(bare["value"].iloc[0]),
     }
 
 
@@ -128,24 +133,28 @@ def report(kind: str, found: list[dict[str, Any]]) -> None:
     late = [correlation(each["heads"], 8) for each in found]
     print(f"Correlation of attribution with zeroing, whole heads: {said(heads)}; from layer 8 on {said(late)}")
     print(f"The same for the {_FEATURES} strongest features: {said([correlation(each['features']) for each in found])}")
-    share = [each["attribution"].get("error", 0.0) / sum(each["attribution"].values()) for each in found]
-    print(f"Share of |attribution| that errors have: {said(share)}")
+    of_errors = [each["attribution"].get("error", 0.0) / sum(each["attribution"].values()) for each in found]
+    print(f"Share of |attribution| that errors have: {said(of_errors)}")
     print("\n| features kept | faithfulness | random ones | without what SAEs leave out |\n|---|---|---|---|")
-    for place, n in enumerate(COUNTS):
-        rows = [each for each in found if len(each["curve"]["kept"]) > place and each["curve"]["kept"][place] == n]
-        if rows:
-            columns = [[each["curve"][name][place] for each in rows] for name in ("faithfulness", "random")]
-            columns.append([each["without errors"][place] for each in rows])
-            print(f"| {n} | {' | '.join(map(said, columns))} |")
-    whole = [[each["curve"][name][-1] for each in found] for name in ("faithfulness", "random")]
-    whole.append([each["without errors"][-1] for each in found])
-    print(f"| all that fire ({said([float(each['firing']) for each in found], 0)}) | {' | '.join(map(said, whole))} |")
-    rows = [f"{n} {said([each['whole heads'][place] for each in found])}" for place, n in enumerate(HEADS)]
-    print(f"\nWhole heads kept, with all their features: {'; '.join(rows)}")
-    needed = [first_at(each["curve"], 0.8) for each in found]
-    reached = [n for n in needed if n is not None]
-    median = f": median {np.median(reached):.0f}" if reached else ""
-    print(f"\nFeatures for 80 % of the target: {len(reached)} of {len(found)} prompts reach it{median}")
+    for place, n in enumerate([*COUNTS, "all that fire"]):
+        rows = [each for each in found if isinstance(n, str) or n in each["kept"][:-1]]
+        at = -1 if isinstance(n, str) else place
+        columns = [share(rows, name, at) for name in ("strongest", "random", "without errors")]
+        print(f"| {n} | {' | '.join(columns)} |")
+    print(f"\nFeatures that fire: {said([float(each['firing']) for each in found], 0)}")
+    heads_kept = [f"{n} {share(found, 'whole heads', place)}" for place, n in enumerate(HEADS)]
+    print(f"Whole heads kept: {'; '.join(heads_kept)}")
+
+
+def share(found: list[dict[str, Any]], name: str, place: int) -> str:
+    """What is gained over keeping nothing, as a share of what there is to gain, over all prompts together.
+
+    A ratio of sums, because some prompts have next to nothing to gain; its error is over prompts.
+    """
+    none = "none without errors" if name == "without errors" else "none"
+    gained = torch.tensor([each[name][place] for each in found])
+    whole = torch.tensor([each["target"] - each[none] for each in found])
+    return "{:.2f} ± {:.2f}".format(*(each.item() for each in ratio(gained, whole)))
 
 
 def correlation(columns: dict[str, list[float]], first: int = 0) -> float:
@@ -153,12 +162,6 @@ def correlation(columns: dict[str, list[float]], first: int = 0) -> float:
     table = pd.DataFrame(columns)
     table = table[table["layer"] >= first]
     return float(np.corrcoef(table["attribution"], table["effect"])[0, 1])
-
-
-def first_at(columns: dict[str, list[float]], share: float) -> int | None:
-    """The smallest number kept from which on the share is reached."""
-    reached = [n for n, value in zip(columns["kept"], columns["faithfulness"], strict=True) if value >= share]
-    return reached[0] if reached else None
 
 
 def said(values: list[float], digits: int = 2) -> str:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.circuits import correlation, first_at, prompts, said
+from benchmarks.circuits import correlation, prompts, said, share
 
 
 def test_every_prompt_is_another_one_and_has_its_answer():
@@ -21,6 +21,11 @@ def test_every_prompt_is_another_one_and_has_its_answer():
 def test_figures_of_prompts():
     columns = {"layer": [0, 8, 9, 9], "attribution": [5.0, 1.0, 2.0, 3.0], "effect": [-9.0, 2.0, 4.0, 6.0]}
     assert correlation(columns, 8) == pytest.approx(1) and correlation(columns) < 0
-    reached = {"kept": [0, 3, 10], "faithfulness": [0.0, 0.85, 0.7]}
-    assert first_at(reached, 0.8) == 3 and first_at(reached, 0.9) is None
+    found = [
+        {"target": 5.0, "none": 1.0, "strongest": [0.0, 2.0]},
+        {"target": 1.1, "none": 1.0, "strongest": [0.0, 0.05]},
+    ]
+    assert share(found, "strongest", 1) == "0.50 ± 0.00"
+    found[1]["strongest"][1] = 1.0  # ten times what there is to gain, of next to nothing
+    assert share(found, "strongest", 1).startswith("0.73 ± ")
     assert said([1.0, 3.0]) == "2.00 ± 1.00"
