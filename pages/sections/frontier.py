@@ -1,5 +1,6 @@
 """The checkpoints of a site as points: their frontier, their table, and the training curves of those selected."""
 
+from collections import Counter
 from typing import NamedTuple
 
 import pandas as pd
@@ -32,7 +33,9 @@ class Figures(NamedTuple):
 def pick(checkpoints: list[Checkpoint]) -> tuple[list[Checkpoint], Figures]:
     """The checkpoints of a site, and their figures on a text, of one head or all."""
     left, middle, right = st.columns([3, 4, 2], vertical_alignment="bottom")
-    sites = sorted({checkpoint.site for checkpoint in checkpoints})
+    n = Counter(each.site for each in checkpoints)  # where most points are, a frontier is
+    by_site = sorted(checkpoints, key=lambda each: (-n[each.site], each.config.model.name, each.layer, each.site))
+    sites = list(dict.fromkeys(each.site for each in by_site))
     site = left.selectbox("Model and layer", sites, key="site", bind="query-params")
     checkpoints = [checkpoint for checkpoint in checkpoints if checkpoint.site == site]
     repeated = pick_text(column=middle)

@@ -1,6 +1,7 @@
 """The Tradeoffs page: its figures against eval.json, its Pareto lines against brute force, what a selection means."""
 
 import json
+import shutil
 from functools import partial
 
 import numpy as np
@@ -275,3 +276,12 @@ def test_a_logged_figure_may_have_any_name(figure):
     assert (encoding["tooltip"][3]["field"], encoding["tooltip"][3]["title"]) == ("value", figure)
     (rows,) = spec["datasets"].values()
     assert [row["value"] for row in rows] == [0.5, 0.25]
+
+
+def test_it_opens_where_most_checkpoints_are(show_copy, layers_folder):
+    copy = show_copy(layers_folder)
+    assert "layer 0" in open_page().selectbox(key="site").value  # of equally many the first
+    shutil.copytree(next(copy.glob("*-L2-*")), copy / "another")
+    app = open_page()
+    assert "layer 2" in app.selectbox(key="site").value and len(table(app)) == 2
+    assert [each.rpartition(" ")[2] for each in app.selectbox(key="site").options] == ["2", "0", "1"]
