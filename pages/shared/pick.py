@@ -242,7 +242,8 @@ def pick_prompt(
 def show_example(prompt: str, tour: dict[str, Example] = EXAMPLES, of: str = "batchtopk-x8-k32") -> None:
     """What to see on a prompt of the tour, which was written of the shipped SAE or set called `of`."""
     for example in tour.values():
-        if prompt == example.prompt:
+        as_told = all(st.session_state.get(key) == value for key, value in example.chosen.items())
+        if prompt == example.prompt and as_told:
             st.caption(f"On the shipped {of}: {example.what}")
 
 

@@ -7,6 +7,7 @@ import pyarrow.ipc
 import pytest
 
 from analysis.__main__ import main as analyse
+from pages.sections.circuit_choices import TOUR
 from tests.helpers import listed, open_page, said
 
 PAGE = "pages/circuit.py"
@@ -168,6 +169,14 @@ def test_one_layer_is_no_set(folder):
     app = open_page(PAGE)
     assert not app.exception and "SAEs on several layers" in app.info[0].value
     assert "sweeps/layers.yaml" in app.code[0].value
+
+
+def test_what_the_tour_says_stands_beside_what_it_is_about(folder):
+    example = TOUR["Agreement"]
+    app = open_page(PAGE, prompt=example.prompt)
+    assert not app.exception and "agrees with" not in said(app)
+    app = open_page(PAGE, prompt=example.prompt, **example.chosen)
+    assert not app.exception and "agrees with" in said(app)
 
 
 def test_any_token_can_be_typed(folder):
