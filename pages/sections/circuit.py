@@ -15,10 +15,9 @@ from pages.charts import circuit as charts
 from pages.components.listing import listing
 from pages.sections.circuit_choices import feature_name
 from pages.shared import circuits
-from pages.shared.address import forget
 from pages.shared.columns import draw_table
 from pages.shared.page import feature_link
-from pages.shared.pick import choose, put, select
+from pages.shared.pick import choose, drop, put, select
 from pages.shared.words import in_words
 
 CHOSEN = ("at", "what", "next", "against", "node", "group0", "group1", "group2")  # which mean nothing on another prompt
@@ -222,9 +221,7 @@ def _pick(nodes: pd.DataFrame, node: int) -> None:
 
 def _explain(feature: str, at: str) -> None:
     """A feature as the target, in place of the prediction; its circuit has other nodes."""
-    for key in CHOSEN:
-        st.session_state.pop(key, None)
-        forget(key)
+    drop(CHOSEN)
     put("what", feature)
     put("at", at)
 

@@ -12,7 +12,7 @@ from analysis.runs.sets import LayerSet, layer_sets
 from analysis.tokens import in_text, labels
 from pages.shared import circuits
 from pages.shared.page import plain
-from pages.shared.pick import Example, choose, select
+from pages.shared.pick import EXAMPLES, Example, choose, select
 from trainer.checkpoint import Checkpoint
 
 _PREDICTION = "a prediction"
@@ -28,20 +28,19 @@ _STEPS = 8  # of integrated gradients
 TOUR_OF = "set batchtopk-x4-k32"
 TOUR = {
     "Induction": Example(
-        "The cat sat on the mat. The dog ran to the park. The cat sat on the",
+        EXAMPLES["Induction"].prompt,
         "Open 18.6 at the last token: it reads ' mat', and looks there because of what is at ' mat'. Of that 16.0 is "
         "most, a previous-token head, which reads the ' the' before ' mat'; 17.8 there comes next.",
         {"next": "mat", "against": "park"},
     ),
     "Indirect object": Example(
-        "When John and Mary went to the store, John gave a drink to",
+        EXAMPLES["Indirect object"].prompt,
         "20.0 and 23.3 at ' to' read the second ' John'. 23.7 reads ' Mary', and at the query the largest feature that "
         "makes it look there is 20.0's: who gave decides who is looked for.",
         {"next": "Mary", "against": "John"},
     ),
     "Previous token": Example(
-        "Fellow citizens of the Senate and of the House of Representatives: I congratulate you on the favorable state "
-        "of our public affairs. The Senate and the House of",
+        EXAMPLES["Previous token"].prompt,
         "18.6 at the last ' of' reads ' Representatives', and looks there because 16.0 has read at ' Representatives' "
         "that ' of' was the token before.",
         {"next": "Representatives", "against": "Commons"},

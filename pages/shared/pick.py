@@ -224,9 +224,7 @@ def pick_prompt(
     """
 
     def another(example: Example | None = None) -> None:
-        for key in dependent:
-            st.session_state.pop(key, None)
-            forget(key)
+        drop(dependent)
         if example is not None:
             for key, value in {"prompt": example.prompt, **example.chosen}.items():
                 put(key, value)
@@ -255,6 +253,13 @@ def pick_row(key: str, into: str, values: Sequence[Any]) -> dict[str, Any]:
             put(into, values[rows[0]])
 
     return {"key": key, "on_select": ticked, "selection_mode": "single-row"}
+
+
+def drop(keys: Iterable[str]) -> None:
+    """Take back what is chosen in widgets, also in the address, from the callback of another one."""
+    for key in keys:
+        st.session_state.pop(key, None)
+        forget(key)
 
 
 def put(key: str, value: Any) -> None:

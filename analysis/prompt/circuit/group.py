@@ -45,17 +45,17 @@ def grouped(circuit: Circuit, groups: Sequence[Group]) -> Circuit:
     owner = {index: group for group in reversed(range(len(groups))) for index in groups[group].members}
     nodes: list[Node] = []
     new: list[int] = []  # of every node of the circuit
-    made: dict[int, int] = {}
+    made: dict[int | None, int] = {}
     for index, node in enumerate(circuit.nodes):
         group = owner.get(index)
-        if group not in made:
-            members = [each for each in groups[group].members if owner[each] == group] if group is not None else []
-            if group is not None:
-                node, made[group] = _joined(circuit, groups[group].name, members), len(nodes)
-            new.append(len(nodes))
-            nodes.append(node)
-        else:
+        if group in made:
             new.append(made[group])
+            continue
+        if group is not None:
+            made[group] = len(nodes)
+            node = _joined(circuit, groups[group].name, [i for i in groups[group].members if owner[i] == group])
+        new.append(len(nodes))
+        nodes.append(node)
 
     summed: dict[tuple, float] = {}
     counted: set[tuple] = set()
