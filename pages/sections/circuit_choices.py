@@ -90,11 +90,15 @@ def pick_target(nodes: Nodes) -> Target:
     positions = dict(reversed([*zip(token_labels(nodes), range(len(nodes.frozen.tokens)), strict=True)][1:]))
     a, b = st.columns(2)
     at = positions[select(a, "At token", list(positions), "at")]
-    features = {feature_name(*ids): ids for ids in nodes.firing(at) if ids[0] > 0}  # nothing comes before layer 0
+    features = {}
+    for layer in sorted(nodes.saes.keys() - {0}, reverse=True):  # nothing comes before layer 0
+        here = nodes.here(layer, at)
+        for head, feature in zip(here.head.tolist(), here.feature.tolist(), strict=True):
+            features[feature_name(layer, head, feature)] = layer, feature
     help = "or a feature that fires at this token: type its layer, head or number"
     what = select(b, "Explain", [_PREDICTION, *features], "what", help=help)
     if what in features:
-        layer, _, feature = features[what]
+        layer, feature = features[what]
         return Target(at, layer=layer, feature=feature)
     a, b = st.columns(2)
     predicted = circuits.predictions(nodes, at)

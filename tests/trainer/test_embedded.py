@@ -156,7 +156,7 @@ def test_the_induction_heads_look_where_a_previous_token_head_has_written(lm):
         (18, 6): (12.85, {(16, 0): 8.38, (17, 8): 4.21}),
     }
     for (layer, head), (score, writers) in expected.items():
-        found = at_key(nodes, layer, head, last, mat)
+        found = at_key(nodes, layer, head, last, mat).table()
         assert found["value"].sum() == pytest.approx(score, rel=0.01)
         of_heads = found[found["head"] >= 0].groupby(["layer", "head"])["value"].sum()
         assert of_heads.idxmax() == (16, 0)

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformer_lens import HookedTransformerKeyValueCache
 
 from trainer.config import require
 from trainer.model.lm import LanguageModel
@@ -59,7 +60,8 @@ class Frozen:
         require(positions in ("standard", "rotary"), f"{lm.name} has {positions} positions: its keys cannot be split")
         require(not cfg.use_qk_norm, f"{lm.name} normalises queries and keys: they cannot be split")
         self.lm, self.tokens = lm, tokens
-        got = lm.capture(tokens[None], _names(lm))
+        self._past = lm.no_past(1)
+        got = lm.capture(tokens[None], _names(lm), past=self._past)
         self.dtype = torch.promote_types(cfg.dtype, torch.float32)  # sums are exact to this
         got = {name: value[0].to(self.dtype) for name, value in got.items()}
         self.embedding: Float[Tensor, "pos d_model"] = got["blocks.0.hook_resid_pre"]
@@ -71,6 +73,15 @@ class Frozen:
         written = [part for heads in self.layers[:layer] for part in (heads.attention, heads.mlp)]
         return torch.stack([self.embedding, *written]).sum(0)
 
+    def before(self, position: int, runs: int) -> HookedTransformerKeyValueCache:
+        """What came before a position, for runs from there on (`LanguageModel.capture`), which add nothing to it."""
+        past = self.lm.no_past(runs)
+        for entry, whole in zip(past.entries, self._past.entries, strict=True):
+            entry.past_keys = whole.past_keys[:, :position].expand(runs, -1, -1, -1)
+            entry.past_values = whole.past_values[:, :position].expand(runs, -1, -1, -1)
+        past.freeze()
+        return past
+
     def W_O(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
         """What each head writes per unit of z, times its position's `write_scale`."""
         return self.lm.layer(layer).W_O.to(self.dtype)
@@ -79,16 +90,14 @@ class Frozen:
         self,
         layer: int,
         side: Side,
-        head: Int[Tensor, " reading"],
+        head: int,
         along: Float[Tensor, "reading d_head"],
         at: Int[Tensor, " reading"],
     ) -> Reading:
         """Of the query, key or value (before rotation) of a head at a position the component `along` a vector."""
         block: Any = self.lm.model.blocks[layer]
-        weight = getattr(block.attn, f"W_{side}").detach().to(self.dtype)[head]  # [reading, d_model, d_head]
-        bias = getattr(block.attn, f"b_{side}").detach().to(self.dtype)[head]
-        direction = torch.einsum("nmd,nd->nm", weight, along)
-        constant = (bias * along).sum(-1)
+        weight, bias = (getattr(block.attn, f"{name}_{side}")[head].detach().to(self.dtype) for name in "Wb")
+        direction, constant = along @ weight.T, along @ bias
         norm: Any = block.ln1
         if hasattr(norm, "b"):
             constant = constant + direction @ norm.b.detach().to(self.dtype)
@@ -111,7 +120,7 @@ class Frozen:
         """What parts of the residual stream at a position become in a head's query or key, rotated there; no bias."""
         unit = torch.eye(self.lm.d_head, dtype=self.dtype, device=vectors.device)
         where = torch.full((len(unit),), at, device=vectors.device)
-        found = vectors @ self.read(layer, side, torch.full_like(where, head), unit, where).direction.T
+        found = vectors @ self.read(layer, side, head, unit, where).direction.T
         rotation = self._rotation(layer)
         return found if rotation is None else found @ rotation[:, at]
 

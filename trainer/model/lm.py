@@ -320,10 +320,11 @@ class LanguageModel:
         On a CPU threads run parts of the batch side by side.
 
         Args:
-            past: of earlier positions (`no_past`); `inputs` are tokens that come after them, and are added to it.
+            past: of earlier positions (`no_past`, `Frozen.before`); `inputs` come after them, and are added to it.
         """
-        # Else TransformerLens would mask what looks like padding.
-        cached = {} if past is None else {"past_kv_cache": past, "attention_mask": torch.ones_like(inputs)}
+        cached: dict[str, Any] = {} if past is None else {"past_kv_cache": past}
+        if past is not None and start_at_layer is None:  # else TransformerLens would mask what looks like padding
+            cached["attention_mask"] = torch.ones_like(inputs)
         before = 0 if past is None else past[0].past_keys.shape[1]
         mine = threading.local()  # hooks live on the model: each thread has its own rows and values
 

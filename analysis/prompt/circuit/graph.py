@@ -19,6 +19,7 @@ import pandas as pd
 
 from analysis.prompt.circuit.looks import at_key, at_query
 from analysis.prompt.circuit.nodes import Nodes
+from analysis.prompt.circuit.parts import Parts
 from analysis.prompt.circuit.reads import upstream
 from analysis.prompt.circuit.target import Number, Target
 from trainer.config import require
@@ -33,7 +34,7 @@ class Node:
     """A node of the graph; ids are -1 where it has none."""
 
     kind: str
-    """one of `nodes.KINDS`, or `key bias`, `query bias`; `group` of nodes that are drawn as one (`group.grouped`)"""
+    """one of `parts.KINDS`; `group` of nodes that are drawn as one (`group.grouped`)"""
     layer: int
     head: int
     feature: int
@@ -195,36 +196,33 @@ def _by_node(table: pd.DataFrame, figures: list[str]) -> dict[tuple, tuple[float
     return dict(zip(keys, zip(*(table[name].tolist() for name in figures), strict=True), strict=True))
 
 
-def _scores(nodes: Nodes, layer: int, head: int, query: int, source: int) -> dict[str, pd.DataFrame]:
+def _scores(nodes: Nodes, layer: int, head: int, query: int, source: int) -> dict[str, Parts]:
     return {"K": at_key(nodes, layer, head, query, source), "Q": at_query(nodes, layer, head, query, source)}
 
 
 def _take_apart(
-    graph: _Graph, nodes: Nodes, reader: tuple, share: float, scores: Callable[..., dict[str, pd.DataFrame]]
+    graph: _Graph, nodes: Nodes, reader: tuple, share: float, scores: Callable[..., dict[str, Parts]]
 ) -> list[tuple]:
     """Edges of a feature; returns the features that it reads."""
     _, layer, head, feature, query = reader
-    parts = upstream(nodes, layer, feature, query).table()
+    parts = upstream(nodes, layer, feature, query)
     found = _edges(graph, parts, reader, "OV", share, None)
-    of_source = parts[parts["position"] > 0].groupby("position")["value"].sum()
-    if of_source.empty or nodes.saes[layer].is_dense:  # many heads look for a dense SAE's feature
+    if query == 0 or nodes.saes[layer].is_dense:  # many heads look for a dense SAE's feature
         return found
-    source = int(of_source.abs().idxmax())
+    source = 1 + int(parts.sums(query + 1)[1:].abs().argmax())
     for by, parts in scores(layer, head, query, source).items():
         found += _edges(graph, parts, reader, by, share, source)
     return found
 
 
-def _edges(graph: _Graph, parts: pd.DataFrame, reader: tuple, by: str, share: float, source: int | None) -> list[tuple]:
-    size = parts["value"].abs()
-    large = parts[(size > 0) & (size >= share * size.max())]
-    found = []
-    for row in large.itertuples():
+def _edges(graph: _Graph, parts: Parts, reader: tuple, by: str, share: float, source: int | None) -> list[tuple]:
+    large, found = parts.above(share), []
+    for row in large.table().itertuples():
         writer = _key_of(row)
         graph.edge(writer, reader, by, float(row.value), source)
         if row.kind == "feature" and pd.notna(row.activation):
             found.append(writer)
-    graph.rest(reader, by, float(parts["value"].sum() - large["value"].sum()), source)
+    graph.rest(reader, by, float(parts.value.sum() - large.value.sum()), source)
     return found
 
 

@@ -12,10 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from analysis.prompt.circuit.nodes import KINDS, Nodes, Parts
+from analysis.prompt.circuit.nodes import Nodes
+from analysis.prompt.circuit.parts import Parts
 from trainer.config import require
-
-_CLASS = ["kind", "layer", "head", "feature"]  # what is one node at all positions
 
 
 @torch.no_grad()
@@ -26,11 +25,10 @@ def scores(nodes: Nodes, layer: int, head: int, query: int) -> Float[Tensor, " s
 
 
 @torch.no_grad()
-def at_key(nodes: Nodes, layer: int, head: int, query: int, source: int) -> pd.DataFrame:
+def at_key(nodes: Nodes, layer: int, head: int, query: int, source: int) -> Parts:
     """What every node at the source adds to the score, above its mean over the row; with all of them, score - mean.
 
-    kind, layer, head, feature, position, activation, value. A node that is only elsewhere in the row has a value, too:
-    what it adds there is in the mean.
+    A node that is only elsewhere in the row has a value, too: what it adds there is in the mean.
 
     Raises:
         ValueError: there is no such head or position.
@@ -44,16 +42,15 @@ def at_key(nodes: Nodes, layer: int, head: int, query: int, source: int) -> pd.D
     value.index_add_(0, of_class[here], parts.value[here])
     activation = torch.full_like(value, torch.nan)
     activation[of_class[here]] = parts.activation[here]
-    found = Parts(*(column[example] for column in parts))
-    at = torch.full_like(found.position, source)
-    table = found._replace(position=at, activation=activation, value=value - mean).table()
+    found = parts.only(example)
+    found = found._replace(position=torch.full_like(found.position, source), activation=activation, value=value - mean)
     rest = constant[source] - constant[1 : query + 1].mean() if query else constant[source]
-    return _with_bias(table, "key bias", layer, head, source, float(rest))
+    return _with_bias(found, "key bias", layer, head, source, rest)
 
 
 @torch.no_grad()
-def at_query(nodes: Nodes, layer: int, head: int, query: int, source: int) -> pd.DataFrame:
-    """What every node at the query adds to score - mean of the row, with the keys as they are; columns as `at_key`.
+def at_query(nodes: Nodes, layer: int, head: int, query: int, source: int) -> Parts:
+    """What every node at the query adds to score - mean of the row, with the keys as they are.
 
     Raises:
         ValueError: there is no such head or position.
@@ -64,9 +61,8 @@ def at_query(nodes: Nodes, layer: int, head: int, query: int, source: int) -> pd
     difference = key[source] - key[1 : query + 1].mean(0) if query else key[source]
     at = torch.tensor([query], device=difference.device)
     along = frozen.unrotated(layer, difference[None] / frozen.score_scale(layer), at)
-    reading = frozen.read(layer, "Q", torch.full_like(at, head), along, at)
-    found = nodes.split(reading, at, layer).table().drop(columns="row")
-    return _with_bias(found, "query bias", layer, head, query, float(reading.constant))
+    reading = frozen.read(layer, "Q", head, along, at)
+    return _with_bias(nodes.split(reading, at, layer), "query bias", layer, head, query, reading.constant[0])
 
 
 @torch.no_grad()
@@ -78,13 +74,13 @@ def pairs(
     The last row and column are all others, so that the sum is the score.
 
     Args:
-        at_query, at_key: nodes with kind, layer, head, feature: some of those functions' rows.
+        at_query, at_key: nodes with kind, layer, head, feature: some rows of those functions' tables.
     """
     _check(nodes, layer, head, query, source)
     frozen = nodes.frozen
     made = []
     for side, table, at in (("Q", at_query, query), ("K", at_key, source)):
-        table = table[table["kind"].isin(KINDS)]
+        table = table[~table["kind"].isin(("key bias", "query bias"))]
         chosen = [nodes.vector(row.kind, row.layer, row.head, row.feature, at) for row in table.itertuples()]
         vectors = torch.stack(chosen) if chosen else frozen.final.new_empty(0, frozen.final.shape[1])
         parts = frozen.projected(layer, "Q" if side == "Q" else "K", head, vectors, at)
@@ -95,12 +91,12 @@ def pairs(
     return pd.DataFrame((q @ k.T / frozen.score_scale(layer)).cpu().numpy(), rows, columns)
 
 
-def _with_bias(found: pd.DataFrame, kind: str, layer: int, head: int, position: int, value: float) -> pd.DataFrame:
-    """Nodes, and a last row for the bias of the head's key or query where it gives something."""
-    if value:
-        bias = {"kind": kind, "layer": layer, "head": head, "feature": -1, "position": position, "value": value}
-        found = pd.concat([found, pd.DataFrame([bias])], ignore_index=True)
-    return found[[*_CLASS, "position", "activation", "value"]]
+def _with_bias(found: Parts, kind: str, layer: int, head: int, position: int, value: Float[Tensor, ""]) -> Parts:
+    """Nodes, and a last one for the bias of the head's key or query where it gives something."""
+    found = found._replace(row=torch.zeros_like(found.row))
+    of_layer, of_head, at = (found.row.new_tensor([each]) for each in (layer, head, position))
+    bias = Parts.rest(kind, of_layer, at, value[None, None])._replace(head=of_head)
+    return Parts.joined([found, bias]) if value else found
 
 
 def _keys(nodes: Nodes, layer: int, head: int, query: int) -> tuple[Parts, Float[Tensor, " source"]]:
@@ -109,7 +105,7 @@ def _keys(nodes: Nodes, layer: int, head: int, query: int) -> tuple[Parts, Float
     at = torch.arange(query + 1, device=frozen.final.device)
     vector = frozen.layers[layer].q[query, head] / frozen.score_scale(layer)
     along = frozen.unrotated(layer, vector.expand(len(at), -1), at)
-    reading = frozen.read(layer, "K", torch.full_like(at, head), along, at)
+    reading = frozen.read(layer, "K", head, along, at)
     return nodes.split(reading, at, layer), reading.constant
 
 

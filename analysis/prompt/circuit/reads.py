@@ -6,7 +6,8 @@ which is a sum of nodes. After the recursive DFA of Kissane et al. 2024 (arXiv:2
 
 import torch
 
-from analysis.prompt.circuit.nodes import Nodes, Parts
+from analysis.prompt.circuit.nodes import Nodes
+from analysis.prompt.circuit.parts import Parts
 from trainer.config import require
 
 
@@ -34,7 +35,7 @@ def upstream(nodes: Nodes, layer: int, feature: int, query: int) -> Parts:
     constant = frozen.final.new_zeros(len(at))
     for head, w in zip(heads, reads, strict=True):
         attention = frozen.layers[layer].pattern[head, query, : query + 1]
-        reading = frozen.read(layer, "V", torch.full_like(at, head), w.expand(len(at), -1), at)
+        reading = frozen.read(layer, "V", head, w.expand(len(at), -1), at)
         direction += attention[:, None] * reading.direction
         constant += attention * reading.constant
     return nodes.split(reading._replace(direction=direction, constant=constant), at, layer)

@@ -57,9 +57,9 @@ class Number:
         self.n_layers = lm.n_layers if target.layer is None else target.layer  # that can matter to it
         self.hook = lm.final_hook if target.layer is None else lm.layer(target.layer).hook_name
 
-    def of(self, value: Float[Tensor, "batch pos ..."]) -> Float[Tensor, " batch"]:
-        """The number, from the final residual stream or from z of the feature's layer."""
-        target, here = self.target, value[:, self.target.position]
+    def of(self, value: Float[Tensor, "batch pos ..."], first: int = 0) -> Float[Tensor, " batch"]:
+        """The number, from the final residual stream or from z of the feature's layer, at positions from `first` on."""
+        target, here = self.target, value[:, self.target.position - first]
         if target.layer is None or target.feature is None:
             logits = self._lm.next_logits(here).to(self.nodes.frozen.dtype)
             if target.log_probability:
@@ -106,7 +106,7 @@ class Number:
         return mean
 
     def attribution(self, steps: int = 0) -> pd.DataFrame:
-        """What every feature, error and bias adds, at first order: node . gradient; columns of `nodes.Parts`.
+        """What every feature, error and bias adds, at first order: node . gradient; columns of `Parts`.
 
         f (W_dec . g) of a feature; of a layer, head and position they sum to z . g.
         """
@@ -129,13 +129,14 @@ class Number:
         rows: Any = table.itertuples()
         parts = [self.nodes.written(row.kind, row.layer, row.head, row.feature, row.position) for row in rows]
         for layer in sorted(set(layers.tolist())):
-            heads, resid = frozen.layers[layer], frozen.entering(layer).to(dtype)
+            heads = frozen.layers[layer]
             of_layer = (layers == layer).nonzero()[:, 0]
             for some in of_layer.split(max(1, _BATCH_TOKENS // len(frozen.tokens))):
                 part, at, row = torch.stack([parts[i] for i in some.tolist()]), positions[some], torch.arange(len(some))
-                z = heads.z.expand(len(some), *heads.z.shape).clone()
-                z[row, at] -= part
-                effect[some] = whole - self._with(layer, resid, z)
+                first = min(int(at.min()), self.target.position)  # nothing is different before
+                z = heads.z[first:].expand(len(some), -1, -1, -1).clone()
+                z[row, at - first] -= part
+                effect[some] = whole - self._with(layer, z, first)
                 if self.target.layer is None:
                     final = frozen.final.expand(len(some), *frozen.final.shape).clone()
                     written = torch.einsum("nhd,hdm->nm", part, frozen.W_O(layer))
@@ -153,15 +154,15 @@ class Number:
             without = z.expand(len(attribution), *z.shape).clone()
             for head in range(len(attribution)):
                 without[head, 1:, head] = 0
-            effect = whole - self._with(layer, frozen.entering(layer).to(self._lm.weights_dtype), without)
+            effect = whole - self._with(layer, without)
             columns = zip(attribution.tolist(), effect.tolist(), strict=True)
             rows += [(layer, head, *figures) for head, figures in enumerate(columns)]
         return pd.DataFrame(rows, columns=["layer", "head", "attribution", "effect"])
 
-    def _with(
-        self, layer: int, resid: Float[Tensor, "pos d_model"], z: Float[Tensor, "run pos head d_head"]
-    ) -> Float[Tensor, " run"]:
-        """The number, run on from a layer with each of some z in place of its own."""
-        inputs = resid.expand(len(z), *resid.shape)
-        got = self._lm.capture(inputs, [self.hook], layer, self._lm.layer(layer).replacing(z))
-        return self.of(got[self.hook]).cpu()
+    def _with(self, layer: int, z: Float[Tensor, "run pos head d_head"], first: int = 0) -> Float[Tensor, " run"]:
+        """The number, run on from a layer with each of some z in place of its own from a position on."""
+        frozen = self.nodes.frozen
+        inputs = frozen.entering(layer)[first:].to(self._lm.weights_dtype).expand(len(z), -1, -1)
+        past = frozen.before(first, len(z)) if first else None
+        got = self._lm.capture(inputs, [self.hook], layer, self._lm.layer(layer).replacing(z), past)
+        return self.of(got[self.hook], first).cpu()

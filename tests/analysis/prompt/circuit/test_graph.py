@@ -110,7 +110,7 @@ def test_groups_keep_sums_and_count_a_score_once(random):
         sources = {edge.source for edge in merged.edges if edge.reader == index and edge.by == "K"}
         for source in sources:  # however many of its features look there, the score is one
             found = [edge.value for edge in merged.edges if (edge.reader, edge.by, edge.source) == (index, "K", source)]
-            score = at_key(random, members[0].layer, members[0].head, members[0].position, source)["value"].sum()
+            score = at_key(random, members[0].layer, members[0].head, members[0].position, source).value.sum().item()
             assert sum(found) == pytest.approx(score, abs=1e-3)
     assert group.grouped(circuit, []) == circuit
 

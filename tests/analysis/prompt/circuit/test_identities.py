@@ -52,9 +52,7 @@ def test_nodes_are_what_they_wrote(nodes):
     frozen, layer, at = nodes.frozen, nodes.n_layers - 1, 5
     generator = torch.Generator().manual_seed(1)
     direction = torch.randn(1, frozen.final.shape[1], dtype=torch.float64, generator=generator)
-    reading = frozen.read(
-        0, "V", torch.tensor([0]), torch.zeros(1, frozen.lm.d_head, dtype=torch.float64), torch.tensor([at])
-    )
+    reading = frozen.read(0, "V", 0, torch.zeros(1, frozen.lm.d_head, dtype=torch.float64), torch.tensor([at]))
     parts = nodes.split(reading._replace(direction=direction), torch.tensor([at]), layer).table()
     assert set(parts["kind"]) == {"feature", "error", "bias", "output bias", "mlp", "embedding"}
     assert parts["value"].sum() == pytest.approx(float(frozen.entering(layer)[at] @ direction[0]), rel=1e-9)
@@ -67,10 +65,11 @@ def test_a_feature_reads_the_sum_of_what_was_written(nodes):
     """Each source's parts sum to its DFA, which sum to the pre-activation less its constant."""
     frozen, lm = nodes.frozen, nodes.frozen.lm
     for layer in sorted(nodes.saes):
-        encoded, sae = nodes.encoded[layer], nodes.saes[layer]
+        sae = nodes.saes[layer]
         attention = lm.layer(layer).attention(frozen.tokens[None])
-        for firing in range(0, len(encoded.position), 17):
-            q, block, index = (int(column[firing]) for column in (encoded.position, encoded.block, encoded.feature))
+        of_layer = (nodes.firing.layer == layer).nonzero()[:, 0].tolist()
+        for firing in of_layer[::17]:
+            _, q, block, index, *_ = (int(column[firing]) for column in nodes.firing)
             parts = upstream(nodes, layer, block * sae.features_per_block + index, q)
             w = sae.W_enc.detach()[block, :, index].view(-1, lm.d_head)
             heads = slice(None) if sae.is_dense else slice(block, block + 1)
@@ -79,7 +78,7 @@ def test_a_feature_reads_the_sum_of_what_was_written(nodes):
             # A norm that keeps its bias has it in b_V, so nothing is left over in models that are loaded here.
             assert torch.allclose(parts.sums(q + 1), dfa, **CLOSE)
             constant = (lm.layer(layer).b_V[heads] * w).sum() + sae.b_enc.detach()[block, index]
-            assert float(dfa.sum() + constant) == pytest.approx(float(encoded.activation[firing]), rel=1e-9)
+            assert float(dfa.sum() + constant) == pytest.approx(float(nodes.firing.activation[firing]), rel=1e-9)
 
 
 def test_scores_split_over_key_query_and_pairs(nodes):
@@ -91,7 +90,7 @@ def test_scores_split_over_key_query_and_pairs(nodes):
         cap = lm.model.cfg.attn_scores_soft_cap
         assert torch.allclose(cap * (whole / cap).tanh() if cap > 0 else whole, model, **CLOSE)
         above = float(whole[source] - whole[1 : query + 1].mean())
-        keys, queries = (side(nodes, layer, head, query, source) for side in (at_key, at_query))
+        keys, queries = (side(nodes, layer, head, query, source).table() for side in (at_key, at_query))
         assert keys["value"].sum() == pytest.approx(above, abs=1e-9)
         assert queries["value"].sum() == pytest.approx(above, abs=1e-9)
         some = (table.loc[table["value"].abs().nlargest(6).index] for table in (queries, keys))
@@ -104,7 +103,7 @@ def test_scores_split_over_key_query_and_pairs(nodes):
 def test_the_mean_of_a_row_is_taken_from_each_node(nodes):
     """Over the sources of a row but BOS, what a node adds above its mean sums to nothing."""
     layer, head, query = 2, 1, 9
-    tables = [at_key(nodes, layer, head, query, source) for source in range(1, query + 1)]
+    tables = [at_key(nodes, layer, head, query, source).table() for source in range(1, query + 1)]
     total = pd.concat(tables).groupby(["kind", "layer", "head", "feature"])["value"].sum()
     assert np.allclose(total, 0, atol=1e-9)
 
@@ -112,9 +111,7 @@ def test_the_mean_of_a_row_is_taken_from_each_node(nodes):
 def targets(nodes):
     last = len(nodes.frozen.tokens) - 1
     layer = nodes.n_layers - 1
-    encoded, sae = nodes.encoded[layer], nodes.saes[layer]
-    here = int((encoded.position == last).nonzero()[0, 0])
-    feature = int(encoded.block[here] * sae.features_per_block + encoded.feature[here])
+    feature = int(nodes.here(layer, last).feature[0])
     return [
         Target(last, token=7),
         Target(last, token=7, against=9),
