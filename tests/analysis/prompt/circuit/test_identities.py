@@ -144,6 +144,24 @@ def test_attribution_is_the_gradient(nodes):
             assert values[0] - values[1] == pytest.approx(2 * expected, rel=1e-5, abs=1e-11)
 
 
+def test_what_a_removal_does_is_what_a_whole_run_without_the_node_does(nodes):
+    """At every position, also behind the target's, where it does nothing."""
+    lm, frozen = nodes.frozen.lm, nodes.frozen
+    for target in targets(nodes):
+        number = Number(nodes, target)
+        table = number.attribution()
+        some = table[(table["position"] > 0) & (table["activation"] > 0)].iloc[::9]
+        assert {target.position} < set(some["position"])
+        for row in number.removed(some).itertuples():
+            z = frozen.layers[row.layer].z.clone()
+            z[row.position] -= nodes.written("feature", row.layer, row.head, row.feature, row.position)
+            edit = (f"blocks.{row.layer}.attn.hook_z", lambda value, rows, z=z: z[None][rows])
+            got = lm.capture(frozen.tokens[None], [number.hook], edits=[edit])[number.hook]
+            assert row.effect == pytest.approx(number.value() - float(number.of(got)), abs=1e-9)
+            if row.position > target.position:
+                assert row.effect == pytest.approx(0, abs=1e-9)
+
+
 def test_a_node_of_the_last_layer_acts_directly_and_integrated_gradients_sum_to_the_effect(nodes):
     lm, last = nodes.frozen.lm, len(nodes.frozen.tokens) - 1
     number = Number(nodes, Target(last, token=7, against=9))
