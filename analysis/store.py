@@ -325,6 +325,12 @@ class Analysis:
         table = self.table("contexts", filters=[("context", "in", ids)])
         return dict(zip(table["context"], table["token_ids"], strict=True))
 
+    def some_contexts(self, n: int, seed: int = 0) -> list[np.ndarray]:
+        """Token ids of contexts drawn from those that examples are of, or of all of them where there are fewer."""
+        ids = self.table("contexts", columns=["context"])["context"]
+        drawn = np.random.default_rng(seed).permutation(ids.to_numpy())[:n]
+        return list(self.contexts(drawn.tolist()).values())
+
     def detection(self, feature: int) -> pd.DataFrame:
         """Examples on which explanations of it are scored: `token_ids` up to the position, fires, score, shuffled.
 

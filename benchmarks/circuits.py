@@ -5,8 +5,9 @@
 On prompts of two kinds, made from templates: indirect objects ("When John and Mary went to the store, John gave a drink
 to": ' Mary' rather than ' John') and induction (random words, repeated up to one that came before: what followed it
 rather than a word that followed another one). Per kind: correlation of attribution with what removing does, for whole
-heads and for the strongest features; the faithfulness curve, beside random features, whole heads, and with what SAEs
-leave out gone. Errors are over prompts. Each prompt is saved when it is done: the same command goes on.
+heads and for the strongest features; the faithfulness curve, beside random features, whole heads, with what SAEs leave
+out gone, and with the others at what they are on other text instead of at their mean. Errors are over prompts. Each
+prompt is saved when it is done: the same command goes on.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from tqdm import tqdm
 
 from analysis.prompt.circuit.faithful import COUNTS, curve, kept, ranked
 from analysis.prompt.circuit.nodes import Nodes
+from analysis.prompt.circuit.others import at_mean, resampled
 from analysis.prompt.circuit.target import Number, Target
 from analysis.store import Analysis
 from trainer.checkpoint import Checkpoint
@@ -31,6 +33,14 @@ from trainer.model.frozen import Frozen
 
 HEADS = (0, 1, 3, 10, 30, 100)
 _FEATURES = 20  # of a prompt, that are removed one by one
+_CONTEXTS = 2  # of other text, on which features are what those stand at that are not kept
+_CURVES = {  # by the name of the target with nothing kept
+    "strongest": "none",
+    "random": "none",
+    "without errors": "none without errors",
+    "resampled": "none resampled",
+    "random resampled": "none resampled",
+}
 _NAMES = ["John", "Mary", "Tom", "James", "Sarah", "Anna", "Paul", "Peter", "Mark", "Alice"]
 _PLACES = ["store", "park", "school", "office", "station"]
 _THINGS = ["drink", "book", "letter", "ring", "ball"]
@@ -66,11 +76,15 @@ def of_prompt(lm: Any, saes: dict[int, Any], statistics: dict[str, Any], text: s
     table = number.attribution()
     features, counts = ranked(table)
     strongest = number.removed(features.head(_FEATURES))
-    means, densities = statistics["means"], statistics["densities"]
-    stays, bare = (curve(number, features, counts, means, densities, errors, draws=2) for errors in (True, False))
+    densities, mean = statistics["densities"], [at_mean(nodes, statistics["features"])]
+    elsewhere = resampled(nodes, statistics["contexts"])
+    stays, bare, other = (
+        curve(number, features, counts, stand, densities, errors, draws=2 // len(stand))
+        for stand, errors in ((mean, True), (mean, False), (elsewhere, True))
+    )
     whole, none = number.value(), float(stays["value"].iloc[0])
     order = heads.loc[heads["attribution"].abs().sort_values(ascending=False).index]
-    of_heads = kept(number, [features_of(order.head(n), nodes) for n in HEADS], means).double()
+    of_heads = kept(number, [features_of(order.head(n), nodes) for n in HEADS], mean[0]).double()
     rest = table[(table["position"] > 0)].groupby("kind")["attribution"].agg(lambda values: float(values.abs().sum()))
     return {
         "target": whole,
@@ -85,6 +99,9 @@ def of_prompt(lm: Any, saes: dict[int, Any], statistics: dict[str, Any], text: s
         "whole heads": (of_heads - none).tolist(),
         "without errors": (bare["value"] - bare["value"].iloc[0]).tolist(),
         "none without errors": float(bare["value"].iloc[0]),
+        "resampled": (other["value"] - other["value"].iloc[0]).tolist(),
+        "random resampled": (other["random"] * (whole - other["value"].iloc[0])).tolist(),
+        "none resampled": float(other["value"].iloc[0]),
     }
 
 
@@ -109,8 +126,9 @@ def main() -> None:
     tables = {layer: Analysis(each).features for layer, each in checkpoints.items()}
     saes = {layer: each.sae for layer, each in checkpoints.items()}
     statistics = {
+        "features": tables,
         "densities": {layer: table["density"].to_numpy() for layer, table in tables.items()},
-        "means": {layer: (table["density"] * table["mean_activation"]).to_numpy() for layer, table in tables.items()},
+        "contexts": Analysis(checkpoints[min(checkpoints)]).some_contexts(_CONTEXTS),
     }
     lm = next(iter(checkpoints.values())).open_model("cpu")
     done: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
@@ -135,12 +153,20 @@ def report(kind: str, found: list[dict[str, Any]]) -> None:
     print(f"The same for the {_FEATURES} strongest features: {said([correlation(each['features']) for each in found])}")
     of_errors = [each["attribution"].get("error", 0.0) / sum(each["attribution"].values()) for each in found]
     print(f"Share of |attribution| that errors have: {said(of_errors)}")
-    print("\n| features kept | faithfulness | random ones | without what SAEs leave out |\n|---|---|---|---|")
+    columns = [
+        "features kept",
+        "faithfulness",
+        "random",
+        "without what SAEs leave out",
+        "resampled",
+        "random, resampled",
+    ]
+    print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for place, n in enumerate([*COUNTS, "all that fire"]):
         rows = [each for each in found if isinstance(n, str) or n in each["kept"][:-1]]
         at = -1 if isinstance(n, str) else place
-        columns = [share(rows, name, at) for name in ("strongest", "random", "without errors")]
-        print(f"| {n} | {' | '.join(columns)} |")
+        shares = [share(rows, name, at) for name in _CURVES]
+        print(f"| {n} | {' | '.join(shares)} |")
     print(f"\nFeatures that fire: {said([float(each['firing']) for each in found], 0)}")
     heads_kept = [f"{n} {share(found, 'whole heads', place)}" for place, n in enumerate(HEADS)]
     print(f"Whole heads kept: {'; '.join(heads_kept)}")
@@ -151,7 +177,7 @@ def share(found: list[dict[str, Any]], name: str, place: int) -> str:
 
     A ratio of sums, because some prompts have next to nothing to gain; its error is over prompts.
     """
-    none = "none without errors" if name == "without errors" else "none"
+    none = _CURVES.get(name, "none")
     gained = torch.tensor([each[name][place] for each in found])
     whole = torch.tensor([each["target"] - each[none] for each in found])
     return "{:.2f} ± {:.2f}".format(*(each.item() for each in ratio(gained, whole)))

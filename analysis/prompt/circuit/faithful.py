@@ -1,10 +1,12 @@
-"""How much of a target some features make by themselves: they are kept, and all others stand at their mean.
+"""How much of a target some features make by themselves: they are kept, and all others stand at something else.
 
 After the faithfulness of Marks et al. 2024 (arXiv:2403.19647): (y(kept) - y(none)) / (y(all) - y(none)), where `none`
-has every feature at its mean over a text and `all` is the model as it is. Every layer's SAE takes part at once, and
-features that are kept are computed anew from what is left. What the SAEs do not explain (errors) stays, or goes too.
+has every feature at its mean over a text, or at what it is on another text, and `all` is the model as it is. Every
+layer's SAE takes part at once, and features that are kept are computed anew from what is left. What the SAEs do not
+explain (errors) stays, or goes too.
 """
 
+from bisect import bisect
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -13,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from analysis.prompt.circuit.others import Others
 from analysis.prompt.circuit.target import Number
 from trainer.block_diag import BlockDiagSAE
 
@@ -24,14 +27,14 @@ _TOKENS = 2048  # of one forward
 def kept(
     number: Number,
     sets: Sequence[pd.DataFrame | None],
-    means: Mapping[int, np.ndarray],
+    others: Others,
     errors: bool = True,
 ) -> Float[Tensor, " set"]:
     """The target with only some features as they are.
 
     Args:
         sets: nodes with layer, feature and position: these are kept; None keeps all.
-        means: of the features of each layer that has an SAE: what all others stand at.
+        others: what all that are not kept stand at.
         errors: whether what SAEs do not explain stays as it is in the run, or goes.
     """
     nodes = number.nodes
@@ -42,9 +45,8 @@ def kept(
         edits = []
         for layer in range(number.n_layers):
             if (sae := nodes.saes.get(layer)) is not None:
-                mean = torch.tensor(means[layer]).view(sae.n_blocks, -1).to(sae.W_dec)
                 keep = torch.stack([_mask(each, layer, sae, len(frozen.tokens)) for each in some])
-                edits.append((lm.layer(layer).hook_name, _Replaced(sae, keep.to(lm.device), mean, errors)))
+                edits.append((lm.layer(layer).hook_name, _Replaced(sae, keep.to(lm.device), others[layer], errors)))
         inputs = frozen.tokens[None].expand(len(some), -1)
         got = lm.capture(inputs, [number.hook], edits=edits)[number.hook]
         values.append(number.of(got).cpu())
@@ -55,7 +57,7 @@ def curve(
     number: Number,
     order: pd.DataFrame,
     counts: Sequence[int],
-    means: Mapping[int, np.ndarray],
+    others: Sequence[Others],
     densities: Mapping[int, np.ndarray],
     errors: bool = True,
     draws: int = 5,
@@ -65,13 +67,15 @@ def curve(
 
     Args:
         order: features in the order in which they are kept: layer, feature, position.
+        others: what those that are not kept stand at; of several the target is the mean over them.
         densities: of the features of each layer; as many random ones of the same layer, position and nearly the same
             density are kept instead, `draws` times: `random` is their mean.
     """
     sets = [order.head(n) for n in counts]
     generator = np.random.default_rng(seed)
     drawn = [random_like(each, densities, generator) for each in sets for _ in range(draws)]
-    values = kept(number, [order.head(0), *sets, *drawn], means, errors).double()
+    runs = [kept(number, [order.head(0), *sets, *drawn], each, errors) for each in others]
+    values = torch.stack(runs).double().mean(0)
     whole, none = number.value(), float(values[0])
     share = ((values - none) / (whole - none)).numpy()
     random = share[1 + len(sets) :].reshape(len(sets), draws)
@@ -99,30 +103,37 @@ def random_like(
     """As many other features of the same layers and positions, each once, and among the `near` closest to one in
     density that are left; where none is left, the feature itself."""
     features = chosen["feature"].to_numpy(dtype=int, copy=True)
+    ascending = {layer: np.argsort(density, kind="stable") for layer, density in densities.items()}
     for (layer, _), rows in chosen.groupby(["layer", "position"]).indices.items():
-        density, here = densities[layer], features[rows]
-        taken = np.zeros(len(density), dtype=bool)
-        taken[here] = True
-        for row, feature in zip(rows, here, strict=True):
-            distance = np.where(taken, np.inf, np.abs(density - density[feature]))
-            if left := min(near, int((~taken).sum())):
-                features[row] = generator.choice(np.argpartition(distance, left - 1)[:left])
-                taken[features[row]] = True
+        density, here, order = densities[layer], features[rows], ascending[layer]
+        left = order[~np.isin(order, here)].tolist()
+        known = density[left].tolist()
+        for row, wanted in zip(rows, density[here].tolist(), strict=True):
+            at = bisect(known, wanted)
+            around = range(max(0, at - near), min(at + near, len(known)))
+            nearest = sorted(around, key=lambda i: abs(known[i] - wanted))[:near]
+            if nearest:
+                drawn = nearest[generator.integers(len(nearest))]
+                features[row] = left.pop(drawn)
+                known.pop(drawn)
     return chosen.assign(feature=features)
 
 
 class _Replaced:
-    """z with features that are not kept at their mean."""
+    """z with features that are not kept at something else."""
 
-    def __init__(self, sae: BlockDiagSAE, keep: Tensor, mean: Tensor, errors: bool) -> None:
-        self._sae, self._keep, self._mean, self._errors = sae, keep, mean, errors
+    def __init__(self, sae: BlockDiagSAE, keep: Tensor, others: Tensor, errors: bool) -> None:
+        self._sae, self._keep, self._others, self._errors = sae, keep, others, errors
 
     def __call__(self, z: Float[Tensor, "set pos head d_head"], rows: slice) -> Tensor:
         x = z.to(self._sae.W_dec.dtype)
         f = self._sae.encode(x)
-        new = self._sae.decode(torch.where(self._keep[rows], f, self._mean)).view_as(x)
+        keep = self._keep[rows]
         if self._errors:
-            new = new + x - self._sae.decode(f).view_as(x)
+            change = self._sae.decode(torch.where(keep, 0, self._others - f)) - self._sae.b_dec
+            new = x + change.view_as(x)
+        else:
+            new = self._sae.decode(torch.where(keep, f, self._others)).view_as(x)
         new[:, 0] = x[:, 0]  # BOS is left alone
         return new.to(z.dtype)
 

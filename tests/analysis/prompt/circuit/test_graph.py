@@ -152,7 +152,7 @@ def every_feature(nodes) -> pd.DataFrame:
 
 def test_all_that_is_kept_is_the_model_and_nothing_kept_is_the_mean(random):
     number = Number(random, Target(7, token=30, against=5))
-    means = {layer: torch.rand(sae.d_sae).numpy() for layer, sae in random.saes.items()}
+    means = {layer: torch.rand(1, sae.n_blocks, sae.features_per_block) for layer, sae in random.saes.items()}
     everything = every_feature(random)
     all_kept, as_it_is, none = kept(number, [everything, None, everything.head(0)], means)
     assert float(all_kept) == pytest.approx(number.value(), abs=1e-4) == float(as_it_is)
@@ -161,7 +161,7 @@ def test_all_that_is_kept_is_the_model_and_nothing_kept_is_the_mean(random):
     lm, frozen = random.frozen.lm, random.frozen
     last = everything[(everything["layer"] == 0) & (everything["position"] == 7)].index
     sae, z = random.saes[0], frozen.layers[0].z.clone()
-    change = sae.decode(torch.tensor(means[0]).view(sae.n_blocks, -1)) - sae.decode(sae.encode(z[7]))
+    change = sae.decode(means[0][0]) - sae.decode(sae.encode(z[7]))
     z[7] += change.detach().view_as(z[7])
     edit = ("blocks.0.attn.hook_z", lambda value, rows: z[None][rows])
     got = lm.capture(frozen.tokens[None], [number.hook], edits=[edit])[number.hook]
@@ -173,10 +173,10 @@ def test_all_that_is_kept_is_the_model_and_nothing_kept_is_the_mean(random):
 
 def test_the_curve_ends_at_one_and_random_features_are_like_the_kept_ones(random):
     number = Number(random, Target(7, token=30, against=5))
-    means = {layer: np.zeros(sae.d_sae) for layer, sae in random.saes.items()}
+    means = {layer: torch.zeros(1, sae.n_blocks, sae.features_per_block) for layer, sae in random.saes.items()}
     densities = {layer: np.linspace(0, 1, sae.d_sae) for layer, sae in random.saes.items()}
     everything = every_feature(random)
-    found = curve(number, everything, [0, 40, len(everything)], means, densities, draws=2)
+    found = curve(number, everything, [0, 40, len(everything)], [means], densities, draws=2)
     assert found["faithfulness"].tolist()[0] == pytest.approx(0, abs=1e-6)
     assert found["faithfulness"].tolist()[-1] == pytest.approx(1, abs=1e-3)
     some = everything[(everything["layer"] == 1) & (everything["position"] == 3)].iloc[10:20]
