@@ -4,6 +4,7 @@ import streamlit as st
 
 from pages.sections import circuit as sections
 from pages.sections import circuit_choices as choices
+from pages.sections.circuit_faithful import faithfulness
 from pages.shared import circuits
 from pages.shared.page import begin
 from pages.shared.pick import pick_prompt, readable, show_example
@@ -24,4 +25,4 @@ with right:
 show_example(prompt, choices.TOUR, choices.TOUR_OF)
 circuit = circuits.traced(of_set, prompt, target, *size)
 sections.show(of_set, circuit, choices.token_labels(nodes))
-sections.faithfulness(of_set, prompt, target)
+faithfulness(of_set, prompt, target)

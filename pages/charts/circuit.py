@@ -14,11 +14,13 @@ _SHAPES = {
     "error": "cross", "bias": "diamond", "output bias": "triangle-down", "mlp": "square",
     "embedding": "triangle-up", "key bias": "triangle-left", "query bias": "triangle-right",
 }  # fmt: skip
-_SPREAD = 0.72  # of a token's place that its nodes take
+_EMPTY = 0.6  # width of a token without nodes, of a node's
 
 
-def placed(nodes: pd.DataFrame) -> pd.DataFrame:
-    """x and y of every node: its token and layer, those of one place side by side; the embedding below, an MLP above.
+def placed(nodes: pd.DataFrame, n_tokens: int) -> tuple[pd.DataFrame, list[float]]:
+    """x and y of every node, and x of every token, as wide as the most nodes that stand side by side there.
+
+    y is the layer; the embedding is below, an MLP above its layer.
 
     Args:
         nodes: kind, layer, position.
@@ -26,38 +28,44 @@ def placed(nodes: pd.DataFrame) -> pd.DataFrame:
     y = nodes["layer"] + nodes["kind"].map({"mlp": 0.5}).fillna(0.0)
     place = pd.DataFrame({"position": nodes["position"], "y": y})
     rank, size = place.groupby(["position", "y"]).cumcount(), place.groupby(["position", "y"])["y"].transform("size")
-    x = nodes["position"] + _SPREAD * ((rank + 0.5) / size - 0.5)
-    return nodes.assign(x=x, y=y)
+    width = size.groupby(nodes["position"]).max().reindex(range(n_tokens), fill_value=_EMPTY)
+    middle = width.cumsum() - width / 2
+    x = nodes["position"].map(middle) + rank + 0.5 - size / 2
+    return nodes.assign(x=x, y=y), middle.tolist()
 
 
-def graph(nodes: pd.DataFrame, edges: pd.DataFrame, tokens: list[str], top: int) -> alt.LayerChart:
-    """Tokens across, layers up; a click selects a node by what it `opens`.
+def graph(nodes: pd.DataFrame, edges: pd.DataFrame, tokens: dict[float, str], top: int) -> alt.LayerChart:
+    """Tokens across, layers up; a click selects a node by what it `opens`, an edge by its `name`.
 
     Args:
+        tokens: by their x.
         nodes: `placed`, with what, token, kind, size, attribution, activation, words, opens, marked, label.
-        edges: x, y, x2, y2, by, value, strength in 0..1, edge.
+        edges: x, y, x2, y2, by, value, strength in 0..1, edge, name, marked.
         top: the layer above all, where the target stands.
     """
+    labels = json.dumps({f"{x:.2f}": token for x, token in tokens.items()})
     axis = alt.Axis(
-        values=list(range(len(tokens))), labelExpr=f"{json.dumps(tokens)}[datum.value]", labelAngle=-60, labelLimit=90,
+        values=list(tokens), labelExpr=f"{labels}[format(datum.value, '.2f')]", labelAngle=-60, labelLimit=90,
         grid=False, ticks=False, labelOverlap=False, domain=False,
     )  # fmt: skip
-    x = alt.X("x:Q", title=None, axis=axis, scale=alt.Scale(domain=[-0.5, len(tokens) - 0.5], nice=False))
+    x = alt.X("x:Q", title=None, axis=axis, scale=alt.Scale(domain=[0, max(tokens) + 0.5], nice=False))
     y = alt.Y(
         "y:Q", title="Layer", scale=alt.Scale(domain=[-1.6, top + 0.4], nice=False),
         axis=alt.Axis(tickMinStep=1, format="d", grid=True, gridOpacity=0.15),
     )  # fmt: skip
     kinds = list(_STROKES)
-    lines = alt.Chart(edges).mark_rule().encode(
-        x=x, y=y, x2="x2:Q", y2="y2:Q",
+    of_edges = alt.Chart(edges).encode(x=x, y=y, x2="x2:Q", y2="y2:Q")
+    lines = of_edges.mark_rule().encode(
         color=alt.Color("by:N", title="Edges", scale=alt.Scale(domain=kinds, range=[_COLOURS[by] for by in kinds])),
         strokeDash=alt.StrokeDash(
             "by:N", title="Edges", scale=alt.Scale(domain=kinds, range=[_STROKES[by] for by in kinds])
         ),
         strokeWidth=alt.StrokeWidth("strength:Q", scale=alt.Scale(domain=[0, 1], range=[0.6, 4]), legend=None),
         opacity=alt.Opacity("strength:Q", scale=alt.Scale(domain=[0, 1], range=[0.35, 0.95]), legend=None),
-        tooltip=tips("edge", "by", value=".3g"),
     )  # fmt: skip
+    marked = of_edges.transform_filter(alt.FieldEqualPredicate(True, "marked")).mark_rule(color=PALETTE[4], size=5)
+    on_edge = alt.selection_point(name="edge", fields=["name"])
+    broad = of_edges.mark_rule(size=9, opacity=0.001, cursor="pointer").encode(tooltip=tips("edge", "by", value=".3g"))
     base = alt.Chart(nodes).encode(x=x, y=y)
     of_head = alt.FieldOneOfPredicate("kind", ["feature", "group"])
     points = base.mark_point(filled=True, opacity=1, cursor="pointer").encode(
@@ -71,15 +79,14 @@ def graph(nodes: pd.DataFrame, edges: pd.DataFrame, tokens: list[str], top: int)
     ring = base.transform_filter(alt.FieldEqualPredicate(True, "marked")).mark_point(
         size=420, color=PALETTE[4], strokeWidth=2.5
     )
-    return alt.layer(lines, points.add_params(click), ring, names.encode(text="label:N")).properties(
-        height=max(320, 22 * (top + 2))
-    )
+    layers = marked, lines, broad.add_params(on_edge), points.add_params(click), ring, names.encode(text="label:N")
+    return alt.layer(*layers).properties(height=max(320, 22 * (top + 2)))
 
 
-def clicked(selection: dict) -> str | None:
-    """What the node that was clicked opens; None where the click was beside all of them."""
-    points = selection.get("node") or []
-    return str(points[0]["opens"]) if points else None
+def clicked(selection: dict, what: str, field: str) -> str | None:
+    """A field of the node or edge that was clicked; None where the click was beside all of them."""
+    points = selection.get(what) or [{}]
+    return points[0].get(field)  # the one is told of a click on the other, too
 
 
 def faithfulness(curve: pd.DataFrame) -> alt.LayerChart:

@@ -10,9 +10,10 @@ from analysis.prompt.circuit.nodes import Nodes
 from analysis.prompt.circuit.target import Target
 from analysis.runs.sets import LayerSet, layer_sets
 from analysis.tokens import in_text, labels
+from pages.components.listing import listing
 from pages.shared import circuits
 from pages.shared.page import plain
-from pages.shared.pick import EXAMPLES, Example, choose, select
+from pages.shared.pick import EXAMPLES, Example, choose, drop, put, select
 from trainer.checkpoint import Checkpoint
 
 _PREDICTION = "a prediction"
@@ -104,8 +105,16 @@ def pick_target(nodes: Nodes) -> Target:
     predicted = circuits.predictions(nodes, at)
     names = {f"{row.token} {row.probability:.0%} ({row.id})": int(row.id) for row in predicted.itertuples()}
     token = _pick_token(nodes, a, "Why", list(names), "next")
+
+    def clicked(predicted: int) -> None:
+        put("next", next(name for name, each in names.items() if each == predicted))
+        if _token_of(nodes.frozen.lm, st.session_state.get("against") or "") == predicted:
+            drop(["against"])
+
     others = [name for name, each in names.items() if each != token]
     against = _pick_token(nodes, b, "rather than", [*others, _NOTHING, _LOG], "against")
+    likely = predicted.rename(columns={"token": "next token"})
+    listing(likely, "id", token, clicked, "predictions", height=150, id=None)
     if isinstance(against, int) and against != token:
         return Target(at, token, against)
     return Target(at, token, log_probability=against == _LOG)
@@ -117,14 +126,20 @@ def _pick_token(nodes: Nodes, column: Any, label: str, options: list[str], key: 
     chosen = select(column, label, options, key, typed=True, help=help)
     if chosen in (_NOTHING, _LOG):
         return chosen
-    lm = nodes.frozen.lm
+    if (token := _token_of(nodes.frozen.lm, chosen)) is not None:
+        return token
+    column.warning(f"{plain(chosen[:40])} is no single token of the model: {plain(options[0])} is taken.")
+    return int(_ID.search(options[0])[1])  # type: ignore[index]
+
+
+def _token_of(lm: Any, chosen: str) -> int | None:
+    """Of an option, or of what was typed; None where that is no single token."""
     if (of_option := _ID.search(chosen)) and int(of_option[1]) < lm.d_vocab:  # also one of another token's list
         return int(of_option[1])
     for text in (f" {chosen.strip()}", chosen):
         with suppress(ValueError):
-            return lm.single_token(text)
-    column.warning(f"{plain(chosen[:40])} is no single token of the model: {plain(options[0])} is taken.")
-    return int(_ID.search(options[0])[1])  # type: ignore[index]
+            return int(lm.single_token(text))
+    return None
 
 
 def pick_size(target: Target) -> Size:

@@ -6,6 +6,7 @@ import streamlit as st
 from analysis.prompt.circuit.faithful import curve, ranked
 from analysis.prompt.circuit.graph import Circuit, trace
 from analysis.prompt.circuit.nodes import Nodes
+from analysis.prompt.circuit.others import at_mean, resampled
 from analysis.prompt.circuit.target import Number, Target
 from analysis.runs.sets import LayerSet
 from analysis.tokens import visible
@@ -14,6 +15,7 @@ from pages.shared.page import sentences
 from trainer.checkpoint import CheckpointError
 
 _PREDICTIONS = 10  # next tokens offered as targets
+_CONTEXTS = 4  # of other text, on which features are resampled
 
 
 @st.cache_resource(max_entries=3, **live.PER_MODEL)
@@ -27,7 +29,7 @@ def _of_target(of_set: LayerSet, prompt: str, target: Target, *size: float) -> l
 
 
 @st.cache_resource(max_entries=32, **live.PER_MODEL)
-def _of_curve(of_set: LayerSet, prompt: str, target: Target, errors: bool) -> list[pd.DataFrame]:
+def _of_curve(of_set: LayerSet, prompt: str, target: Target, *choices: bool) -> list[pd.DataFrame]:
     return []
 
 
@@ -70,23 +72,25 @@ def traced(of_set: LayerSet, prompt: str, target: Target, *size: float) -> Circu
 
 
 @sentences(live.FORESEEN)
-def faithfulness(of_set: LayerSet, prompt: str, target: Target, errors: bool) -> pd.DataFrame | None:
+def faithfulness(of_set: LayerSet, prompt: str, target: Target, errors: bool, elsewhere: bool) -> pd.DataFrame | None:
     """How much of the target its strongest features make (`faithful.curve`); None where a layer has no analysis.
 
-    Features stand at their mean over the text that was analysed.
+    Args:
+        errors: whether what SAEs leave out stays.
+        elsewhere: whether the other features are what they are on other text that was analysed, or at their mean there.
     """
-    means, densities = {}, {}
     try:
-        for layer, checkpoint in of_set.members.items():
-            features = live.read_analysis(checkpoint).features
-            densities[layer] = features["density"].to_numpy()
-            means[layer] = (features["density"] * features["mean_activation"]).to_numpy()
+        analyses = {layer: live.read_analysis(checkpoint) for layer, checkpoint in of_set.members.items()}
+        features = {layer: each.features for layer, each in analyses.items()}
+        contexts = next(iter(analyses.values())).some_contexts(_CONTEXTS) if elsewhere else []
     except CheckpointError:
         return None
     nodes = run(of_set, prompt)
 
     def compute() -> pd.DataFrame:
         number = Number(nodes, target)
-        return curve(number, *ranked(number.attribution()), means, densities, errors, draws=2)
+        others = resampled(nodes, contexts) if elsewhere else [at_mean(nodes, features)]
+        densities = {layer: table["density"].to_numpy() for layer, table in features.items()}
+        return curve(number, *ranked(number.attribution()), others, densities, errors, draws=2)
 
-    return live.in_turn(_of_curve(of_set, prompt, target, errors), "Keeping features", compute)
+    return live.in_turn(_of_curve(of_set, prompt, target, errors, elsewhere), "Keeping features", compute)

@@ -233,8 +233,13 @@ def pick_prompt(
         for name, example in tour.items():
             key, said = f"example_{name}", example.prompt
             st.button(name, key=key, on_click=another, args=(example,), help=said, type="tertiary")
-    first = next(iter(tour.values())).prompt
-    return column.text_area("Prompt", first, key="prompt", bind="query-params", height=68, on_change=another)
+    first = next(iter(tour.values()))
+    prompt = column.text_area("Prompt", first.prompt, key="prompt", bind="query-params", height=68, on_change=another)
+    if prompt == first.prompt:  # the page opens as the tour does
+        for key, value in first.chosen.items():
+            if key not in st.session_state and key not in st.query_params:
+                st.session_state[key] = value
+    return prompt
 
 
 def show_example(prompt: str, tour: dict[str, Example] = EXAMPLES, of: str = "batchtopk-x8-k32") -> None:

@@ -331,6 +331,16 @@ def test_a_circuit_from_the_tour_to_a_feature_as_target(visitor):
     visitor.open("circuit")
     page.get_by_text("The target is").wait_for()
     visitor.idle()
+    page.get_by_text("18.6 at the last token: it reads ' mat'").wait_for()  # the page opens as the tour does
+    of_edge = page.locator("[aria-label*='edge: 16.0 at the source makes it look there: 18.6']").first
+    x, y, width, height = of_edge.bounding_box().values()
+    page.mouse.click(x + width / 2, y + height / 2)
+    visitor.addressed(edge="16.0 at 6")
+    page.get_by_text("the score above its row's mean, by what is at the key").wait_for()
+    visitor.idle()
+    page.locator(".rows").first.locator("tbody tr[aria-selected]", has_text="cat").click()  # of the predictions
+    visitor.addressed(next="\u00b7cat")
+    visitor.idle()
     page.get_by_role("button", name="Agreement", exact=True).click()
     visitor.addressed(prompt="The keys", next="are", against="is")
     page.get_by_text("Without it the target, 1.2, is below 0").wait_for()

@@ -7,6 +7,7 @@ import pyarrow.ipc
 import pytest
 
 from analysis.__main__ import main as analyse
+from pages.charts import circuit as charts
 from pages.sections.circuit_choices import TOUR
 from tests.helpers import listed, open_page, said
 
@@ -49,6 +50,8 @@ def test_the_circuit_of_the_likeliest_token(folder):
     assert features["attribution"].abs().dropna().is_monotonic_decreasing
     assert features.index[0] == nodes.index[0]
     assert "The target is" in said(app)
+    predictions = listed(app, "predictions")
+    assert len(predictions) == 10 and predictions["probability"].is_monotonic_decreasing
     assert [each.proto.label for each in app.get("download_button")] == ["The circuit as JSON"]
 
 
@@ -76,11 +79,15 @@ def test_sliders_make_it_smaller_and_a_prompt_of_ones_own_begins_anew(folder):
     assert not app.exception and not app.error and len(listed(app, "nodes"))
 
 
-def drawn(app) -> list[dict]:
-    """Nodes of the graph as the chart has them."""
-    chart = app.get("vega_lite_chart")[0].proto
+def table_with(app, column: str, place: int = 0) -> list[dict]:
+    """Nodes or edges of the graph, or another chart's rows, as it has them."""
+    chart = app.get("vega_lite_chart")[place].proto
     tables = [pyarrow.ipc.open_stream(each.data.data).read_pandas() for each in chart.datasets]
-    return next(table for table in tables if "opens" in table).to_dict("records")
+    return next(table for table in tables if column in table).to_dict("records")
+
+
+def drawn(app) -> list[dict]:
+    return table_with(app, "opens")
 
 
 def test_heads_are_nodes_and_the_one_that_is_looked_into_is_open(folder):
@@ -101,6 +108,33 @@ def test_heads_are_nodes_and_the_one_that_is_looked_into_is_open(folder):
         and other["what"] == {row["what"].split(" ")[0] for row in drawn(app) if row["kind"] == "feature"}.pop()
     )
     assert len(features) >= len(still)
+
+
+def test_an_edge_says_what_it_sums(folder):
+    app = open_page(PAGE, prompt="of the and of the", features=40)
+    assert not app.exception and not app.error
+    lines, sums = table_with(app, "whole"), []
+    several = {f"{row['what']} at {row['token']}" for row in drawn(app) if ";" in row["words"]}
+    between = next(
+        line for line in lines if line["by"] == "attribution" and line["name"].split(" \u2192")[0] in several
+    )
+    for line in (between, *(next(line for line in lines if line["by"] == by) for by in ("OV", "K"))):
+        app.selectbox(key="edge").select(line["name"]).run()
+        assert not app.exception and not app.error
+        value, whole = map(float, re.search(r"(\S+) of (\S+): ", "".join(each.value for each in app.text)).groups())
+        assert (value, whole) == pytest.approx((line["value"], line["whole"]), abs=6e-4)
+        assert [each["name"] for each in table_with(app, "whole") if each["marked"]] == [line["name"]]
+        members = [each.value for each in app.dataframe if {"written by", "read by"} <= set(each.value)]
+        sums += [(float(each["value"].sum()), value) for each in members]
+    assert sums and [each for each, _ in sums] == pytest.approx([value for _, value in sums], abs=2e-3)
+    app.text_area(key="prompt").set_value("and and the of").run()
+    assert app.selectbox(key="edge").value == "none" and not app.error
+
+
+def test_a_click_tells_of_one_thing():
+    edge = {"edge": [{"name": "a"}], "node": [{"name": "a"}]}  # as a browser has it: every selection hears of it
+    assert (charts.clicked(edge, "edge", "name"), charts.clicked(edge, "node", "opens")) == ("a", None)
+    assert charts.clicked({}, "node", "opens") is charts.clicked({"node": []}, "node", "opens") is None
 
 
 def test_nodes_are_grouped_by_hand_under_a_name(folder):
@@ -152,8 +186,15 @@ def test_the_curve_is_drawn_where_it_is_asked_for(folder):
     app.toggle(key="curve").set_value(True).run()
     assert not app.exception and not app.error
     assert len(app.get("vega_lite_chart")) == 2
+    of_means = table_with(app, "share", 1)
     app.toggle(key="errors").set_value(False).run()
     assert not app.exception and not app.error
+    app.toggle(key="errors").set_value(True).run()
+    app.button_group(key="others").set_value("what they are on other text").run()
+    assert not app.exception and not app.error
+    assert [row["share"] for row in of_means] != [row["share"] for row in table_with(app, "share", 1)]
+    app.text_area(key="prompt").set_value("of the and " * 20).run()
+    assert not app.exception and "a context of other text 32" in app.error[0].value
 
 
 def test_a_layer_without_an_analysis_says_so_instead_of_the_curve(folder):
@@ -194,7 +235,7 @@ def test_any_token_can_be_typed(folder):
 
 @pytest.mark.parametrize("value", ["9" * 30, "-1", "", "<img src=x onerror=alert(1)>", "a%00b", "nan (99999999)"])
 def test_a_hostile_address_is_a_page(folder, value):
-    keys = "saes at what next against features depth share begin by inside node group0 called0 errors curve"
+    keys = "saes at what next against features depth share begin by inside node group0 called0 errors curve edge others"
     app = open_page(PAGE, prompt="of the and", **dict.fromkeys(keys.split(), value))
     assert not app.exception
 

@@ -66,6 +66,8 @@ class Edge:
     """in units of the target; of the reader's pre-activation; of the score above its row's mean"""
     source: int | None = None
     """of a K or Q edge: the position that the reader's head looks at"""
+    members: list[int] = field(default_factory=list)
+    """from or into a group: indices of the edges that it sums"""
 
 
 @dataclass(frozen=True)

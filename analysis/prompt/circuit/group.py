@@ -57,9 +57,9 @@ def grouped(circuit: Circuit, groups: Sequence[Group]) -> Circuit:
         new.append(len(nodes))
         nodes.append(node)
 
-    summed: dict[tuple, float] = {}
+    members: dict[tuple, list[int]] = {}
     counted: set[tuple] = set()
-    for edge in circuit.edges:
+    for place, edge in enumerate(circuit.edges):
         writer = None if edge.writer is None else new[edge.writer]
         reader = None if edge.reader is None else new[edge.reader]
         if edge.reader is not None and edge.by in ("K", "Q"):
@@ -68,9 +68,12 @@ def grouped(circuit: Circuit, groups: Sequence[Group]) -> Circuit:
             if score in counted:
                 continue
             counted.add(score)
-        key = (writer, reader, edge.by, edge.source)
-        summed[key] = summed.get(key, 0.0) + edge.value
-    edges = [Edge(writer, reader, by, value, source) for (writer, reader, by, source), value in summed.items()]
+        members.setdefault((writer, reader, edge.by, edge.source), []).append(place)
+    edges = []
+    for (writer, reader, by, source), places in members.items():
+        value = sum(circuit.edges[place].value for place in places)
+        of_group = any(end is not None and nodes[end].members for end in (writer, reader))
+        edges.append(Edge(writer, reader, by, value, source, places if of_group else []))
     return replace(circuit, nodes=nodes, edges=edges)
 
 

@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from analysis.prompt.circuit.nodes import Nodes
@@ -28,7 +29,7 @@ def at_mean(nodes: Nodes, features: Mapping[int, pd.DataFrame]) -> Others:
 
 
 @torch.no_grad()
-def resampled(nodes: Nodes, contexts: Sequence[Sequence[int]]) -> list[Others]:
+def resampled(nodes: Nodes, contexts: Sequence[Int[np.ndarray, " pos"]]) -> list[Others]:
     """What they are at the same positions of each of some other contexts, in runs of the model as it is.
 
     Args:
@@ -40,7 +41,7 @@ def resampled(nodes: Nodes, contexts: Sequence[Sequence[int]]) -> list[Others]:
     lm, length = nodes.frozen.lm, len(nodes.frozen.tokens)
     shortest = min(map(len, contexts))
     require(shortest >= length, f"the prompt has {length} tokens, a context of other text {shortest}")
-    tokens = torch.tensor([list(context[:length]) for context in contexts])
+    tokens = torch.tensor(np.stack([context[:length] for context in contexts])).long()
     names = {layer: lm.layer(layer).hook_name for layer in nodes.saes}
     z = lm.capture(tokens, list(names.values()))
     of_layers = {layer: sae.encode(z[names[layer]].to(sae.W_dec.dtype)) for layer, sae in nodes.saes.items()}

@@ -10,6 +10,7 @@ from analysis.prompt.circuit.faithful import curve, kept, random_like
 from analysis.prompt.circuit.graph import Circuit, trace
 from analysis.prompt.circuit.looks import at_key
 from analysis.prompt.circuit.nodes import Nodes
+from analysis.prompt.circuit.others import resampled
 from analysis.prompt.circuit.reads import upstream
 from analysis.prompt.circuit.target import Number, Target
 from tests.helpers import edit_json, planted
@@ -169,6 +170,20 @@ def test_all_that_is_kept_is_the_model_and_nothing_kept_is_the_mean(random):
     assert float(without) == pytest.approx(float(number.of(got)), abs=1e-4)
     (spliced,) = kept(number, [None], means, errors=False)
     assert float(spliced) != pytest.approx(number.value(), abs=1e-3)
+
+
+def test_features_resampled_on_the_prompt_itself_change_nothing(random):
+    number = Number(random, Target(7, token=30, against=5))
+    tokens, nothing = random.frozen.tokens.tolist(), every_feature(random).head(0)
+    itself, other = resampled(random, [np.array([*tokens, 3]), np.array([tokens[0], *reversed(tokens[1:]), 3])])
+    assert float(kept(number, [nothing], itself)) == pytest.approx(number.value(), abs=1e-4)
+    assert float(kept(number, [nothing], other)) != pytest.approx(number.value(), abs=1e-3)
+    densities = {layer: np.zeros(sae.d_sae) for layer, sae in random.saes.items()}
+    found = curve(number, every_feature(random), [0], [itself, other], densities, draws=1)
+    both = [float(kept(number, [nothing], each)) for each in (itself, other)]
+    assert found["value"].tolist() == pytest.approx([sum(both) / 2], abs=1e-4)
+    with pytest.raises(ValueError, match="the prompt has 8 tokens, a context of other text 5"):
+        resampled(random, [np.array(tokens[:5])])
 
 
 def test_the_curve_ends_at_one_and_random_features_are_like_the_kept_ones(random):
