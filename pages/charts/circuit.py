@@ -91,17 +91,18 @@ def clicked(selection: dict, what: str, field: str) -> str | None:
 
 def faithfulness(curve: pd.DataFrame) -> alt.LayerChart:
     """Share of the target against the number of features kept, beside random features with its error."""
+    strongest, random = which = ["the strongest", "random ones as frequent"]
     frame = pd.concat(
         [
-            curve[["kept"]].assign(which="the strongest", share=curve["faithfulness"], se=0.0),
-            curve[["kept"]].assign(which="random ones as frequent", share=curve["random"], se=curve["random_se"]),
+            curve[["kept"]].assign(which=strongest, share=curve["faithfulness"], se=0.0),
+            curve[["kept"]].assign(which=random, share=curve["random"], se=curve["random_se"]),
         ]
     )
     frame["low"], frame["high"] = frame["share"] - frame["se"], frame["share"] + frame["se"]
-    scale = alt.Scale(type="symlog", constant=1)
+    axis = alt.Axis(values=curve["kept"].tolist(), format=",d", grid=False)
     base = alt.Chart(frame).encode(
-        x=alt.X("kept:Q", title="Features kept", scale=scale),
-        color=alt.Color("which:N", title=None, scale=alt.Scale(range=[PALETTE[0], GREY])),
+        x=alt.X("kept:Q", title="Features kept", scale=alt.Scale(type="symlog", constant=1), axis=axis),
+        color=alt.Color("which:N", title=None, scale=alt.Scale(domain=which, range=[PALETTE[0], GREY])),
     )
     line = base.mark_line(point=True).encode(
         y=alt.Y("share:Q", title="Share of the target"), tooltip=tips("which", kept=",", share=".3f", se=".3f")

@@ -10,7 +10,7 @@ from analysis.prompt.circuit.graph import Circuit, Edge
 from analysis.runs.sets import LayerSet
 from pages.charts import circuit as charts
 from pages.components.listing import listing
-from pages.sections.circuit_drawn import drawn_edges, drawn_nodes, node_table, top
+from pages.sections.circuit_drawn import drawn_edges, drawn_nodes, node_table, strongest, top
 from pages.shared.columns import draw_table
 from pages.shared.page import feature_link
 from pages.shared.pick import choose, drop, put, select
@@ -27,6 +27,10 @@ _WHOLE = {
     "K": "the score above its row's mean, by what is at the key",
     "Q": "the score above its row's mean, by what is at the query",
 }
+_LINKS = {
+    "reads": "the node of which it reads most, where it has edges",
+    "because": "the node that does most for its head to look where it reads most, by key or query",
+}
 _FIGURES = {
     "attribution": "what it adds to the target at first order, over all paths",
     "effect": "what the target loses in a run without it",
@@ -35,7 +39,7 @@ _FIGURES = {
 
 
 def show(of_set: LayerSet, circuit: Circuit, tokens: list[str]) -> None:
-    """The graph, then all nodes as a table beside one of them and an edge."""
+    """The graph, an edge of it, all nodes as a table, and one of them."""
     if not circuit.nodes:
         st.info(f"The target is {circuit.value:.3f}, but no feature of a layer before it fires there.")
         return
@@ -46,15 +50,15 @@ def show(of_set: LayerSet, circuit: Circuit, tokens: list[str]) -> None:
         by_hand = _pick_groups(nodes)
     if len(tokens) > _WIDEST:
         st.caption(f"{len(tokens)} tokens do not fit side by side: the table below says the same in words.")
-    graph, of_edge = st.container(), st.container()  # above the box that says which node is marked
-    left, right = st.columns([3, 2])
-    with right:
-        chosen = int(nodes.index[nodes["name"] == select(st, "Node", nodes["name"].tolist(), "node")][0])
-        _one(of_set, circuit, nodes, chosen)
-    with left:
-        rows = nodes.reset_index()[["node", "what", "at", "attribution", "effect", "direct", "words"]]
+    graph, of_edge, table = st.container(), st.container(), st.container()  # above the box that says which is marked
+    chosen = int(nodes.index[nodes["name"] == select(st, "Node", nodes["name"].tolist(), "node")][0])
+    _one(of_set, circuit, nodes, chosen)
+    with table:
+        rows = nodes.assign(**strongest(circuit, nodes)).reset_index()
+        rows = rows[["node", "what", "at", "attribution", "effect", "direct", *_LINKS, "words"]]
         settings = {name: st.column_config.NumberColumn(format="%.3f", help=text) for name, text in _FIGURES.items()}
-        listing(rows, "node", chosen, partial(_pick, nodes), "nodes", height=480, node=None, **settings)
+        settings |= {name: st.column_config.TextColumn(name, help=text) for name, text in _LINKS.items()}
+        listing(rows, "node", chosen, partial(_pick, nodes), "nodes", height=400, node=None, **settings)
     closed: list[group.Group] = []
     if inside == _HEADS:  # all but the one that is looked into
         closed = [each for each in group.heads(circuit) if chosen not in each.members] + group.mlps(circuit)
@@ -118,15 +122,19 @@ def _one(of_set: LayerSet, circuit: Circuit, nodes: pd.DataFrame, chosen: int) -
             if node.layer > 0:
                 its = nodes.loc[chosen, ["what", "at"]].tolist()
                 st.button("Explain it instead", on_click=_explain, args=its, type="tertiary")
-    for title, end, edges in (
-        ("It reads, and looks there because of", "writer", [e for e in circuit.edges if e.reader == chosen]),
-        ("It goes into", "reader", [e for e in circuit.edges if e.writer == chosen]),
+    for column, title, end, edges in zip(
+        st.columns(2),
+        ("It reads, and looks there because of", "It goes into"),
+        ("writer", "reader"),
+        ([e for e in circuit.edges if e.reader == chosen], [e for e in circuit.edges if e.writer == chosen]),
+        strict=True,
     ):
         if edges:
-            st.caption(title)
-            frame = _ends(edges, nodes, end)
-            digits = st.column_config.NumberColumn(format="%.3f")
-            draw_table(frame, {"value": digits}, height=min(260, 40 + 35 * len(frame)))
+            with column:
+                st.caption(title)
+                frame = _ends(edges, nodes, end)
+                digits = st.column_config.NumberColumn(format="%.3f")
+                draw_table(frame, {"value": digits}, height=min(260, 40 + 35 * len(frame)))
 
 
 def _edge(circuit: Circuit, edge: Edge, whole: float, nodes: pd.DataFrame) -> None:

@@ -37,6 +37,17 @@ def node_table(of_set: LayerSet, circuit: Circuit, tokens: list[str]) -> pd.Data
     return table.loc[order].rename_axis("node")
 
 
+def strongest(circuit: Circuit, nodes: pd.DataFrame) -> dict[str, list[str]]:
+    """Of every node what it `reads` most, and what does most for that (`because`); "" where it has no such edges."""
+    best: dict[tuple, Edge] = {}
+    for edge in circuit.edges:
+        if edge.writer is not None and edge.by != "attribution":
+            key = edge.reader, "reads" if edge.by == "OV" else "because"
+            best[key] = max(best.get(key, edge), edge, key=lambda each: abs(each.value))
+    names = {key: nodes.loc[edge.writer, "name"] for key, edge in best.items()}
+    return {name: [names.get((node, name), "") for node in nodes.index] for name in ("reads", "because")}
+
+
 def what(node: Node) -> str:
     """As a node is called, without its token."""
     if node.kind == "feature":

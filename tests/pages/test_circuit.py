@@ -49,6 +49,8 @@ def test_the_circuit_of_the_likeliest_token(folder):
     assert len(features) and features["effect"].notna().any()
     assert features["attribution"].abs().dropna().is_monotonic_decreasing
     assert features.index[0] == nodes.index[0]
+    names = {f"{row['what']} at {row['at']}" for _, row in nodes.iterrows()}
+    assert features["reads"].iloc[0] in names and set(nodes["reads"]) | set(nodes["because"]) <= names | {""}
     assert "The target is" in said(app)
     predictions = listed(app, "predictions")
     assert len(predictions) == 10 and predictions["probability"].is_monotonic_decreasing
