@@ -47,6 +47,7 @@ bench: $(VENV)/test.stamp
 	$(BIN)/python -m benchmarks.circuit_time checkpoints/*-x4-k32
 	$(BIN)/python -m benchmarks.results_table checkpoints docs/frontier --names '*-L17-*-x8-*' '*-dense-*' --frontier '*-batchtopk-x8-k*'
 	$(BIN)/python -m benchmarks.app
+	$(BIN)/python -m benchmarks.beside
 
 format: $(VENV)/test.stamp
 	$(BIN)/ruff check --fix .

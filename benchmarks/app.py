@@ -11,7 +11,8 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -151,6 +152,16 @@ def with_a_wide_one(folder: Path) -> None:
     analyse([folder / WIDE], AnalysisConfig(tokens=4000))
 
 
+def choices(page: Page) -> dict[str, Callable[[int], object]]:
+    """What one does on the Prompt page, by name; each takes the number of the round."""
+    return {
+        "the next feature": lambda i: page.keyboard.press("j"),
+        "a token": lambda i: page.locator(".token").nth(5 + i).click(),
+        "a head": lambda i: page.get_by_role("button", name=f"Pattern of head {i}").click(),
+        "what is changed": lambda i: choose(page, "Change", ["the whole layer", "the feature"][i % 2]),
+    }
+
+
 def measure(browser: Browser, server: subprocess.Popen, address: str) -> None:
     page = browser.new_context(viewport={"width": 1280, "height": 1000}).new_page()
     page.set_default_timeout(120_000)
@@ -186,13 +197,7 @@ def measure(browser: Browser, server: subprocess.Popen, address: str) -> None:
         row(f"24,579 features, {name}", [seconds(page, partial(step, i), "Features") for i in range(ROUNDS)])
     page.goto(f"{address}/prompt")
     idle(page)
-    choices = {
-        "the next feature": lambda i: page.keyboard.press("j"),
-        "a token": lambda i: page.locator(".token").nth(5 + i).click(),
-        "a head": lambda i: page.get_by_role("button", name=f"Pattern of head {i}").click(),
-        "what is changed": lambda i: choose(page, "Change", ["the whole layer", "the feature"][i % 2]),
-    }
-    for name, choice in choices.items():
+    for name, choice in choices(page).items():
         row(f"Prompt, {name}", [chosen(page, partial(choice, i)) for i in range(ROUNDS)])
     print(f"| a new prompt of 66 tokens | | {spread(prompts(page, [f'{i} {TEXT * 3}' for i in range(ROUNDS)]))} |")
     print(f"| a new prompt of 1,016 tokens | | {spread(prompts(page, [f'{i} {TEXT * 44}' for i in range(3)]))} |")
@@ -208,12 +213,12 @@ def measure(browser: Browser, server: subprocess.Popen, address: str) -> None:
     )
 
 
-def main() -> None:
-    folder = tempfile.mkdtemp()
-    with_a_wide_one(Path(folder))
+@contextmanager
+def served(folder: Path) -> Iterator[tuple[subprocess.Popen, str, Browser]]:
+    """The app on a folder of checkpoints, its address, and a browser."""
     command = [sys.executable, "-m", "streamlit", "run", "app.py", "--server.headless=true", f"--server.port={PORT}"]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    environment = os.environ | {"ATTN_SAES_CHECKPOINTS": folder}
+    environment = os.environ | {"ATTN_SAES_CHECKPOINTS": str(folder)}
     server = subprocess.Popen(command, cwd=ROOT, env=environment, **quiet)
     address = f"http://localhost:{PORT}"
     try:
@@ -228,11 +233,17 @@ def main() -> None:
                 executable_path=shutil.which("chromium"),
                 args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
             )
-            measure(browser, server, address)
+            yield server, address, browser
             browser.close()
     finally:
         server.terminate()
-        shutil.rmtree(folder)
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        with_a_wide_one(Path(folder))
+        with served(Path(folder)) as (server, address, browser):
+            measure(browser, server, address)
 
 
 if __name__ == "__main__":

@@ -206,7 +206,7 @@ def _of_pre_activations(
 
 
 def top_of_rows(x: Float[Tensor, "*rows n"], k: int) -> tuple[Tensor, Tensor]:
-    """`x.topk(k)`, exactly, at a third of its cost on a CPU.
+    """`x.topk(k)`, exactly, for less than its cost on a CPU.
 
     The k largest lie in the k groups with the largest maxima, so only those groups are searched.
     """

@@ -226,7 +226,7 @@ def test_torch_compile_can_follow_the_whole_step_of_a_gpu():
 
 @pytest.mark.parametrize("n", [12, 64, 512, 1024])
 @pytest.mark.parametrize("k", [1, 4, 12])
-def testtop_of_rows_is_topk(n, k):
+def test_top_of_rows_is_topk(n, k):
     x = torch.randn(2, 9, n)
     value, index = sparse.top_of_rows(x, k)
     assert torch.equal(value, x.topk(k).values) and torch.equal(x.gather(-1, index), value)
