@@ -48,7 +48,7 @@ def graph(nodes: pd.DataFrame, edges: pd.DataFrame, tokens: dict[float, str], to
         values=list(tokens), labelExpr=f"{labels}[format(datum.value, '.2f')]", labelAngle=-60, labelLimit=90,
         grid=False, ticks=False, labelOverlap=False, domain=False,
     )  # fmt: skip
-    x = alt.X("x:Q", title=None, axis=axis, scale=alt.Scale(domain=[0, max(tokens) + 0.5], nice=False))
+    x = alt.X("x:Q", title=None, axis=axis, scale=alt.Scale(domain=[0, max(*tokens, *nodes["x"]) + 0.5], nice=False))
     y = alt.Y(
         "y:Q", title="Layer", scale=alt.Scale(domain=[-1.6, top + 0.4], nice=False),
         axis=alt.Axis(tickMinStep=1, format="d", grid=True, gridOpacity=0.15),

@@ -3,6 +3,7 @@
 import re
 import shutil
 
+import pandas as pd
 import pyarrow.ipc
 import pytest
 
@@ -131,6 +132,21 @@ def test_an_edge_says_what_it_sums(folder):
     assert sums and [each for each, _ in sums] == pytest.approx([value for _, value in sums], abs=2e-3)
     app.text_area(key="prompt").set_value("and and the of").run()
     assert app.selectbox(key="edge").value == "none" and not app.error
+
+
+def test_nodes_that_stand_side_by_side_have_room():
+    nodes = pd.DataFrame({"kind": ["feature"] * 4 + ["mlp"], "layer": [3, 3, 3, 1, 2], "position": [2, 2, 2, 0, 2]})
+    placed, tokens = charts.placed(nodes, 3)
+    assert placed["x"].tolist() == pytest.approx([2.1, 3.1, 4.1, 0.5, 3.1]) and placed["y"].iloc[-1] == 2.5
+    assert tokens == pytest.approx([0.5, 1.3, 3.1])
+    described = placed.assign(
+        what="", token="", words="", opens="", label="", size=1.0, attribution=0.0, activation=0.0, marked=False
+    )
+    edge = {"x": 0.5, "y": 1, "x2": 4.1, "y2": 3, "by": "OV", "value": 1.0, "strength": 1.0}
+    edges = pd.DataFrame([edge | {"edge": "", "name": "", "marked": False}])
+    spec = charts.graph(described, edges, dict(zip(tokens, "abc", strict=True)), 4).to_dict()
+    domains = [layer["encoding"]["x"]["scale"]["domain"] for layer in spec["layer"]]
+    assert domains and all(domain == pytest.approx([0, 4.6]) for domain in domains)
 
 
 def test_a_click_tells_of_one_thing():
