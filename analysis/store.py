@@ -381,7 +381,7 @@ class Analysis:
                 is no certainty. By default what was searched for, else `firings`. Largest first.
 
         Raises:
-            ValueError: a regular expression is none, or there is no such class of tokens.
+            ValueError: a regular expression is none, there is no such class of tokens, or `order` is of another search.
         """
         table = self.features[self.features["firings"] > 0]
         if role:
@@ -416,7 +416,9 @@ class Analysis:
             table = table.assign(examples=found.reindex(table.index, fill_value=0))
             table = table[table["examples"] > 0]
         if by is None:
-            by = table[order or ("examples" if in_examples else "firings")]
+            order = order or ("examples" if in_examples else "firings")
+            require(order in table, f"features are ordered by {order} where that is what was searched for")
+            by = table[order]
         return table.loc[by.reindex(table.index).sort_values(ascending=False, kind="stable", na_position="last").index]
 
     def _ids(self, wanted: Tokens | str) -> list[int]:

@@ -297,6 +297,8 @@ def test_search_ranks_by_what_brute_force_counts(analysed, name, wanted):
     assert analysis.table("tokens")["count"].sum() == analysis.meta["n_tokens"] == len(texts)
     reading = analysis.search(reads=wanted)
     assert len(reading) and (reading["read_hits"] <= reading["dfa_firings"]).all()
+    with pytest.raises(ValueError, match="ordered by recall where that is what was searched for"):
+        analysis.search(reads=wanted, order="recall")
     both = analysis.search(fires_on=wanted, reads=wanted, head=1)
     assert set(both["feature"]) <= set(found["feature"]) & set(reading["feature"])
 
