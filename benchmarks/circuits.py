@@ -78,6 +78,7 @@ def of_prompt(lm: Any, saes: dict[int, Any], statistics: dict[str, Any], text: s
     strongest = number.removed(features.head(_FEATURES))
     densities, mean = statistics["densities"], [at_mean(nodes, statistics["features"])]
     elsewhere = resampled(nodes, statistics["contexts"])
+    # Two runs with random features of each curve, however many things the others stand at.
     stays, bare, other = (
         curve(number, features, counts, stand, densities, errors, draws=2 // len(stand))
         for stand, errors in ((mean, True), (mean, False), (elsewhere, True))
