@@ -54,7 +54,7 @@ def graph(nodes: pd.DataFrame, edges: pd.DataFrame, tokens: dict[float, str], to
         axis=alt.Axis(tickMinStep=1, format="d", grid=True, gridOpacity=0.15),
     )  # fmt: skip
     kinds = list(_STROKES)
-    of_edges = alt.Chart(edges).encode(x=x, y=y, x2="x2:Q", y2="y2:Q")
+    of_edges = alt.Chart(edges).encode(x=x, y=y, x2=alt.X2("x2:Q"), y2=alt.Y2("y2:Q"))
     lines = of_edges.mark_rule().encode(
         color=alt.Color("by:N", title="Edges", scale=alt.Scale(domain=kinds, range=[_COLOURS[by] for by in kinds])),
         strokeDash=alt.StrokeDash(
@@ -79,14 +79,15 @@ def graph(nodes: pd.DataFrame, edges: pd.DataFrame, tokens: dict[float, str], to
     ring = base.transform_filter(alt.FieldEqualPredicate(True, "marked")).mark_point(
         size=420, color=PALETTE[4], strokeWidth=2.5
     )
-    layers = marked, lines, broad.add_params(on_edge), points.add_params(click), ring, names.encode(text="label:N")
+    layers = (
+        marked,
+        lines,
+        broad.add_params(on_edge),
+        points.add_params(click),
+        ring,
+        names.encode(text=alt.Text("label:N")),
+    )
     return alt.layer(*layers).properties(height=max(320, 22 * (top + 2)))
-
-
-def clicked(selection: dict, what: str, field: str) -> str | None:
-    """A field of the node or edge that was clicked; None where the click was beside all of them."""
-    points = selection.get(what) or [{}]
-    return points[0].get(field)  # the one is told of a click on the other, too
 
 
 def faithfulness(curve: pd.DataFrame) -> alt.LayerChart:
@@ -107,4 +108,6 @@ def faithfulness(curve: pd.DataFrame) -> alt.LayerChart:
     line = base.mark_line(point=True).encode(
         y=alt.Y("share:Q", title="Share of the target"), tooltip=tips("which", kept=",", share=".3f", se=".3f")
     )
-    return alt.layer(base.mark_errorbar().encode(y=alt.Y("low:Q", title="Share of the target"), y2="high:Q"), line)
+    return alt.layer(
+        base.mark_errorbar().encode(y=alt.Y("low:Q", title="Share of the target"), y2=alt.Y2("high:Q")), line
+    )

@@ -49,6 +49,17 @@ def tips(*fields: str, **numbers: str) -> list[alt.Tooltip]:
     return [*map(alt.Tooltip, fields), *(alt.Tooltip(f"{name}:Q", format=form) for name, form in numbers.items())]
 
 
+def clicked(selection: dict, what: str, field: str) -> str | None:
+    """A field of the mark that was clicked; None where the click was beside all of them, or on one of another kind.
+
+    Args:
+        selection: of a chart's state; every selection in it hears of each click.
+        what: the name of a selection of points.
+    """
+    points = selection.get(what) or [{}]
+    return points[0].get(field)
+
+
 def slot_bars(frame: pd.DataFrame, bar: alt.Y, title: str, named: list[str]) -> alt.Chart:
     """Bars of shares by source slot, stacked in the order of the slots.
 

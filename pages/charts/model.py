@@ -64,12 +64,6 @@ def scatter(frame: pd.DataFrame, x: str, y: str, chosen: str | None) -> alt.Laye
     return alt.layer(points.add_params(_click()), ring, name, data=data).properties(height=420)
 
 
-def clicked(selection: dict) -> str | None:
-    """The name of the head that was clicked; None where the click was beside all of them."""
-    points = selection.get("head") or []
-    return points[0]["name"] if points else None
-
-
 def _click() -> alt.Parameter:
     return alt.selection_point(name="head", fields=["name"])
 

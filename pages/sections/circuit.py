@@ -9,6 +9,7 @@ from analysis.prompt.circuit import group
 from analysis.prompt.circuit.graph import Circuit, Edge
 from analysis.runs.sets import LayerSet
 from pages.charts import circuit as charts
+from pages.charts.common import clicked
 from pages.components.listing import listing
 from pages.sections.circuit_drawn import drawn_edges, drawn_nodes, node_table, strongest, top
 from pages.shared.columns import draw_table
@@ -122,19 +123,15 @@ def _one(of_set: LayerSet, circuit: Circuit, nodes: pd.DataFrame, chosen: int) -
             if node.layer > 0:
                 its = nodes.loc[chosen, ["what", "at"]].tolist()
                 st.button("Explain it instead", on_click=_explain, args=its, type="tertiary")
-    for column, title, end, edges in zip(
-        st.columns(2),
-        ("It reads, and looks there because of", "It goes into"),
-        ("writer", "reader"),
-        ([e for e in circuit.edges if e.reader == chosen], [e for e in circuit.edges if e.writer == chosen]),
-        strict=True,
+    into, out = st.columns(2)
+    for column, title, end, edges in (
+        (into, "It reads, and looks there because of", "writer", [e for e in circuit.edges if e.reader == chosen]),
+        (out, "It goes into", "reader", [e for e in circuit.edges if e.writer == chosen]),
     ):
         if edges:
             with column:
                 st.caption(title)
-                frame = _ends(edges, nodes, end)
-                digits = st.column_config.NumberColumn(format="%.3f")
-                draw_table(frame, {"value": digits}, height=min(260, 40 + 35 * len(frame)))
+                _draw_edges(_ends(edges, nodes, end))
 
 
 def _edge(circuit: Circuit, edge: Edge, whole: float, nodes: pd.DataFrame) -> None:
@@ -148,6 +145,10 @@ def _edge(circuit: Circuit, edge: Edge, whole: float, nodes: pd.DataFrame) -> No
     frame = frame.sort_values("value", key=abs, ascending=False)
     if edge.by in ("K", "Q"):
         st.caption("Features of a head look there because of one score: it stands once, with the first of them.")
+    _draw_edges(frame)
+
+
+def _draw_edges(frame: pd.DataFrame) -> None:
     draw_table(frame, {"value": st.column_config.NumberColumn(format="%.3f")}, height=min(260, 40 + 35 * len(frame)))
 
 
@@ -181,7 +182,7 @@ def _explain(feature: str, at: str) -> None:
 
 def _clicked(nodes: pd.DataFrame) -> None:
     selection = st.session_state["graph"]["selection"]
-    if (node := charts.clicked(selection, "node", "opens")) in set(nodes["name"]):
+    if (node := clicked(selection, "node", "opens")) in set(nodes["name"]):
         put("node", node)
-    if edge := charts.clicked(selection, "edge", "name"):
+    if edge := clicked(selection, "edge", "name"):
         put("edge", edge)

@@ -11,6 +11,7 @@ from analysis.heads.table import ModelHeads, list_models
 from analysis.runs.model import ROLES, columns_of, roles_of
 from analysis.runs.sets import LayerSet, layer_sets
 from pages.charts import model as charts
+from pages.charts.common import clicked
 from pages.components.listing import listing
 from pages.sections import head_card
 from pages.shared import live
@@ -220,7 +221,7 @@ def _shown_first(table: pd.DataFrame) -> int:
 
 
 def _clicked(key: str) -> None:
-    if name := charts.clicked(st.session_state[key]["selection"]):
+    if name := clicked(st.session_state[key]["selection"], "head", "name"):
         put("at", name)
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from analysis.__main__ import main as analyse
 from pages.charts import circuit as charts
+from pages.charts.common import clicked
 from pages.sections.circuit_choices import TOUR
 from tests.helpers import listed, open_page, said
 
@@ -151,8 +152,8 @@ def test_nodes_that_stand_side_by_side_have_room():
 
 def test_a_click_tells_of_one_thing():
     edge = {"edge": [{"name": "a"}], "node": [{"name": "a"}]}  # as a browser has it: every selection hears of it
-    assert (charts.clicked(edge, "edge", "name"), charts.clicked(edge, "node", "opens")) == ("a", None)
-    assert charts.clicked({}, "node", "opens") is charts.clicked({"node": []}, "node", "opens") is None
+    assert (clicked(edge, "edge", "name"), clicked(edge, "node", "opens")) == ("a", None)
+    assert clicked({}, "node", "opens") is clicked({"node": []}, "node", "opens") is None
 
 
 def test_nodes_are_grouped_by_hand_under_a_name(folder):

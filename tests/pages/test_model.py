@@ -11,6 +11,7 @@ from analysis.heads.table import ModelHeads
 from analysis.runs.model import columns_of, head_table
 from analysis.runs.sets import layer_sets
 from pages.charts import model as charts
+from pages.charts.common import clicked
 from tests.helpers import listed, open_page, said
 from trainer.checkpoint import list_checkpoints
 
@@ -138,8 +139,8 @@ def test_a_large_model_is_one_small_chart(n_layers, n_heads):
 
 
 def test_a_click_beside_all_heads_chooses_none():
-    assert charts.clicked({"head": [{"name": "3.1"}]}) == "3.1"
-    assert charts.clicked({"head": []}) is charts.clicked({}) is None
+    assert clicked({"head": [{"name": "3.1"}]}, "head", "name") == "3.1"
+    assert clicked({"head": []}, "head", "name") is clicked({}, "head", "name") is None
 
 
 def test_from_page_to_page_the_box_keeps_its_checkpoint(folder):
